@@ -1,0 +1,5 @@
+"""Compile Video-LLM captioners and caption video without PyTorch."""
+
+from ._version import __version__
+
+__all__ = ["__version__"]
