@@ -1,1 +1,1 @@
-"""TODO."""
+"""AuroraCap (rese1f/aurora), the captioner that SynPO aligns."""

@@ -1,0 +1,180 @@
+"""The PyTorch reference of a whole captioner, on the same seams as the runtime.
+
+Preprocessing is done a second time here, with Pillow and torch, so that the runtime's own is held against something
+else; decoding strategies are the runtime's, run over ``TorchInference``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..models import CaptionerCheckpoint
+from ..models.config import ImageProcessing
+from ..models.decoder import Decoder
+from ..runtime.inference import FloatArray
+from .quantize import dequantize_int4, quantize_int4
+
+#: Povey's window is a Hann window to this power (Kaldi, feature-window.cc).
+_POVEY_POWER = 0.85
+
+
+class Reference:
+    """A checkpoint's components in float32 PyTorch, loaded at first use.
+
+    ``decoder_weights="int4"`` rounds the decoder's linear layers to the int4 values that a bundle stores, so that a
+    compiled graph can be told apart from what quantization does to the model.
+    """
+
+    def __init__(self, checkpoint: CaptionerCheckpoint, decoder_weights: str = "fp32", block_size: int = 32) -> None:
+        self.checkpoint, self.config = checkpoint, checkpoint.config
+        self._decoder_weights, self._block_size = decoder_weights, block_size
+        self._modules: dict[str, nn.Module] = {}
+        self._embedding: Tensor | None = None
+
+    def pixels(self, frames: npt.NDArray[np.uint8]) -> FloatArray:
+        """``[T, 3, S, S]`` of RGB frames ``[T, H, W, 3]``."""
+        return np.stack([reference_pixels(frame, self.config.image) for frame in frames])
+
+    def fbank(self, sound: FloatArray) -> FloatArray:
+        """``[frames, mel]`` of 16 kHz sound."""
+        return reference_fbank(sound)
+
+    def run(self, component: str, value: FloatArray) -> FloatArray:
+        """An encoder: ``vision``, ``connector`` or ``audio``, shapes as in the graphs."""
+        with torch.no_grad():
+            return self._module(component)(torch.from_numpy(value)).numpy()
+
+    def embed(self, token_ids: npt.NDArray[np.int64]) -> FloatArray:
+        """Embedding rows ``[n, H]``."""
+        if self._embedding is None:
+            self._embedding = self.checkpoint.embedding()
+        return self._embedding[torch.from_numpy(token_ids)].float().numpy()
+
+    def open(self, rows: int, max_length: int) -> TorchInference:
+        """The decoder with an empty cache."""
+        decoder = self._module("decoder")
+        assert isinstance(decoder, Decoder)
+        return TorchInference(decoder, self.embed, rows, max_length)
+
+    def _module(self, component: str) -> nn.Module:
+        if component not in self._modules:
+            module = self.checkpoint.load(component)
+            if component == "decoder" and self._decoder_weights == "int4":
+                for layer in module.modules():
+                    if isinstance(layer, nn.Linear):
+                        codes, scales = quantize_int4(layer.weight.data, self._block_size)
+                        layer.weight.data = dequantize_int4(codes, scales, layer.in_features)
+            self._modules[component] = module
+        return self._modules[component]
+
+
+class TorchInference:
+    """``runtime.inference.Inference`` over the reference decoder."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        embed: Callable[[npt.NDArray[np.int64]], FloatArray],
+        rows: int,
+        max_length: int,
+    ) -> None:
+        self._decoder, self._embed = decoder, embed
+        self._rows, self._max_length = rows, max_length
+        self._filled = np.zeros(rows, np.int64)
+        self._cache = decoder.empty_cache(rows, max_length)
+
+    @property
+    def rows(self) -> int:
+        return self._rows
+
+    @property
+    def max_length(self) -> int:
+        return self._max_length
+
+    def prefill(
+        self, row: int, embeds: FloatArray, num_logits: int = 1, progress: Callable[[int], None] | None = None
+    ) -> FloatArray:
+        length = len(embeds)
+        self._filled[row] += length
+        rows = slice(row, row + 1)
+        past = [(key[rows], value[rows]) for key, value in self._cache]
+        asked = torch.arange(length - num_logits, length).unsqueeze(0)
+        logits, present = self._run(torch.from_numpy(embeds).unsqueeze(0), self._filled[rows], asked, past)
+        for (key, value), (new_key, new_value) in zip(self._cache, present, strict=True):
+            key[rows], value[rows] = new_key, new_value
+        if progress is not None:
+            progress(length)
+        return logits[0].numpy()
+
+    def step(self, token_ids: npt.NDArray[np.int64]) -> FloatArray:
+        self._filled += 1
+        embeds = torch.from_numpy(self._embed(token_ids)).unsqueeze(1)
+        asked = torch.zeros((self._rows, 1), dtype=torch.int64)
+        logits, self._cache = self._run(embeds, self._filled, asked, self._cache)
+        return logits[:, 0].numpy()
+
+    def rearrange(self, sources: Sequence[int]) -> None:
+        index = torch.as_tensor(list(sources))
+        self._cache = [(key[index], value[index]) for key, value in self._cache]
+        self._filled = self._filled[index.numpy()]
+
+    def truncate(self, row: int, length: int) -> None:
+        self._filled[row] = length
+
+    def _run(
+        self, embeds: Tensor, filled: npt.NDArray[np.int64], asked: Tensor, past: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        lengths = torch.from_numpy(filled - 1).to(torch.int32)
+        total = torch.tensor(int(filled.max()), dtype=torch.int32)
+        with torch.no_grad():
+            return self._decoder(embeds, lengths, total, asked, past)
+
+
+def reference_pixels(frame: npt.NDArray[np.uint8], spec: ImageProcessing) -> FloatArray:
+    """One frame ``[H, W, 3]`` through Pillow, as the CLIP and SigLIP image processors do it: ``[3, S, S]``."""
+    height, width = frame.shape[:2]
+    image = Image.fromarray(frame)
+    if spec.resize == "exact":
+        image = image.resize((spec.size, spec.size), Image.Resampling.BICUBIC)
+    else:
+        # The longer side is truncated, not rounded (transformers get_resize_output_image_size).
+        if width < height:
+            size = (spec.size, int(spec.size * height / width))
+        else:
+            size = (int(spec.size * width / height), spec.size)
+        image = image.resize(size, Image.Resampling.BICUBIC)
+        left, top = (size[0] - spec.crop) // 2, (size[1] - spec.crop) // 2
+        image = image.crop((left, top, left + spec.crop, top + spec.crop))
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
+    return ((pixels - mean) / std).numpy()
+
+
+def reference_fbank(sound: FloatArray, num_mel_bins: int = 128, rate: int = 16000) -> FloatArray:
+    """Kaldi's log mel filter bank of float32 sound in [-1, 1], rounded through bfloat16: ``[frames, mel]``.
+
+    Constants as in FACTS 1.4 (torchaudio ``compliance.kaldi.fbank`` with its defaults); computed in float64.
+    """
+    window, shift, fft = rate * 25 // 1000, rate * 10 // 1000, 512
+    frames = torch.from_numpy(sound).double().mul(2**15).unfold(0, window, shift)
+    frames = frames - frames.mean(1, keepdim=True)
+    previous = torch.cat((frames[:, :1], frames[:, :-1]), 1)
+    frames = (frames - 0.97 * previous) * torch.hann_window(window, periodic=False).double() ** _POVEY_POWER
+    power = torch.fft.rfft(frames, fft).abs() ** 2
+
+    def mel(hertz: Tensor) -> Tensor:
+        return 1127.0 * (1.0 + hertz / 700.0).log()
+
+    low, high = mel(torch.tensor([20.0, rate / 2], dtype=torch.float64))
+    edges = low + (high - low) * torch.arange(num_mel_bins + 2, dtype=torch.float64) / (num_mel_bins + 1)
+    bins = mel(torch.arange(fft // 2, dtype=torch.float64) * rate / fft)
+    left, centre, right = (edges[i : i + num_mel_bins].unsqueeze(1) for i in range(3))
+    filters = torch.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)).clamp(min=0)
+    energy = power[:, : fft // 2] @ filters.T
+    return energy.clamp(min=torch.finfo(torch.float32).eps).log().to(torch.bfloat16).float().numpy()

@@ -1,0 +1,34 @@
+"""What a device wants of a bundle: one frozen record each. The rest of the code asks the record, never a name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import TargetError
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device class that bundles are compiled for.
+
+    ``dialect`` names the form of the graphs; ``decoder_weights`` the formats ``--weights`` may ask for, the default
+    first; ``block_size`` the input channels that share a scale in a quantized weight.
+    """
+
+    name: str
+    dialect: str
+    decoder_weights: tuple[str, ...]
+    block_size: int
+
+
+TARGETS = {
+    "cpu": Target(name="cpu", dialect="ort", decoder_weights=("int4", "fp32"), block_size=32),
+}
+
+
+def get_target(name: str) -> Target:
+    """The record of a target; ``TargetError`` names the known ones."""
+    try:
+        return TARGETS[name]
+    except KeyError:
+        raise TargetError(f"unknown target '{name}'; known: {', '.join(TARGETS)}") from None

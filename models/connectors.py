@@ -1,0 +1,191 @@
+"""From tower features to visual tokens: the connector (``mm_projector_type``) families.
+
+Everything is channels-last, so that a 1x1 convolution is a ``Linear``, a channel norm is a ``LayerNorm`` over the last
+axis and the strided 3-D convolution of the sampler is one ``Linear`` over a window's values: the heavy layers are then
+all matrix products, for speed and for weight quantization. Only the depthwise 3x3 is a convolution.
+
+Sources: VideoLLaMA2 ``model/projector.py`` and ``model/videollama2_arch.py`` (connectors, pooling over time, padding),
+timm 1.0.3 ``models/regnet.py`` (the RegStage block; FACTS 1.3 has the measured constants). Documented there: the
+average pooling of ``stp_connector`` is 2x2x2 without padding; ``spatial_conv`` is a 1x2x2 convolution that inherits
+padding 1 on all three axes, so it adds an empty time slot at either end; ``spatial_pool`` is a 1x2x2 average; both
+``spatial_*`` have no RegStages and feed tower features straight into layers of decoder width. The reference pools only
+``linear`` and ``mlp2x_gelu`` over time and refuses other depths; that ``mlpNx_gelu`` pools alike is our assumption.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from .config import ConnectorConfig
+
+REGSTAGE_DEPTH = 4
+NORM_EPS = 1e-5
+
+
+def build_mlp(kind: str, in_size: int, out_size: int) -> nn.Module:
+    """``linear`` (one Linear) or ``mlpNx_gelu`` (N Linears with exact GELU between, named 0, 2, ...)."""
+    match = re.fullmatch(r"mlp([1-9])x_gelu", kind)
+    if kind == "linear":
+        return nn.Linear(in_size, out_size)
+    if match is None:
+        raise CheckpointError(f"projector type {kind!r} is not supported")
+    layers: list[nn.Module] = [nn.Linear(in_size, out_size)]
+    for _ in range(int(match[1]) - 1):
+        layers += [nn.GELU(), nn.Linear(out_size, out_size)]
+    return nn.Sequential(*layers)
+
+
+class MLPConnector(nn.Module):
+    """A projector per token, over each frame (``per_frame``) or over the mean of all frames."""
+
+    def __init__(self, config: ConnectorConfig) -> None:
+        super().__init__()
+        self.per_frame = config.per_frame
+        self.mlp = build_mlp(config.kind, config.in_size, config.out_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features ``[N, P, in]`` -> tokens ``[N, P, out]`` per frame, ``[1, P, out]`` pooled."""
+        return self.mlp(features if self.per_frame else features.mean(0, keepdim=True))
+
+
+class Convolution(nn.Module):
+    """A 1x1 convolution over the channel axis, or a depthwise 3x3, then a channel norm. x ``[N, H, W, C]``."""
+
+    def __init__(self, in_size: int, out_size: int, *, depthwise: bool = False) -> None:
+        super().__init__()
+        self.depthwise = depthwise
+        if depthwise:
+            self.conv = nn.Conv2d(in_size, out_size, 3, padding=1, groups=in_size, bias=False)
+        else:
+            self.conv = nn.Linear(in_size, out_size, bias=False)
+        self.bn = nn.LayerNorm(out_size, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if self.depthwise else self.conv(x)
+        return self.bn(x)
+
+
+class SqueezeExcite(nn.Module):
+    """Channels scaled by a gate computed from their mean over the image."""
+
+    def __init__(self, size: int, reduced: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(size, reduced)
+        self.fc2 = nn.Linear(reduced, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.fc2(F.silu(self.fc1(x.mean((1, 2), keepdim=True))))
+        return x * gate.sigmoid()
+
+
+class Bottleneck(nn.Module):
+    """RegNet block: 1x1, depthwise 3x3, squeeze-excite, 1x1, each convolution with its norm, and a shortcut."""
+
+    def __init__(self, in_size: int, out_size: int) -> None:
+        super().__init__()
+        self.conv1 = Convolution(in_size, out_size)
+        self.conv2 = Convolution(out_size, out_size, depthwise=True)
+        # The reduced width comes from the block's input channels (timm's se_ratio 0.25), not from the gated ones.
+        self.se = SqueezeExcite(out_size, round(in_size * 0.25))
+        self.conv3 = Convolution(out_size, out_size)
+        self.downsample = Convolution(in_size, out_size) if in_size != out_size else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.silu(self.conv1(x))
+        x = self.se(F.silu(self.conv2(x)))
+        return F.silu(self.conv3(x) + shortcut)
+
+
+class RegStage(nn.Module):
+    """Blocks ``b1`` to ``b4``. x ``[N, H, W, C]``; images do not see each other."""
+
+    def __init__(self, in_size: int, out_size: int) -> None:
+        super().__init__()
+        for i in range(REGSTAGE_DEPTH):
+            self.add_module(f"b{i + 1}", Bottleneck(in_size if i == 0 else out_size, out_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.children():
+            x = block(x)
+        return x
+
+
+def windows(x: Tensor, kernel: tuple[int, int, int], padding: int) -> Tensor:
+    """Non-overlapping windows of ``x [T, H, W, C]``: ``[t, h, w, kt * kh * kw, C]``.
+
+    Zero padding on all six sides first; what does not fill a window at the end is dropped.
+    """
+    if padding:
+        x = F.pad(x, (0, 0) + (padding,) * 6)
+    (kt, kh, kw), (t, h, w) = kernel, (n // k for n, k in zip(x.shape[:3], kernel, strict=True))
+    x = x[: t * kt, : h * kh, : w * kw].reshape(t, kt, h, kh, w, kw, x.shape[-1])
+    return x.permute(0, 2, 4, 1, 3, 5, 6).reshape(t, h, w, kt * kh * kw, x.shape[-1])
+
+
+class ConvSampler(nn.Module):
+    """Conv3d whose stride is its kernel, as one Linear of K = kt*kh*kw*C (order t, h, w, channel), then SiLU."""
+
+    def __init__(self, size: int, kernel: tuple[int, int, int], padding: int) -> None:
+        super().__init__()
+        self.kernel, self.padding = kernel, padding
+        self.linear = nn.Linear(kernel[0] * kernel[1] * kernel[2] * size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.linear(windows(x, self.kernel, self.padding).flatten(-2)))
+
+
+class PoolSampler(nn.Module):
+    """AvgPool3d, then SiLU."""
+
+    def __init__(self, kernel: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(windows(x, self.kernel, 0).mean(-2))
+
+
+class SpatialTemporalConnector(nn.Module):
+    """RegStage, sampler, RegStage, two-layer readout; the ``spatial_*`` kinds have no RegStages."""
+
+    def __init__(self, config: ConnectorConfig, sampler: nn.Module, *, stages: bool) -> None:
+        super().__init__()
+        self.grid = config.grid
+        self.s1 = RegStage(config.in_size, config.out_size) if stages else nn.Identity()
+        self.sampler = sampler
+        self.s2 = RegStage(config.out_size, config.out_size) if stages else nn.Identity()
+        self.readout = build_mlp("mlp2x_gelu", config.out_size, config.out_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features ``[N, P, in]`` of the N frames of one clip -> tokens ``[1, t * h * w, out]``, t outermost."""
+        x = features.unflatten(1, (self.grid, self.grid))
+        x = self.s2(self.sampler(self.s1(x)))
+        return self.readout(x.flatten(0, 2).unsqueeze(0))
+
+
+def build_connector(config: ConnectorConfig) -> nn.Module:
+    """The connector of ``config.kind``: features ``[N, P, in_size]`` -> tokens ``[blocks, tokens, out_size]``.
+
+    Raises CheckpointError for a kind that is not known, or whose sizes the reference could not run either.
+    """
+    size = config.out_size
+    if config.kind.startswith("spatial_") and config.in_size != size:
+        raise CheckpointError(
+            f"projector type {config.kind!r} needs a vision tower as wide as the decoder ({size}), not {config.in_size}"
+        )
+    if config.kind == "stc_connector":
+        return SpatialTemporalConnector(config, ConvSampler(size, (2, 2, 2), padding=1), stages=True)
+    if config.kind == "stc_connector_v35":
+        return SpatialTemporalConnector(config, ConvSampler(size, (2, 2, 2), padding=0), stages=True)
+    if config.kind == "stp_connector":
+        return SpatialTemporalConnector(config, PoolSampler((2, 2, 2)), stages=True)
+    if config.kind == "spatial_conv":
+        return SpatialTemporalConnector(config, ConvSampler(size, (1, 2, 2), padding=1), stages=False)
+    if config.kind == "spatial_pool":
+        return SpatialTemporalConnector(config, PoolSampler((1, 2, 2)), stages=False)
+    return MLPConnector(config)

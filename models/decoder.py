@@ -1,0 +1,143 @@
+"""The language decoder of every family: a Llama-shaped stack (Llama, Mistral, Qwen2).
+
+State-dict names follow the released checkpoints without their ``model.`` prefix. The embedding table is not part of
+it: the runtime looks rows up on the host and splices visual and audio tokens in before the decoder runs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import attention
+from .attention import CacheState
+from .config import DecoderConfig
+
+
+def rotary_tables(config: DecoderConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[context_length, head_dim / 2]`` float32; positions are divided by ``rope_factor``.
+
+    Computed as the reference does it: inverse frequencies and angles in float32 (transformers, Llama rotary
+    embedding; "linear" scaling divides the positions).
+    """
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    inverse_frequency = 1.0 / (config.rope_theta**half)
+    positions = torch.arange(config.context_length, dtype=torch.float32) / config.rope_factor
+    angles = torch.outer(positions, inverse_frequency)
+    return angles.cos(), angles.sin()
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * weight`` over the last axis, the mean square in float32 whatever the dtype of x."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention; rotary positions and the cache live in ``attention.cached``."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, past_key: Tensor, past_value: Tensor, state: CacheState
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        out, present_key, present_value = attention.current().cached(
+            query, key, value, past_key, past_value, state, self.num_heads, self.num_kv_heads
+        )
+        return self.o_proj(out), present_key, present_value
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP, each with its residual."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, past_key: Tensor, past_value: Tensor, state: CacheState
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, present_key, present_value = self.self_attn(self.input_layernorm(x), past_key, past_value, state)
+        x = x + out
+        return x + self.mlp(self.post_attention_layernorm(x)), present_key, present_value
+
+
+class Decoder(nn.Module):
+    """Embeddings in, logits of the asked positions and the updated cache out; prefill and decode are one function."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # On the CPU even when the module is built on the meta device: they are computed, not read from a checkpoint.
+        with torch.device("cpu"):
+            cos, sin = rotary_tables(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        lengths: Tensor,
+        total_length: Tensor,
+        logits_index: Tensor,
+        past: list[tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Run S new tokens of B rows.
+
+        inputs_embeds ``[B, S, H]``; lengths int32 ``[B]`` and total_length int32 scalar as in ``CacheState``;
+        logits_index int64 ``[B, N]``: which of the S positions to project to the vocabulary (the last one when
+        captioning, all of a caption's when scoring it); past: key and value ``[B, kv_heads, max_length, head_dim]`` a
+        layer. Returns logits ``[B, N, V]`` and the present cache.
+        """
+        state = CacheState(lengths, total_length, self.cos, self.sin)
+        x, present = inputs_embeds, []
+        for layer, (past_key, past_value) in zip(self.layers, past, strict=True):
+            x, key, value = layer(x, past_key, past_value, state)
+            present.append((key, value))
+        x = x.gather(1, logits_index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        return self.lm_head(self.norm(x)), present
+
+    def empty_cache(self, rows: int, max_length: int) -> list[tuple[Tensor, Tensor]]:
+        """A zeroed cache in the module's dtype and device."""
+        shape = (rows, self.config.num_kv_heads, max_length, self.config.head_dim)
+        weight = self.lm_head.weight
+        return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.layers]

@@ -1,0 +1,67 @@
+"""Typed access to a JSON object from a checkpoint, every complaint naming the file and the key."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import CheckpointError
+
+_REQUIRED: Any = object()
+
+
+class Fields:
+    """The keys of one JSON object. A key that is null counts as absent."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The raw value, ``default`` where it is absent or null."""
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def _require(self, key: str, default: Any) -> Any:
+        value = self.get(key, default)
+        if value is _REQUIRED:
+            raise CheckpointError(f"{self.where}: {key} is missing")
+        return value
+
+    def integer(self, key: str, default: int = _REQUIRED, minimum: int = 1) -> int:
+        """A whole number of at least ``minimum``."""
+        value = self._require(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise CheckpointError(f"{self.where}: {key} must be a whole number from {minimum} up, not {value!r}")
+        return value
+
+    def number(self, key: str, default: float = _REQUIRED) -> float:
+        """A finite number above 0."""
+        value = self._require(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise CheckpointError(f"{self.where}: {key} must be a number above 0, not {value!r}")
+        return float(value)
+
+    def text(self, key: str, default: str = _REQUIRED) -> str:
+        """A string."""
+        value = self._require(key, default)
+        if not isinstance(value, str):
+            raise CheckpointError(f"{self.where}: {key} must be a string, not {value!r}")
+        return value
+
+    def flag(self, key: str, default: bool = _REQUIRED) -> bool:
+        """true or false."""
+        value = self._require(key, default)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self.where}: {key} must be true or false, not {value!r}")
+        return value
+
+    def child(self, key: str) -> Fields | None:
+        """A nested object, None where it is absent."""
+        value = self.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{self.where}: {key} must be an object, not {value!r}")
+        return Fields(value, f"{self.where}: {key}")

@@ -1,0 +1,103 @@
+"""Where the entries of a module's state dict come from in a checkpoint.
+
+A family's ``weights.py`` states it as data, one ``Source`` per entry; ``captioner.py`` checks names and shapes against
+the files and builds the tensors. Here is what families share: reshaping rules, and transformers' names of a
+Llama-shaped decoder and of a CLIP or SigLIP tower. Every other checkpoint name is in a ``weights.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .config import DecoderConfig, VisionConfig
+
+Shape = tuple[int, ...]
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """``build(*tensors)`` of the checkpoint's tensors ``names``, which must have ``shapes``."""
+
+    names: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    build: Callable[..., Tensor] = _same
+
+
+def direct(name: str, shape: Shape) -> Source:
+    """A tensor taken as it is."""
+    return Source((name,), (shape,))
+
+
+def from_conv1x1(name: str, shape: Shape) -> Source:
+    """A Linear ``[out, in]`` from a 1x1 convolution ``[out, in, 1, 1]``."""
+    return Source((name,), ((*shape, 1, 1),), lambda weight: weight.flatten(1))
+
+
+def from_conv3d(name: str, shape: Shape, kernel: tuple[int, int, int]) -> Source:
+    """A Linear over windows, ``[out, kt*kh*kw*in]``, from a Conv3d ``[out, in, kt, kh, kw]``."""
+    channels = shape[1] // (kernel[0] * kernel[1] * kernel[2])
+    return Source((name,), ((shape[0], channels, *kernel),), lambda weight: weight.permute(0, 2, 3, 4, 1).flatten(1))
+
+
+def first_present(names: Collection[str], *candidates: str) -> str:
+    """The first of several names a tensor may go by; the first of all where none is there (then it is missing)."""
+    return next((name for name in candidates if name in names), candidates[0])
+
+
+def mlp_kind(names: Collection[str], prefix: str) -> str:
+    """``linear`` or ``mlpNx_gelu``, told from a projector's tensor names (configs have been seen to be wrong)."""
+    if f"{prefix}weight" in names:
+        return "linear"
+    depth = sum(re.fullmatch(re.escape(prefix) + r"\d+\.weight", name) is not None for name in names)
+    return f"mlp{max(depth, 1)}x_gelu"
+
+
+def decoder_sources(shapes: Mapping[str, Shape], config: DecoderConfig) -> dict[str, Source]:
+    """The decoder's entries under transformers' names; a tied head is the embedding table."""
+    tied = (
+        {"lm_head.weight": "model.embed_tokens.weight"}
+        if config.tie_embeddings
+        else {"lm_head.weight": "lm_head.weight"}
+    )
+    return {entry: direct(tied.get(entry, f"model.{entry}"), shape) for entry, shape in shapes.items()}
+
+
+def embedding_source(config: DecoderConfig) -> dict[str, Source]:
+    """The embedding table ``[vocabulary, hidden]``."""
+    return {"weight": direct("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))}
+
+
+def is_dead_in_decoder(name: str, config: DecoderConfig) -> bool:
+    """Rotary tables that old checkpoints carry, and a tied head's own copy, which transformers overwrites."""
+    if config.tie_embeddings and name == "lm_head.weight":
+        return True
+    return re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name) is not None
+
+
+def is_dead_in_tower(name: str, config: VisionConfig) -> bool:
+    """What lies behind the selected hidden state; ``name`` is below ``vision_model.``."""
+    if name.startswith(("post_layernorm.", "head.")) or name == "embeddings.position_ids":
+        return True
+    layer = re.match(r"encoder\.layers\.(\d+)\.", name)
+    return layer is not None and config.num_used_layers <= int(layer[1]) < config.num_layers
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A whole checkpoint: the source of every entry by component, and what is known to be of no use.
+
+    ``sources`` has the components and ``embedding`` with the single entry ``weight``. ``is_dead`` says whether a tensor
+    without a source is known to be unused. ``duplicates`` are further copies of used tensors, by the used one's name.
+    """
+
+    sources: dict[str, dict[str, Source]]
+    is_dead: Callable[[str], bool]
+    duplicates: dict[str, str] = field(default_factory=dict)

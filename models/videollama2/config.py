@@ -1,0 +1,117 @@
+"""A VideoLLaMA2 checkpoint's JSON to ``CaptionerConfig`` (FACTS 1.1, 1.2, 1.4, 1.7)."""
+
+from __future__ import annotations
+
+from ...errors import CheckpointError, OptionError
+from ..checkpoint import Checkpoint
+from ..config import AudioConfig, CaptionerConfig, ConnectorConfig, VisionConfig
+from ..fields import Fields
+from ..hf_config import builtin_tower, check_heads, read_decoder, read_generation, read_image_processing, read_vision
+from ..sources import mlp_kind
+from . import prompt, weights
+
+#: model_type -> whether the decoder is Mistral (else Qwen2). "mistral" is how older 2-7B-16F revisions say it.
+DECODERS = {"videollama2": True, "videollama2_mistral": True, "mistral": True, "videollama2_qwen2": False}
+#: In the family, but with a decoder that is not built here.
+UNSUPPORTED = {
+    "videollama2_mixtral": "a sparse mixture of experts",
+    "videollama2_llama": "an unreleased Llama variant",
+    "videollama2_gemma2": "an unreleased Gemma2 variant",
+    "videollama2_phi3": "an unreleased Phi3 variant",
+}
+DEFAULT_NUM_FRAMES = 8
+#: Temperature and top_p: the family's own inference sets them over the checkpoint's (videollama2/__init__.py, mm_infer).
+SAMPLING = (0.2, 0.9)
+
+
+def matches(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint is one of this family."""
+    kind = checkpoint.config.get("model_type")
+    return kind in UNSUPPORTED or (kind in DECODERS and (kind != "mistral" or "mm_vision_tower" in checkpoint.config))
+
+
+def read_config(checkpoint: Checkpoint, keep: float | None = None) -> CaptionerConfig:
+    """Everything but the weights.
+
+    Raises CheckpointError for what is missing, malformed or not supported, OptionError for a ``keep`` below 1: the
+    family has no token merging.
+    """
+    if keep is not None and keep != 1:
+        raise OptionError("a VideoLLaMA2 captioner has no token merging: leave the ratio of visual tokens out")
+    fields = Fields(checkpoint.config, "config.json")
+    kind = fields.text("model_type")
+    if kind in UNSUPPORTED:
+        raise CheckpointError(f"config.json: model_type {kind!r} ({UNSUPPORTED[kind]}) is not supported")
+    mistral = DECODERS[kind]
+    windowed = mistral or fields.flag("use_sliding_window", False)
+    window = fields.integer("sliding_window") if windowed and fields.get("sliding_window") is not None else None
+    decoder = read_decoder(fields, qkv_bias=not mistral, sliding_window=window)
+    vision = _read_vision(checkpoint, fields)
+    tower = weights.tower_folder(checkpoint)
+    processor = f"{tower}/preprocessor_config.json" if tower else "preprocessor_config.json"
+    num_frames = fields.integer("num_frames", DEFAULT_NUM_FRAMES)
+    audio = _read_audio(checkpoint, fields, decoder.hidden_size) if weights.has_audio(checkpoint) else None
+    return CaptionerConfig(
+        family="videollama2",
+        num_frames=num_frames,
+        frame_rule="centered",
+        image=read_image_processing(checkpoint.json(processor) if tower else None, processor, vision),
+        vision=vision,
+        connector=ConnectorConfig(
+            kind=fields.text("mm_projector_type", "linear"),
+            in_size=vision.hidden_size,
+            out_size=decoder.hidden_size,
+            grid=vision.grid,
+            num_frames=num_frames,
+        ),
+        decoder=decoder,
+        # The reference also stops where the tokenizer's eos appears in the text (KeywordsStoppingCriteria).
+        generation=read_generation(checkpoint, prompt.eos_token_id(checkpoint), SAMPLING),
+        audio=audio,
+        prompts=prompt.templates(checkpoint, system_turn=mistral, audio=audio is not None),
+    )
+
+
+def _read_vision(checkpoint: Checkpoint, fields: Fields) -> VisionConfig:
+    name = fields.text("mm_vision_tower")
+    if fields.text("mm_vision_select_feature", "patch") != "patch":
+        raise CheckpointError(f"config.json: mm_vision_select_feature {fields.get('mm_vision_select_feature')!r}")
+    select_layer = fields.get("mm_vision_select_layer", -2)
+    if isinstance(select_layer, bool) or not isinstance(select_layer, int):
+        raise CheckpointError(f"config.json: mm_vision_select_layer must be a whole number, not {select_layer!r}")
+    folder = weights.tower_folder(checkpoint)
+    local = checkpoint.json(f"{folder}/config.json") if folder else None
+    tower = Fields(local, f"{folder}/config.json") if local is not None else builtin_tower(name)
+    if tower is None:
+        raise CheckpointError(
+            f"config.json: vision tower {name!r} is not known; put its config.json and weights in a folder of that "
+            "name inside the checkpoint"
+        )
+    return read_vision(tower, select_layer)
+
+
+def _read_audio(checkpoint: Checkpoint, fields: Fields, out_size: int) -> AudioConfig:
+    """BEATs' dimensions are fixed in the reference's code; ``beats_config`` overrides them (in test checkpoints)."""
+    beats, base = fields.child("beats_config") or Fields({}, "config.json: beats_config"), AudioConfig()
+    fixed = {"layer_norm_first": False, "deep_norm": True, "gru_rel_pos": True, "relative_position_embedding": True}
+    for key, needed in {**fixed, "activation_fn": "gelu", "conv_bias": False}.items():
+        if beats.get(key, needed) != needed:
+            raise CheckpointError(f"{beats.where}: {key} {beats.get(key)!r} is not supported, only {needed!r}")
+    config = AudioConfig(
+        embed_dim=beats.integer("embed_dim", base.embed_dim),
+        hidden_size=beats.integer("encoder_embed_dim", base.hidden_size),
+        intermediate_size=beats.integer("encoder_ffn_embed_dim", base.intermediate_size),
+        num_layers=beats.integer("encoder_layers", base.num_layers),
+        num_heads=beats.integer("encoder_attention_heads", base.num_heads),
+        conv_pos=beats.integer("conv_pos", base.conv_pos),
+        conv_pos_groups=beats.integer("conv_pos_groups", base.conv_pos_groups),
+        num_buckets=beats.integer("num_buckets", base.num_buckets, minimum=4),
+        max_distance=beats.integer("max_distance", base.max_distance),
+        patch_size=beats.integer("input_patch_size", base.patch_size),
+        projector_kind=mlp_kind(checkpoint.tensors, weights.AUDIO_PROJECTOR),
+        out_size=out_size,
+    )
+    check_heads(beats, config.hidden_size, config.num_heads)
+    if config.hidden_size % config.conv_pos_groups or config.max_distance <= config.num_buckets // 4:
+        raise CheckpointError(f"{beats.where}: its position embedding does not fit its width")
+    return config

@@ -1,0 +1,117 @@
+"""VideoLLaMA2's prompts: the checkpoint's own chat template, rendered once and cut at the media tag.
+
+Sources: videollama2/__init__.py (``mm_infer``: the system turn, tag + newline + instruction), constants.py (tags and
+sentinels), mm_utils.py (text pieces are tokenized on their own, without special tokens).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ...errors import CheckpointError
+from ..checkpoint import Checkpoint
+from ..config import PromptTemplate
+
+#: Mistral and Mixtral only. The double space is the reference's.
+SYSTEM = (
+    "<<SYS>>\nYou are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being "
+    "safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal "
+    "content. Please ensure that your responses are socially unbiased and positive in nature.\nIf a question does not "
+    "make any sense, or is not factually coherent, explain why instead of answering something not correct. If you "
+    "don't know the answer to a question, please don't share false information.\n<</SYS>>"
+)
+VIDEO = ("<video>", -201)
+AUDIO = ("<audio>", -202)
+_INSTRUCTION = "intertitle.instruction"
+
+
+def templates(checkpoint: Checkpoint, *, system_turn: bool, audio: bool) -> dict[str, PromptTemplate]:
+    """The prompts by mode. Sound that goes with a video has no tag of its own: its block follows the video's."""
+    prompts = {"video": _template(checkpoint, *VIDEO, system_turn=system_turn)}
+    if audio:
+        prompts["audio"] = _template(checkpoint, *AUDIO, system_turn=system_turn)
+        prompts["audiovideo"] = prompts["video"]
+    return prompts
+
+
+def eos_token_id(checkpoint: Checkpoint) -> int | None:
+    """Id of the tokenizer's eos token, None where the tokenizer's files do not say."""
+    eos = special_tokens(checkpoint).get("eos_token")
+    settings = checkpoint.json("tokenizer_config.json") or {}
+    added = settings.get("added_tokens_decoder")
+    if isinstance(added, dict):
+        for key, token in added.items():
+            if isinstance(token, dict) and token.get("content") == eos and str(key).isdecimal():
+                return int(key)
+    tokenizer = checkpoint.json("tokenizer.json") or {}
+    for token in tokenizer.get("added_tokens") or []:
+        if isinstance(token, dict) and token.get("content") == eos and isinstance(token.get("id"), int):
+            return token["id"]
+    return None
+
+
+def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
+    """The named special tokens (bos_token, eos_token, ...) as text."""
+    found: dict[str, str] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        for key, value in (checkpoint.json(file) or {}).items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(text, str):
+                found[key] = text
+    return found
+
+
+def _template(checkpoint: Checkpoint, tag: str, sentinel: int, *, system_turn: bool) -> PromptTemplate:
+    messages = [{"role": "system", "content": SYSTEM}] if system_turn else []
+    messages.append({"role": "user", "content": f"{tag}\n{_INSTRUCTION}"})
+    text = _render(checkpoint, messages)
+    if text.count(tag) != 1 or text.count(_INSTRUCTION) != 1:
+        raise CheckpointError(f"{checkpoint.path}: the chat template does not keep the user's turn as it is")
+    prefix, suffix = (piece.replace(_INSTRUCTION, "{instruction}") for piece in text.split(tag))
+    return PromptTemplate(prefix=prefix, suffix=suffix, sentinel=sentinel)
+
+
+def _chat_template(checkpoint: Checkpoint) -> str:
+    template = checkpoint.text("chat_template.jinja")
+    if template is None:
+        template = (checkpoint.json("tokenizer_config.json") or {}).get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if not isinstance(template, str):
+        raise CheckpointError(
+            f"{checkpoint.path}: no chat_template in tokenizer_config.json; copy the released tokenizer's files there"
+        )
+    return template
+
+
+def _render(checkpoint: Checkpoint, messages: list[dict[str, str]]) -> str:
+    """Render the chat template in the sandbox and with the settings that transformers uses (utils/chat_template)."""
+    try:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise CheckpointError("reading a chat template needs jinja2: pip install 'intertitle[compile]'") from None
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    try:
+        return environment.from_string(_chat_template(checkpoint)).render(
+            messages=messages, add_generation_prompt=True, **special_tokens(checkpoint)
+        )
+    except CheckpointError:
+        raise
+    # A template is the checkpoint's own program: it can fail in any way.
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{checkpoint.path}: the chat template cannot be rendered: {reason[0]}") from None

@@ -1,0 +1,385 @@
+"""A compiled captioner on disk: the schema of ``bundle.json``, and opening a bundle without trusting it.
+
+A bundle is a directory of plain files, every one of them named by ``bundle.json`` with its size and sha256. See
+``ARCHITECTURE.md``, "Bundle". Shapes: V vocabulary, H decoder width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from msgspec import Meta
+
+from ..errors import BundleError
+from . import integrity
+from .integrity import FileState, Progress
+from .preprocess.image import ImageSpec
+from .text import PromptSpec
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "bundle.json"
+TOKENIZER_FILE = "tokenizer.json"
+
+_MAX_MANIFEST_BYTES = 16 << 20
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
+
+Positive = Annotated[int, Meta(ge=1)]
+NonNegative = Annotated[int, Meta(ge=0)]
+Name = Annotated[str, Meta(min_length=1)]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+TensorType = Annotated[str, Meta(pattern="^(float32|float16|bfloat16|int64|int32|int8|uint8|bool)$")]
+
+
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An input or output of a graph. ``shape`` holds sizes, and names for the axes that may vary."""
+
+    name: Name
+    dtype: TensorType
+    shape: list[Positive | Name]
+
+
+class Component(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One graph. ``data`` is its external data, ``block_size`` the weights that share a scale, if quantized."""
+
+    graph: str
+    data: str | None = None
+    weights: Annotated[str, Meta(pattern="^(fp32|int4|int8)$")]
+    block_size: Positive | None = None
+    parameters: NonNegative
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+
+
+class Embedding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The table of token embeddings ``[V, H]``: a raw file, row by row, little-endian."""
+
+    file: str
+    dtype: Annotated[str, Meta(pattern="^(float32|float16|bfloat16)$")]
+    shape: tuple[Positive, Positive]
+
+
+class DecoderSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Sizes of the decoder; ``context_length`` is the largest number of positions."""
+
+    num_layers: Positive
+    num_kv_heads: Positive
+    head_dim: Positive
+    vocab_size: Positive
+    hidden_size: Positive
+    context_length: Positive
+
+
+class AudioSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Sound into the audio component: ``num_samples`` at ``sample_rate`` Hz, ``num_frames`` fbank frames."""
+
+    sample_rate: Positive
+    num_samples: Positive
+    num_mel_bins: Positive
+    num_frames: Positive
+    num_tokens: Positive
+
+
+class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """From media to tensors. ``frame_rule`` says which ``num_frames`` frames of a video are taken (FACTS 1.6, 2.4)."""
+
+    num_frames: Positive
+    frame_rule: Literal["centered", "linspace"]
+    image: ImageSpec
+    audio: AudioSpec | None = None
+
+
+class GenerationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The checkpoint's decoding defaults; ``top_k`` 0 is off."""
+
+    eos_token_ids: Annotated[list[NonNegative], Meta(min_length=1)]
+    repetition_penalty: Annotated[float, Meta(gt=0)]
+    temperature: Annotated[float, Meta(ge=0)]
+    top_p: Annotated[float, Meta(gt=0, le=1)]
+    top_k: NonNegative
+    max_new_tokens: Positive
+
+
+class VisualSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the connector gives for a clip: one block for the clip, or (``per_frame``) one for each frame.
+
+    ``keep``: the ratio of visual tokens that was compiled in, for a tower that merges them.
+    """
+
+    blocks: Positive
+    tokens_per_block: Positive
+    per_frame: bool = False
+    keep: float | None = None
+
+
+class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the bundle was made from, and with what."""
+
+    checkpoint: str
+    checkpoint_sha256: Sha256
+    adapter: str | None = None
+    adapter_sha256: Sha256 | None = None
+    intertitle: str
+    tools: dict[str, str]
+
+
+class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file of the bundle, ``bundle.json`` itself aside."""
+
+    sha256: Sha256
+    size: NonNegative
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``bundle.json``. ``files`` is filled in by the writer; every file must have a role in the other fields."""
+
+    schema_version: int = SCHEMA_VERSION
+    name: Name
+    family: Name
+    target: Name
+    dialect: Name
+    weights: Annotated[str, Meta(pattern="^(fp32|int4)$")]
+    components: dict[str, Component]
+    embedding: Embedding
+    decoder: DecoderSpec
+    preprocessing: Preprocessing
+    prompts: dict[str, PromptSpec]
+    default_instruction: str
+    generation: GenerationSpec
+    visual: VisualSpec
+    provenance: Provenance
+    files: dict[str, FileRecord] = {}
+
+
+class _Version(msgspec.Struct):
+    schema_version: int
+
+
+class Bundle:
+    """An opened bundle; every file of it is the one that ``bundle.json`` describes."""
+
+    def __init__(self, path: Path, manifest: Manifest, sha256: str) -> None:
+        """Use ``Bundle.open``."""
+        self.path = path
+        self.manifest = manifest
+        self.sha256 = sha256
+        """sha256 of ``bundle.json``, and so of everything in the bundle."""
+        shape = manifest.embedding.shape
+        self._table = np.memmap(path / manifest.embedding.file, _stored_dtype(manifest.embedding), "r", shape=shape)
+        self._rows = np.asarray(self._table)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        verify: Literal["auto", "full", "sizes"] = "auto",
+        progress: Progress | None = None,
+    ) -> Bundle:
+        """Check a bundle and open it.
+
+        ``verify``: ``"full"`` hashes every file. ``"auto"`` hashes those not hashed before by this user, or changed
+        since (by inode, size, modification and status change time). ``"sizes"`` looks at names and sizes only.
+        ``progress(done, total)`` counts the bytes hashed. Raises ``BundleError``, one line, for anything but a whole
+        and unaltered bundle of this schema version.
+        """
+        directory = Path(path)
+        manifest_bytes = _read_manifest(directory)
+        manifest = parse_manifest(manifest_bytes, str(directory / MANIFEST_FILE))
+        sha256 = hashlib.sha256(manifest_bytes).hexdigest()
+        states = _scan(directory, manifest.files)
+        if verify != "sizes":
+            known = integrity.remembered(directory, sha256) if verify == "auto" else {}
+            unknown = [name for name, state in states.items() if known.get(name) != state]
+            if unknown:
+                settled = {name: state for name, state in states.items() if state.settled}
+                digests = integrity.hash_files(directory, states, unknown, progress)
+                wrong = sorted(name for name in unknown if digests[name] != manifest.files[name].sha256)
+                if wrong:
+                    raise BundleError(f"{directory}: {_listed(wrong)} differs from its sha256 in {MANIFEST_FILE}")
+                integrity.remember(directory, sha256, settled)
+        try:
+            return cls(directory, manifest, sha256)
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{directory}: '{manifest.embedding.file}' cannot be mapped: {error}") from error
+
+    def file(self, name: str) -> Path:
+        """The path of a file of the bundle. ``BundleError`` for a name that ``bundle.json`` does not have."""
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path}: there is no file {name!r} in the bundle")
+        return self.path / name
+
+    def embedding_table(self) -> np.memmap:
+        """The token embeddings ``[V, H]`` as stored, mapped read-only; bfloat16 shows as its bits in uint16."""
+        return self._table
+
+    def embed(self, token_ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Embeddings float32 ``[n, H]`` of token ids ``[n]``; ``BundleError`` for an id outside the table."""
+        ids = np.asarray(token_ids, dtype=np.int64)
+        outside = ids[(ids < 0) | (ids >= len(self._rows))]
+        if outside.size:
+            raise BundleError(
+                f"{self.path}: the embedding table has {len(self._rows)} rows, but token id {outside[0]} was asked for"
+            )
+        rows = self._rows[ids]
+        if self.manifest.embedding.dtype == "bfloat16":
+            # The upper half of a float32, so this is exact.
+            return (rows.astype(np.uint32) << 16).view(np.float32)
+        return rows.astype(np.float32, copy=False)
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """The manifest in a ``bundle.json``, checked in itself. ``BundleError`` begins with ``where``."""
+    try:
+        version = msgspec.json.decode(data, type=_Version).schema_version
+        if version != SCHEMA_VERSION:
+            remedy = "use a newer intertitle" if version > SCHEMA_VERSION else "compile the checkpoint again"
+            raise BundleError(
+                f"{where}: schema version {version} is not known, this intertitle reads version {SCHEMA_VERSION}; "
+                f"{remedy}"
+            )
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(f"{where}: not a bundle manifest: {_one_line(error)}") from error
+    problem = _inconsistency(manifest)
+    if problem is not None:
+        raise BundleError(f"{where}: {problem}")
+    return manifest
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a file of a bundle may be called so: ASCII, one path component, not hidden, not ``bundle.json``."""
+    return _PLAIN_NAME.fullmatch(name) is not None and name != MANIFEST_FILE
+
+
+def embedding_bytes(embedding: Embedding) -> int:
+    """The size of the embedding table's file."""
+    return embedding.shape[0] * embedding.shape[1] * _stored_dtype(embedding).itemsize
+
+
+def _stored_dtype(embedding: Embedding) -> np.dtype[Any]:
+    return np.dtype({"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}[embedding.dtype])
+
+
+def _inconsistency(manifest: Manifest) -> str | None:
+    """The first thing in which a manifest contradicts itself."""
+    names = set(manifest.components)
+    audio = manifest.preprocessing.audio is not None
+    expected = {"vision", "connector", "decoder"} | ({"audio"} if audio else set())
+    if names != expected:
+        return f"components are {_listed(sorted(names))}, expected {_listed(sorted(expected))}"
+    modes = {"video", "audio", "audiovideo"} if audio else {"video"}
+    if not modes <= set(manifest.prompts):
+        return f"no prompt for {_listed(sorted(modes - set(manifest.prompts)))}"
+
+    roles = [TOKENIZER_FILE, manifest.embedding.file]
+    for name, component in manifest.components.items():
+        graph = f"decoder.{manifest.dialect}.onnx" if name == "decoder" else f"{name}.onnx"
+        if component.graph != graph:
+            return f"the graph of component '{name}' is {component.graph!r}, expected '{graph}'"
+        if component.data not in (None, f"{graph}.data"):
+            return f"the data of component '{name}' is {component.data!r}, expected '{graph}.data'"
+        if (component.weights == "int4") != (component.block_size is not None) and component.weights != "int8":
+            return f"component '{name}' has {component.weights} weights with block size {component.block_size}"
+        for tensors in (component.inputs, component.outputs):
+            if len({tensor.name for tensor in tensors}) != len(tensors) or not tensors:
+                return f"component '{name}' has no inputs or outputs, or two of one name"
+        roles += [component.graph, *([component.data] if component.data else [])]
+    if manifest.components["decoder"].weights != manifest.weights:
+        return f"weights are {manifest.weights}, but the decoder's are {manifest.components['decoder'].weights}"
+
+    for name in manifest.files:
+        if not is_plain_name(name):
+            return f"{_quoted(name)} is not a plain file name"
+    if len(set(roles)) != len(roles):
+        return "two roles share one file"
+    if missing := sorted(set(roles) - set(manifest.files)):
+        return f"files: {_listed(missing)} is not listed"
+    if unused := sorted(set(manifest.files) - set(roles)):
+        return f"files: {_listed(unused)} belongs to no component"
+
+    decoder, embedding = manifest.decoder, manifest.embedding
+    if embedding.shape != (decoder.vocab_size, decoder.hidden_size):
+        return f"embedding table {list(embedding.shape)} for a decoder of {decoder.vocab_size} x {decoder.hidden_size}"
+    size = manifest.files[embedding.file].size
+    if size != embedding_bytes(embedding):
+        return (
+            f"'{embedding.file}' has {size} bytes, but {embedding.dtype} {list(embedding.shape)} "
+            f"takes {embedding_bytes(embedding)}"
+        )
+    image = manifest.preprocessing.image
+    if image.size < 1 or image.crop < 1 or (image.resize == "shortest_edge" and image.crop > image.size):
+        return f"image: size {image.size}, crop {image.crop}"
+    if min(image.std) <= 0:
+        return f"image: std {list(image.std)}"
+    if any(prompt.sentinel >= 0 for prompt in manifest.prompts.values()):
+        return "the sentinel of a prompt is not negative, so it is also a token"
+    bos = [prompt.bos_token_id for prompt in manifest.prompts.values() if prompt.bos_token_id is not None]
+    if not all(0 <= token < decoder.vocab_size for token in (*bos, *manifest.generation.eos_token_ids)):
+        return f"a BOS or EOS token id is outside the vocabulary of {decoder.vocab_size}"
+    return None
+
+
+def _read_manifest(directory: Path) -> bytes:
+    path = directory / MANIFEST_FILE
+    try:
+        if not directory.is_dir():
+            missing = "there is no such directory" if not directory.exists() else "not a directory"
+            raise BundleError(f"{directory}: {missing}; a bundle is the directory that `intertitle compile` wrote")
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            raise BundleError(f"{path}: not a regular file; a bundle holds no links, directories or devices")
+        if status.st_size > _MAX_MANIFEST_BYTES:
+            raise BundleError(f"{path}: {status.st_size} bytes is too large for a bundle manifest")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise BundleError(f"{directory}: not a bundle, there is no {MANIFEST_FILE} in it") from None
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _scan(directory: Path, files: Mapping[str, FileRecord]) -> dict[str, FileState]:
+    """The states of exactly the files listed; ``BundleError`` for any other thing in the directory."""
+    states = {}
+    try:
+        with os.scandir(directory) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                status = entry.stat(follow_symlinks=False)
+                if entry.name != MANIFEST_FILE and entry.name not in files:
+                    raise BundleError(f"{directory}: {_quoted(entry.name)} is not part of the bundle; remove it")
+                if not stat.S_ISREG(status.st_mode):
+                    kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a regular file"
+                    raise BundleError(f"{directory}: '{entry.name}' is {kind}; a bundle holds regular files only")
+                if entry.name != MANIFEST_FILE:
+                    states[entry.name] = FileState.of(status)
+    except OSError as error:
+        raise BundleError(f"{directory}: cannot be read: {error.strerror}") from error
+    if missing := sorted(set(files) - set(states)):
+        raise BundleError(f"{directory}: {_listed(missing)} is missing; the bundle is incomplete")
+    for name, state in states.items():
+        if state.size != files[name].size:
+            raise BundleError(f"{directory}: '{name}' has {state.size} bytes, expected {files[name].size}")
+    return states
+
+
+def _listed(names: list[str]) -> str:
+    """A few names for a message."""
+    shown = ", ".join(_quoted(name) for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+def _quoted(name: str) -> str:
+    return f"'{_one_line(name)}'"
+
+
+def _one_line(text: object) -> str:
+    """Text from a file that is not trusted, fit for a terminal: no line breaks, no control characters."""
+    characters = [character if character.isprintable() else "?" for character in str(text)]
+    return "".join(characters[:300])

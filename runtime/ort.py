@@ -1,0 +1,214 @@
+"""ONNX Runtime sessions: the encoders as plain functions, the decoder behind the ``Inference`` seam."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import BundleError, OptionError, TargetError
+from .bundle import DecoderSpec
+from .inference import FloatArray
+
+#: Prompt tokens per decoder run. The attention kernel holds one row of scores per head, new token and cached token;
+#: 512 keeps that at 170 MB for 28 heads over 3000 tokens, where one run over all of them would take 940 MB.
+PREFILL_CHUNK = 512
+
+
+def _onnxruntime() -> Any:
+    # The Linux builds send telemetry unless told not to (ONNX Runtime 1.29); read at import time.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except ImportError:
+        raise TargetError(
+            "ONNX Runtime is not installed; install one of the extras: pip install 'intertitle[cpu]'"
+        ) from None
+    return onnxruntime
+
+
+def open_session(graph: Path, threads: int | None = None) -> Any:
+    """An ``onnxruntime.InferenceSession`` on the CPU provider. ``BundleError`` when the graph cannot be loaded."""
+    ort = _onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return ort.InferenceSession(os.fspath(graph), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a dozen unrelated classes
+        reason = " ".join(str(error).split())
+        raise BundleError(f"{graph.name}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from error
+
+
+class OrtComponent:
+    """An encoder with one input and one output."""
+
+    def __init__(self, graph: Path, threads: int | None = None) -> None:
+        self._session = open_session(graph, threads)
+        self._input = self._session.get_inputs()[0].name
+        self._run_options = _onnxruntime().RunOptions()
+        # Activations of the encoders are large and needed once a clip: hand them back after each run.
+        self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+
+    def __call__(self, value: FloatArray) -> FloatArray:
+        """Run on one float32 array; shapes are those of the bundle's component."""
+        return self._session.run(None, {self._input: np.ascontiguousarray(value)}, self._run_options)[0]
+
+
+class OrtDecoder:
+    """The decoder graph, from which any number of caches can be opened."""
+
+    def __init__(
+        self,
+        graph: Path,
+        spec: DecoderSpec,
+        embed: Callable[[npt.NDArray[np.int64]], FloatArray],
+        threads: int | None = None,
+    ) -> None:
+        self.spec, self.embed = spec, embed
+        self._session = open_session(graph, threads)
+
+    def open(self, rows: int, max_length: int) -> OrtInference:
+        """A fresh cache. ``OptionError`` when ``max_length`` exceeds what the decoder was trained for."""
+        if max_length > self.spec.context_length:
+            raise OptionError(
+                f"prompt and caption may take {max_length} tokens, but the decoder's context is "
+                f"{self.spec.context_length}; ask for fewer new tokens or a shorter prompt"
+            )
+        return OrtInference(self._session, self.spec, self.embed, rows, max_length)
+
+
+class OrtInference:
+    """``Inference`` over one shared past/present buffer, all inputs and outputs bound once.
+
+    The cache is one array ``[rows, kv_heads, max_length, head_dim]`` for each layer's keys and values, bound as past
+    and present at once, so that a step writes one slot of it and copies nothing.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        spec: DecoderSpec,
+        embed: Callable[[npt.NDArray[np.int64]], FloatArray],
+        rows: int,
+        max_length: int,
+    ) -> None:
+        self._session, self._spec, self._embed = session, spec, embed
+        self._rows, self._max_length = rows, max_length
+        shape = (rows, spec.num_kv_heads, max_length, spec.head_dim)
+        names = [f"{layer}.{part}" for layer in range(spec.num_layers) for part in ("key", "value")]
+        self._cache = {name: np.zeros(shape, np.float32) for name in names}
+        self._filled = np.zeros(rows, np.int64)
+        self._step = self._bind(slice(0, rows), length=1, asked=1)
+
+    @property
+    def rows(self) -> int:
+        return self._rows
+
+    @property
+    def max_length(self) -> int:
+        return self._max_length
+
+    def prefill(
+        self, row: int, embeds: FloatArray, num_logits: int = 1, progress: Callable[[int], None] | None = None
+    ) -> FloatArray:
+        length = len(embeds)
+        if not 1 <= num_logits <= length:
+            raise ValueError(f"num_logits is {num_logits} for {length} new tokens")
+        self._check_room(row, length)
+        collected = []
+        for start in range(0, length, PREFILL_CHUNK):
+            part = embeds[start : start + PREFILL_CHUNK]
+            # Positions of this chunk whose logits were asked for; a chunk without one projects its last position
+            # only, and the result is dropped.
+            first = max(0, length - num_logits - start)
+            wanted = np.arange(first, len(part)) if first < len(part) else np.array([len(part) - 1])
+            bound = self._bind(slice(row, row + 1), len(part), len(wanted))
+            bound.embeds[0], bound.logits_index[0] = part, wanted
+            self._filled[row] += len(part)
+            bound.lengths[0], bound.total_length[...] = self._filled[row] - 1, self._filled[row]
+            self._session.run_with_iobinding(bound.binding)
+            if progress is not None:
+                progress(start + len(part))
+            if first < len(part):
+                collected.append(bound.logits[0])
+        return collected[0] if len(collected) == 1 else np.concatenate(collected)
+
+    def step(self, token_ids: npt.NDArray[np.int64]) -> FloatArray:
+        bound = self._step
+        for row in range(self._rows):
+            self._check_room(row, 1)
+        bound.embeds[:, 0] = self._embed(token_ids)
+        bound.lengths[:] = self._filled
+        self._filled += 1
+        bound.total_length[...] = self._filled.max()
+        self._session.run_with_iobinding(bound.binding)
+        return bound.logits[:, 0]
+
+    def rearrange(self, sources: Sequence[int]) -> None:
+        index = np.asarray(sources)
+        if np.array_equal(index, np.arange(self._rows)):
+            return
+        filled = int(self._filled[index].max())
+        for buffer in self._cache.values():
+            buffer[:, :, :filled] = buffer[index, :, :filled]
+        self._filled = self._filled[index]
+
+    def truncate(self, row: int, length: int) -> None:
+        if not 0 <= length <= self._filled[row]:
+            raise ValueError(f"row {row} holds {self._filled[row]} tokens, cannot keep {length}")
+        self._filled[row] = length
+
+    def _check_room(self, row: int, count: int) -> None:
+        if self._filled[row] + count > self._max_length:
+            raise OptionError(
+                f"the cache holds {self._max_length} tokens a row; row {row} has {self._filled[row]}, {count} more asked"
+            )
+
+    def _bind(self, rows: slice, length: int, asked: int) -> _Bound:
+        return _Bound(self._session, {name: buffer[rows] for name, buffer in self._cache.items()}, self._spec, length, asked)
+
+
+class _Bound:
+    """One set of input and output arrays and the binding that points at them.
+
+    On the CPU an OrtValue made of a NumPy array is the array itself, so writing into the arrays is all that a run
+    needs; the arrays are kept alive here as long as the binding.
+    """
+
+    def __init__(
+        self, session: Any, cache: dict[str, FloatArray], spec: DecoderSpec, length: int, asked: int
+    ) -> None:
+        rows = next(iter(cache.values())).shape[0]
+        self.embeds: FloatArray = np.zeros((rows, length, spec.hidden_size), np.float32)
+        self.lengths = np.zeros(rows, np.int32)
+        self.total_length = np.zeros((), np.int32)
+        self.logits_index = np.zeros((rows, asked), np.int64)
+        self.logits: FloatArray = np.zeros((rows, asked, spec.vocab_size), np.float32)
+        self.binding = session.io_binding()
+        value_of = _onnxruntime().OrtValue.ortvalue_from_numpy
+        inputs = {
+            "inputs_embeds": self.embeds,
+            "lengths": self.lengths,
+            "total_length": self.total_length,
+            "logits_index": self.logits_index,
+        }
+        self._values = []
+        for name, array in inputs.items():
+            value = value_of(array)
+            self._values.append(value)
+            self.binding.bind_ortvalue_input(name, value)
+        value = value_of(self.logits)
+        self._values.append(value)
+        self.binding.bind_ortvalue_output("logits", value)
+        for name, buffer in cache.items():
+            value = value_of(buffer)
+            self._values.append(value)
+            self.binding.bind_ortvalue_input(f"past.{name}", value)
+            self.binding.bind_ortvalue_output(f"present.{name}", value)
+        self._cache = cache

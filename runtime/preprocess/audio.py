@@ -1,0 +1,99 @@
+"""What of a sound reaches the audio tower: the reference's two policies, made deterministic, and resampling."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import MediaError, OptionError
+
+FloatArray = npt.NDArray[np.float32]
+
+SAMPLE_RATE = 16_000
+SECONDS = 30
+NUM_SAMPLES = SECONDS * SAMPLE_RATE
+_NUM_CLIPS = 8
+_CLIP_SAMPLES = 2 * SAMPLE_RATE
+
+
+def video_policy(samples: FloatArray, divisor: Literal[7, 8] = 8) -> FloatArray:
+    """The sound that goes with a video: float32 ``[480000]`` from ``samples [n]``, mono at 16 kHz.
+
+    Eight clips of 2 s, clip i from ``i * max(D - 2, 0) / divisor`` seconds of the D that there are (bounds truncated
+    to whole samples), joined and padded with silence to 30 s; less than 2 s are repeated eight times. VideoLLaMA2
+    mm_utils.py ``process_audio_from_video`` over pytorchvideo's constant clips: its release 0.1.5 divides by 8, its
+    main branch by 7 (FACTS 1.4).
+    """
+    if samples.ndim != 1:
+        raise MediaError(f"the sound of a video must be mono [n], not {list(samples.shape)}")
+    if divisor not in (7, 8):
+        raise OptionError(f"clips of sound are spaced by sevenths or eighths, not by {divisor}")
+    spare = max(len(samples) - _CLIP_SAMPLES, 0)
+    out = np.zeros(NUM_SAMPLES, np.float32)
+    filled = 0
+    for clip in range(_NUM_CLIPS):
+        start = clip * spare // divisor
+        piece = samples[start : start + _CLIP_SAMPLES]
+        out[filled : filled + len(piece)] = piece
+        filled += len(piece)
+    return out
+
+
+def audio_policy(samples: FloatArray, sample_rate: int) -> FloatArray:
+    """A sound on its own: float32 ``[480000]`` from ``samples [n]`` or the first channel of ``[channels, n]``.
+
+    The first 30 s (the reference crops at random: FACTS 1.4), padded with silence to 30 s, then Fourier-resampled to
+    16 kHz as librosa's ``res_type="fft"`` does. VideoLLaMA2 mm_utils.py ``process_audio_file``.
+    """
+    _check_rate(sample_rate)
+    channel = samples if samples.ndim == 1 else samples[0]
+    padded = np.zeros(SECONDS * sample_rate)
+    kept = channel[: len(padded)]
+    padded[: len(kept)] = kept
+    if sample_rate == SAMPLE_RATE:
+        return padded.astype(np.float32)
+    return _fourier_resample(padded, NUM_SAMPLES).astype(np.float32)
+
+
+def resample(samples: FloatArray, from_rate: int, to_rate: int) -> FloatArray:
+    """Mono float32 ``[n']`` in steps of 2**-15 from ``samples [n]`` or ``[channels, n]``, as ffmpeg makes 16-bit sound.
+
+    libswresample mixes down, resamples and rounds to int16, which is what the reference hears of a video
+    (``ffmpeg -ac 1 -ar 16000 -f s16le``), so that an array and a file with the same samples give the same tokens.
+    """
+    import av
+
+    _check_rate(from_rate)
+    _check_rate(to_rate)
+    channels = np.atleast_2d(samples)
+    layout = {1: "mono", 2: "stereo"}.get(len(channels), f"{len(channels)} channels")
+    try:
+        resampler = av.AudioResampler("s16", "mono", to_rate)
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(channels, np.float32), "fltp", layout)
+        frame.sample_rate = from_rate
+        parts = [part.to_ndarray()[0] for given in (frame, None) for part in resampler.resample(given)]
+    except (av.FFmpegError, ValueError) as error:
+        raise MediaError(
+            f"cannot resample {len(channels)} channels from {from_rate} to {to_rate} Hz: {error}"
+        ) from error
+    pcm = np.concatenate([np.zeros(0, np.int16), *parts])
+    return (pcm / np.float32(1 << 15)).astype(np.float32)
+
+
+def _check_rate(rate: int) -> None:
+    if not 0 < rate <= 1_000_000:
+        raise MediaError(f"a sample rate of {rate} Hz is not possible")
+
+
+def _fourier_resample(samples: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.float64]:
+    """``samples [n]`` as ``[count]`` over the same time: cut or pad the spectrum (``scipy.signal.resample``)."""
+    spectrum = np.fft.rfft(samples)
+    shared = min(len(samples), count)
+    kept = np.zeros(count // 2 + 1, spectrum.dtype)
+    kept[: shared // 2 + 1] = spectrum[: shared // 2 + 1]
+    if shared % 2 == 0 and len(samples) != count:
+        # The bin at the lower Nyquist frequency stands for both signs: two bins fold into it, or it splits in two.
+        kept[shared // 2] *= 2.0 if count < len(samples) else 0.5
+    return np.fft.irfft(kept, count) * (count / len(samples))

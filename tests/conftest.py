@@ -1,0 +1,138 @@
+"""Fixtures that several rooms' tests share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+VOCAB, WIDTH = 7, 4
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The fixture checkpoints with their expected numbers."""
+    return Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def repo_dir() -> Path:
+    return Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _private_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Tests leave nothing in the cache of the user who runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def manifest_json() -> dict[str, Any]:
+    """A ``bundle.json`` written by hand from DESIGN's description, still without files."""
+
+    def component(graph: str, **more: Any) -> dict[str, Any]:
+        tensors = {
+            "inputs": [{"name": "x", "dtype": "float32", "shape": ["frames", 3, 8, 8]}],
+            "outputs": [{"name": "y", "dtype": "float32", "shape": [1, 5, WIDTH]}],
+        }
+        return {"graph": graph, "data": None, "weights": "fp32", "block_size": None, "parameters": 10, **tensors, **more}
+
+    prompt = {"prefix": "USER: ", "suffix": "{instruction}", "separator": "", "bos_token_id": 1, "sentinel": -200}
+    return {
+        "schema_version": 1,
+        "name": "tiny",
+        "family": "videollama2",
+        "target": "cpu",
+        "dialect": "ort",
+        "weights": "int4",
+        "components": {
+            "vision": component("vision.onnx"),
+            "connector": component("connector.onnx", data="connector.onnx.data"),
+            "audio": component("audio.onnx"),
+            "decoder": component("decoder.ort.onnx", data="decoder.ort.onnx.data", weights="int4", block_size=32),
+        },
+        "embedding": {"file": "embedding.bin", "dtype": "bfloat16", "shape": [VOCAB, WIDTH]},
+        "decoder": {
+            "num_layers": 1,
+            "num_kv_heads": 1,
+            "head_dim": 2,
+            "vocab_size": VOCAB,
+            "hidden_size": WIDTH,
+            "context_length": 64,
+        },
+        "preprocessing": {
+            "num_frames": 8,
+            "frame_rule": "centered",
+            "image": {"resize": "exact", "size": 8, "crop": 8, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+            "audio": {
+                "sample_rate": 16000,
+                "num_samples": 480000,
+                "num_mel_bins": 128,
+                "num_frames": 2998,
+                "num_tokens": 1496,
+            },
+        },
+        "prompts": {"video": prompt, "audio": prompt, "audiovideo": prompt},
+        "default_instruction": "Describe the video in detail.",
+        "generation": {
+            "eos_token_ids": [2],
+            "repetition_penalty": 1.0,
+            "temperature": 0.2,
+            "top_p": 0.9,
+            "top_k": 0,
+            "max_new_tokens": 16,
+        },
+        "visual": {"blocks": 1, "tokens_per_block": 5},
+        "provenance": {
+            "checkpoint": "tiny",
+            "checkpoint_sha256": "0" * 64,
+            "adapter": None,
+            "adapter_sha256": None,
+            "intertitle": "0",
+            "tools": {"torch": "2"},
+        },
+        "files": {},
+    }
+
+
+@pytest.fixture
+def bundle_files() -> dict[str, bytes]:
+    """Contents for every file that ``manifest_json`` names; the graphs are not graphs, only bytes."""
+    table = np.arange(VOCAB * WIDTH, dtype=np.float32).reshape(VOCAB, WIDTH) - 9
+    return {
+        "vision.onnx": b"vision graph",
+        "connector.onnx": b"connector graph",
+        "connector.onnx.data": b"\x01" * 100,
+        "audio.onnx": b"audio graph",
+        "decoder.ort.onnx": b"decoder graph",
+        "decoder.ort.onnx.data": b"\x02" * 1000,
+        # Small integers are exact in bfloat16, the upper half of a float32.
+        "embedding.bin": (table.view("<u4") >> 16).astype("<u2").tobytes(),
+        "tokenizer.json": b"{}",
+    }
+
+
+@pytest.fixture
+def write_bundle(
+    manifest_json: dict[str, Any], bundle_files: dict[str, bytes]
+) -> Callable[..., Path]:
+    """``write_bundle(directory, manifest=..., files=...)``: a valid bundle, unless told otherwise."""
+
+    def write(directory: Path, manifest: dict[str, Any] | None = None, files: dict[str, bytes] | None = None) -> Path:
+        manifest = manifest_json if manifest is None else manifest
+        files = bundle_files if files is None else files
+        records = {n: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for n, data in files.items()}
+        directory.mkdir()
+        for name, data in files.items():
+            (directory / name).write_bytes(data)
+        (directory / "bundle.json").write_text(json.dumps({**manifest, "files": manifest["files"] or records}))
+        return directory
+
+    return write
