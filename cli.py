@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ._version import __version__
-from .console import ProgressDisplay, describe
+from .console import ProgressDisplay, describe, results
 from .errors import IntertitleError, MediaError, OptionError
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ def compile_command(
         table.add_row(name, *described, f"{size / 1e6:,.1f}")
     table.add_section()
     table.add_row("total", "", "", f"{sum(result.component_bytes.values()) / 1e6:,.1f}")
-    Console().print(table)
+    results().print(table)
 
 
 def _decoding_options(command):
@@ -275,14 +274,18 @@ def verify(
 
 
 def _print_report(report: Report) -> None:
-    console = Console(highlight=False)
+    console = results()
     for clip in report.clips:
-        table = Table("stage", "error", "tolerance", "", title=f"{escape(clip.clip)} ({clip.mode})", title_justify="left")
+        table = Table(
+            "stage", "error", "tolerance", "", title=f"{escape(clip.clip)} ({clip.mode})", title_justify="left"
+        )
         for stage in clip.stages:
             table.add_row(stage.stage, f"{stage.error:.2e}", f"{stage.tolerance:.0e}", stage.verdict)
         if clip.tokens is not None:
             near = "" if clip.tokens.margin is None else f"margin {clip.tokens.margin:.2e}"
-            table.add_row("greedy tokens", f"{clip.tokens.equal}/{clip.tokens.compared} equal", near, clip.tokens.verdict)
+            table.add_row(
+                "greedy tokens", f"{clip.tokens.equal}/{clip.tokens.compared} equal", near, clip.tokens.verdict
+            )
         console.print(table)
         if clip.drift is not None:
             drift = clip.drift
@@ -292,6 +295,8 @@ def _print_report(report: Report) -> None:
                 f"{drift.equal_tokens} of {drift.compared} greedy tokens equal"
             )
     where = f": first divergent component: {report.first_divergent}" if report.first_divergent else ""
+    for note in report.notes:
+        console.print(note, markup=False)
     console.print(f"{report.verdict}{where}")
 
 
@@ -312,7 +317,7 @@ def info(bundle: Path, as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(opened.manifest), indent=1).decode())
     else:
-        Console(highlight=False).print(*describe(opened.manifest), sep="\n")
+        results().print(*describe(opened.manifest), sep="\n")
 
 
 @cli.command()
@@ -337,9 +342,7 @@ def demo(keep: Path | None, quiet: bool) -> None:
         with ProgressDisplay(quiet) as progress:
             compile_bundle(checkpoint, bundle, weights="int4", overwrite=True, progress=progress)
         with ProgressDisplay(quiet) as progress:
-            result = Captioner.load(bundle).caption(
-                DEMO_CLIP, decoding=Decoding(max_new_tokens=32), progress=progress
-            )
+            result = Captioner.load(bundle).caption(DEMO_CLIP, decoding=Decoding(max_new_tokens=32), progress=progress)
     click.echo(f"caption (of random weights, so noise): {result.text!r}")
     click.echo(f"heard and saw: {result.mode}, {result.prompt_tokens} prompt tokens, {len(result.token_ids)} new")
     for stage, seconds in result.timings.items():
@@ -383,3 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _print_error(error)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

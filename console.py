@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,15 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .runtime.bundle import Manifest
+    from .runtime.bundle import Manifest, TensorSpec
 
 #: Stages shorter than this many units get no share of a bar.
 _UNITS = {"vision": "frames", "prefill": "tokens", "decode": "tokens"}
+
+
+def results() -> Console:
+    """Standard output; wide enough for every table where it is no terminal."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 class ProgressDisplay:
@@ -35,7 +40,12 @@ class ProgressDisplay:
 
     def __enter__(self) -> ProgressDisplay:
         if self.console.is_terminal and not self._quiet:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"), TimeElapsedColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[count]}"),
+                TimeElapsedColumn(),
+            )
             self._bar = Progress(*columns, console=self.console, transient=True)
             self._task = self._bar.add_task("", total=None, count="")
             self._bar.start()
@@ -75,15 +85,11 @@ def describe(manifest: Manifest) -> Iterator[Table | str]:
     """A bundle's manifest for a reader."""
     files = manifest.files
     yield f"{manifest.name}: {manifest.family}, for {manifest.target} ({manifest.dialect}), decoder {manifest.weights}"
-    table = Table("component", "weights", "parameters", "MB", "inputs", "outputs")
+    table = Table("component", "weights", "parameters", "MB", "takes", "gives")
     for name, part in manifest.components.items():
         size = sum(files[file].size for file in (part.graph, part.data) if file)
-        # A decoder's cache is dozens of alike inputs; one line says it.
-        inputs, outputs = (
-            "\n".join(f"{spec.name} {spec.shape}" for spec in specs if not spec.name.startswith(("past.", "present.")))
-            for specs in (part.inputs, part.outputs)
-        )
-        table.add_row(name, part.weights, f"{part.parameters:,}", f"{size / 1e6:,.1f}", escape(inputs), escape(outputs))
+        taken, given = (escape("\n".join(_shapes(specs))) for specs in (part.inputs, part.outputs))
+        table.add_row(name, part.weights, f"{part.parameters:,}", f"{size / 1e6:,.1f}", taken, given)
     embedding = manifest.embedding
     rows, width = embedding.shape
     size = files[embedding.file].size / 1e6
@@ -101,3 +107,17 @@ def describe(manifest: Manifest) -> Iterator[Table | str]:
     adapter = f" + adapter {made.adapter}" if made.adapter else ""
     yield f"compiled from {made.checkpoint}{adapter} by intertitle {made.intertitle}"
     yield f"{sum(record.size for record in files.values()) / 1e6:,.1f} MB in {len(files)} files"
+
+
+def _shapes(specs: Sequence[TensorSpec]) -> Iterator[str]:
+    """``name shape`` of each tensor; a decoder's cache is dozens of alike ones, of which a line says enough."""
+    cache = [spec for spec in specs if spec.name.startswith(("past.", "present."))]
+    for spec in specs:
+        if spec not in cache:
+            yield f"{spec.name} {_shape(spec)}"
+    if cache:
+        yield f"{len(cache)} x {cache[0].name.split('.')[0]} {_shape(cache[0])}"
+
+
+def _shape(spec: TensorSpec) -> str:
+    return "[" + ",".join(str(size) for size in spec.shape) + "]"

@@ -1,1 +1,1 @@
-"""TODO."""
+"""What it costs: scripts that measure and write JSON under ``results/``, each with its environment."""

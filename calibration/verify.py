@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..errors import OptionError
-from ..models import open_checkpoint
+from ..models import CaptionerCheckpoint, open_checkpoint
 from ..runtime.bundle import Manifest
 from ..runtime.captioner import Captioner
 from ..runtime.clip import Clip
@@ -88,12 +88,14 @@ class ClipResult:
 
 @dataclass
 class Report:
-    """The whole. ``first_divergent`` names the first stage, in the order of the data, that failed on any clip."""
+    """The whole. ``first_divergent`` names the first stage, in the order of the data, that failed on any clip;
+    ``notes`` says where the reference is not what the bundle was made from."""
 
     verdict: str
     first_divergent: str | None
     weights: str
     clips: list[ClipResult]
+    notes: list[str] = field(default_factory=list)
 
 
 def verify_bundle(
@@ -113,7 +115,7 @@ def verify_bundle(
     source = open_checkpoint(checkpoint, adapter=adapter, keep=captioner.manifest.visual.keep)
     reference = Reference(source, weights, block_size)
     original = None if weights == "fp32" else Reference(source)
-    return verify(
+    report = verify(
         captioner,
         reference,
         media,
@@ -122,6 +124,18 @@ def verify_bundle(
         audio=audio,
         progress=progress,
     )
+    report.notes.extend(_provenance_notes(captioner.manifest, source))
+    return report
+
+
+def _provenance_notes(manifest: Manifest, source: CaptionerCheckpoint) -> Iterator[str]:
+    made = manifest.provenance
+    if made.checkpoint_sha256 != source.checkpoint.fingerprint():
+        yield f"the reference is not the checkpoint that the bundle was compiled from ({made.checkpoint})"
+    if made.adapter_sha256 is not None and source.adapter is None:
+        yield f"the bundle has the adapter {made.adapter} merged, the reference none: give it with --adapter"
+    elif made.adapter_sha256 != (source.adapter.fingerprint() if source.adapter else None):
+        yield "the reference's adapter is not the one that was merged into the bundle"
 
 
 def check_same_model(manifest: Manifest, reference: Reference) -> None:
@@ -193,7 +207,12 @@ def _verify_clip(
     if clip.frames is not None:
         assert clip.order is not None
         pixels = reference.pixels(clip.frames)
-        hold("pixels", preprocess_frames(clip.frames, captioner.manifest.preprocessing.image), pixels, TOLERANCE["pixels"])
+        hold(
+            "pixels",
+            preprocess_frames(clip.frames, captioner.manifest.preprocessing.image),
+            pixels,
+            TOLERANCE["pixels"],
+        )
         features = reference.run("vision", pixels)
         hold("vision", encoder.features(pixels, stages), features, TOLERANCE["vision"])
         visual = reference.run("connector", features[clip.order])
@@ -233,9 +252,7 @@ def relative_error(mine: FloatArray, theirs: FloatArray) -> float:
     return float(np.abs(mine - theirs).max() / max(float(np.abs(theirs).max()), np.finfo(np.float32).tiny))
 
 
-def _reference_prompt(
-    captioner: Captioner, reference: Reference, encoded: EncodedClip, instruction: str
-) -> FloatArray:
+def _reference_prompt(captioner: Captioner, reference: Reference, encoded: EncodedClip, instruction: str) -> FloatArray:
     spec = captioner.manifest.prompts[encoded.mode]
     chunks = build_prompt(captioner.tokenizer, spec, instruction, len(encoded.blocks))
     pieces = [reference.embed(np.array(chunk, np.int64)) for chunk in chunks]

@@ -94,7 +94,12 @@ def compile_bundle(
         sizes: dict[str, int] = {}
         for graph in graphs:
             components[graph.name], sizes[graph.name], done = _write_component(
-                graph, source, record, writer, lambda count, label=graph.name: report(f"writing {label}", count, total), done
+                graph,
+                source,
+                record,
+                writer,
+                lambda count, label=graph.name: report(f"writing {label}", count, total),
+                done,
             )
         report("writing embedding", done, total)
         _write_embedding(embedding, writer)

@@ -103,9 +103,7 @@ def lower(module: nn.Module, rules: dict[type[nn.Module], Callable[[nn.Module], 
     return module
 
 
-def component_graph(
-    name: str, module: nn.Module, signature: Signature, target: Target, weights: str
-) -> ComponentGraph:
+def component_graph(name: str, module: nn.Module, signature: Signature, target: Target, weights: str) -> ComponentGraph:
     """Lower a component (on the meta device) to the target's dialect and trace it.
 
     ``weights`` ``"int4"`` turns the linear layers of the decoder into MatMulNBits; the other components stay fp32.

@@ -1,7 +1,7 @@
 """Files of named tensors, read one tensor at a time: safetensors and PyTorch's zip pickles.
 
-A file stays mapped only as long as a tensor read from it lives, so that going through a checkpoint of any size needs the
-memory of its largest tensor. A pickle is only ever read with ``weights_only=True``.
+A file stays mapped only as long as a tensor read from it lives, so that going through a checkpoint of any size needs
+the memory of its largest tensor. A pickle is only ever read with ``weights_only=True``.
 """
 
 from __future__ import annotations

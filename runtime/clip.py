@@ -53,7 +53,7 @@ def read_clip(
     with stages.measure("open"):
         media = open_media(source)
     with media:
-        clip = Clip()
+        clip = Clip(seconds=media.duration or None)
         if media.has_video:
             with stages.measure("read_frames"):
                 _take_frames(clip, media, spec, per_frame)
@@ -61,7 +61,7 @@ def read_clip(
         if media.has_audio and listens:
             assert spec.audio is not None
             with stages.measure("read_audio"):
-                clip.sound = _sound_of(media, spec.audio)
+                _take_sound(clip, media, spec.audio)
         elif media.kind == "video" and listens:
             clip.notes.append("no audio track: captioned from the pictures alone")
         if clip.frames is None and clip.sound is None:
@@ -118,8 +118,18 @@ def _order(total: int, spec: Preprocessing, single: bool) -> npt.NDArray[np.int6
     return np.zeros(1, np.int64) if single else sample_indices(total, spec.num_frames, spec.frame_rule)
 
 
-def _sound_of(media: Media, spec: AudioSpec) -> FloatArray:
-    raise NotImplementedError
+def _take_sound(clip: Clip, media: Media, spec: AudioSpec) -> None:
+    if media.kind == "audio":
+        _note_crop(clip, media.duration, spec)
+        seconds = spec.num_samples / spec.sample_rate
+        sound = media.read_audio(seconds=seconds)
+        clip.sound = audio_policy(sound.samples, sound.sample_rate)
+        return
+    try:
+        clip.sound = video_policy(media.read_audio(spec.sample_rate).samples)
+    except MediaError as error:
+        # The reference hears 30 s of silence here; the pictures alone say as much, at half the tokens.
+        clip.notes.append(f"the sound cannot be used ({error}): captioned from the pictures alone")
 
 
 def _note_crop(clip: Clip, seconds: float, spec: AudioSpec) -> None:

@@ -67,12 +67,14 @@ class Settings:
 
 
 def resolve(decoding: Decoding, defaults: GenerationSpec) -> Settings:
-    """Fill in what the caller left open."""
+    """Fill in what the caller left open. ``OptionError`` for sampling at a temperature of 0."""
 
     def pick(name: str) -> float:
         value = getattr(decoding, name)
         return getattr(defaults, name) if value is None else value
 
+    if decoding.strategy == "sample" and not pick("temperature") > 0:
+        raise OptionError("the checkpoint's temperature is 0, at which nothing can be sampled; give a temperature")
     return Settings(
         strategy=decoding.strategy,
         max_new_tokens=int(pick("max_new_tokens")),
@@ -133,7 +135,7 @@ class LogNormalizer:
         peak = logits.max()
         np.subtract(logits, peak, out=self._scratch)
         np.exp(self._scratch, out=self._scratch)
-        return float(peak) + float(np.log(self._scratch.sum(dtype=np.float64)))
+        return float(peak) + float(np.log(self._scratch.sum()))
 
 
 def penalized(logits: FloatArray, seen: Sequence[int], penalty: float) -> FloatArray:

@@ -171,7 +171,9 @@ class OrtInference:
             )
 
     def _bind(self, rows: slice, length: int, asked: int) -> _Bound:
-        return _Bound(self._session, {name: buffer[rows] for name, buffer in self._cache.items()}, self._spec, length, asked)
+        return _Bound(
+            self._session, {name: buffer[rows] for name, buffer in self._cache.items()}, self._spec, length, asked
+        )
 
 
 class _Bound:
@@ -181,9 +183,7 @@ class _Bound:
     needs; the arrays are kept alive here as long as the binding.
     """
 
-    def __init__(
-        self, session: Any, cache: dict[str, FloatArray], spec: DecoderSpec, length: int, asked: int
-    ) -> None:
+    def __init__(self, session: Any, cache: dict[str, FloatArray], spec: DecoderSpec, length: int, asked: int) -> None:
         rows = next(iter(cache.values())).shape[0]
         self.embeds: FloatArray = np.zeros((rows, length, spec.hidden_size), np.float32)
         self.lengths = np.zeros(rows, np.int32)

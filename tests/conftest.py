@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,15 @@ def manifest_json() -> dict[str, Any]:
             "inputs": [{"name": "x", "dtype": "float32", "shape": ["frames", 3, 8, 8]}],
             "outputs": [{"name": "y", "dtype": "float32", "shape": [1, 5, WIDTH]}],
         }
-        return {"graph": graph, "data": None, "weights": "fp32", "block_size": None, "parameters": 10, **tensors, **more}
+        return {
+            "graph": graph,
+            "data": None,
+            "weights": "fp32",
+            "block_size": None,
+            "parameters": 10,
+            **tensors,
+            **more,
+        }
 
     prompt = {"prefix": "USER: ", "suffix": "{instruction}", "separator": "", "bos_token_id": 1, "sentinel": -200}
     return {
@@ -120,9 +130,7 @@ def bundle_files() -> dict[str, bytes]:
 
 
 @pytest.fixture
-def write_bundle(
-    manifest_json: dict[str, Any], bundle_files: dict[str, bytes]
-) -> Callable[..., Path]:
+def write_bundle(manifest_json: dict[str, Any], bundle_files: dict[str, bytes]) -> Callable[..., Path]:
     """``write_bundle(directory, manifest=..., files=...)``: a valid bundle, unless told otherwise."""
 
     def write(directory: Path, manifest: dict[str, Any] | None = None, files: dict[str, bytes] | None = None) -> Path:
@@ -136,3 +144,61 @@ def write_bundle(
         return directory
 
     return write
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A fixture checkpoint and how it is compiled."""
+
+    checkpoint: str
+    adapter: str | None = None
+    keep: float | None = None
+
+
+VARIANTS = {
+    "av-qwen2": Variant("av-qwen2"),
+    "clip-mistral": Variant("clip-mistral"),
+    "clip-mistral-lora": Variant("clip-mistral", adapter="clip-mistral-lora"),
+    "auroracap": Variant("auroracap"),
+    "auroracap-keep": Variant("auroracap", keep=0.4),
+}
+
+
+@pytest.fixture(scope="session")
+def compiled(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """``compiled(variant, weights)``: the bundle of a fixture checkpoint, compiled once in a whole test run."""
+    from filelock import FileLock
+    from intertitle.export.compile import compile_bundle
+
+    # Workers of pytest-xdist have sibling base directories; they share what lies above.
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bundles"
+    shared.mkdir(exist_ok=True)
+
+    def compile_once(variant: str, weights: str = "fp32") -> Path:
+        how, bundle = VARIANTS[variant], shared / f"{variant}-{weights}"
+        with FileLock(f"{bundle}.lock"):
+            if not bundle.exists():
+                adapter = None if how.adapter is None else data_dir / how.adapter
+                compile_bundle(
+                    data_dir / how.checkpoint, bundle, weights=weights, adapter=adapter, visual_tokens=how.keep
+                )
+        return bundle
+
+    return compile_once
+
+
+@pytest.fixture(scope="session")
+def expected(data_dir: Path) -> Callable[[str], dict[str, np.ndarray]]:
+    """``expected(variant)``: what the original implementation computes; an adapter's numbers over its base's."""
+
+    def load(variant: str) -> dict[str, np.ndarray]:
+        how = VARIANTS[variant]
+        numbers: dict[str, np.ndarray] = {}
+        for folder in (how.checkpoint, how.adapter):
+            if folder is not None:
+                with np.load(data_dir / folder / "expected.npz") as archive:
+                    numbers.update(archive)
+        return numbers
+
+    return load

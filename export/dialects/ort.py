@@ -81,7 +81,9 @@ class MatMulNBits(nn.Module):
         super().__init__()
         blocks = -(-linear.in_features // block_size)
         with torch.device("meta"):
-            self.register_buffer("qweight", torch.empty(linear.out_features, blocks, block_size // 2, dtype=torch.uint8))
+            self.register_buffer(
+                "qweight", torch.empty(linear.out_features, blocks, block_size // 2, dtype=torch.uint8)
+            )
             self.register_buffer("scales", torch.empty(linear.out_features, blocks))
         self.bias = linear.bias
         self.attributes = {

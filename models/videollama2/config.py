@@ -20,7 +20,7 @@ UNSUPPORTED = {
     "videollama2_phi3": "an unreleased Phi3 variant",
 }
 DEFAULT_NUM_FRAMES = 8
-#: Temperature and top_p: the family's own inference sets them over the checkpoint's (videollama2/__init__.py, mm_infer).
+#: Temperature and top_p, set by the family's own inference over the checkpoint's (videollama2/__init__.py, mm_infer).
 SAMPLING = (0.2, 0.9)
 
 

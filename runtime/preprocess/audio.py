@@ -64,6 +64,7 @@ def resample(samples: FloatArray, from_rate: int, to_rate: int) -> FloatArray:
     (``ffmpeg -ac 1 -ar 16000 -f s16le``), so that an array and a file with the same samples give the same tokens.
     """
     import av
+    from av.error import FFmpegError
 
     _check_rate(from_rate)
     _check_rate(to_rate)
@@ -74,7 +75,7 @@ def resample(samples: FloatArray, from_rate: int, to_rate: int) -> FloatArray:
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(channels, np.float32), "fltp", layout)
         frame.sample_rate = from_rate
         parts = [part.to_ndarray()[0] for given in (frame, None) for part in resampler.resample(given)]
-    except (av.FFmpegError, ValueError) as error:
+    except (FFmpegError, ValueError) as error:
         raise MediaError(
             f"cannot resample {len(channels)} channels from {from_rate} to {to_rate} Hz: {error}"
         ) from error

@@ -18,7 +18,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from intertitle.errors import BundleError
 from intertitle.runtime import integrity
 from intertitle.runtime.bundle import Bundle, is_plain_name, parse_manifest
@@ -178,7 +177,10 @@ STRUCTURAL: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty manifest": (lambda b: replace(b / "bundle.json", b""), "not a bundle manifest"),
     "manifest of a list": (lambda b: replace(b / "bundle.json", b"[]"), "not a bundle manifest"),
     "manifest without version": (lambda b: replace(b / "bundle.json", b"{}"), "schema_version"),
-    "manifest not in UTF-8": (lambda b: replace(b / "bundle.json", b'{"schema_version\xff": 1}'), "not a bundle manifest"),
+    "manifest not in UTF-8": (
+        lambda b: replace(b / "bundle.json", b'{"schema_version\xff": 1}'),
+        "not a bundle manifest",
+    ),
     "manifest nested deeply": (
         lambda b: replace(b / "bundle.json", b'{"schema_version": 1, "name":' + b"[" * 100_000),
         "not a bundle manifest",
@@ -325,7 +327,22 @@ def test_contradictions(whole: dict[str, Any], case: str):
     assert message in manifest_refusal(whole)
 
 
-BAD_NAMES = ["../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", ".hidden", "C:x", "a\nb", "a b", "a\0", "é", "bundle.json"]
+BAD_NAMES = [
+    "../x",
+    "..",
+    ".",
+    "",
+    "/etc/passwd",
+    "a/b",
+    "a\\b",
+    ".hidden",
+    "C:x",
+    "a\nb",
+    "a b",
+    "a\0",
+    "é",
+    "bundle.json",
+]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
@@ -354,16 +371,16 @@ json_values = st.recursive(
 
 @settings(shared, max_examples=300)
 @given(data=st.data(), value=json_values)
-def test_a_manifest_with_anything_anywhere_parses_or_is_refused(
-    whole: dict[str, Any], data: st.DataObject, value: Any
-):
+def test_a_manifest_with_anything_anywhere_parses_or_is_refused(whole: dict[str, Any], data: st.DataObject, value: Any):
     tree = copy.deepcopy(whole)
     path = data.draw(st.sampled_from(nodes(tree)))
     at(tree, path[:-1])[path[-1]] = value
+    refused = ""
     try:
         parse_manifest(json.dumps(tree).encode(), "bundle.json")
     except BundleError as error:
-        assert str(error).isprintable()
+        refused = str(error)
+    assert refused == "" or refused.isprintable()
 
 
 @given(st.binary(max_size=200))

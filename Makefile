@@ -1,0 +1,77 @@
+# `make test` and `make demo` on a machine that has only Python 3.10-3.12 and make: each first installs what it needs
+# into .venv. PYTHON=... chooses the interpreter. Where packages come from is up to pip's own settings (PIP_INDEX_URL,
+# pip.conf): on a host without a GPU an index with the CPU build of PyTorch saves several gigabytes.
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+# An order, so that the choice does not depend on what `python3` happens to be. CI runs 3.11.
+PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3.10 python3)
+
+# One thread for each test worker, whatever the number of cores.
+test test-slow: export OMP_NUM_THREADS = 1
+
+# The stamp names the checkout it was made for. A copied or moved .venv would import the other checkout, and one whose
+# interpreter is gone would not run: both count as not installed.
+INSTALLED := $(shell $(VENV)/bin/python -c 'print(open("$(STAMP)").read().strip())' 2>/dev/null)
+ifneq ($(INSTALLED),$(CURDIR))
+$(shell rm -f $(STAMP))
+endif
+
+.PHONY: help install test test-slow demo lint format clean
+
+help:
+	@echo 'make test       the tests (WORKERS=2 processes; ARGS=... goes to pytest)'
+	@echo 'make test-slow  the heavier tests'
+	@echo 'make demo       compile the tiny captioner and caption the shipped clip'
+	@echo 'make lint       ruff and pyright'
+	@echo 'make format     let ruff rewrite'
+	@echo 'make install    only the virtual environment, .venv'
+	@echo 'make clean      remove .venv and everything that was built'
+
+install: $(STAMP)
+
+# Interrupted before the stamp: the next run starts with an empty environment.
+$(STAMP): Makefile setup.cfg pyproject.toml constraints-dev.txt
+	@set -e; \
+	if [ ! -f $(STAMP) ]; then \
+	    found=; \
+	    for python in $(PYTHONS); do \
+	        if $$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
+	            2>/dev/null; then found=$$python; break; fi; \
+	    done; \
+	    if [ -z "$$found" ]; then \
+	        echo 'intertitle needs Python 3.10, 3.11 or 3.12 with venv; tried: $(PYTHONS). Choose one: make PYTHON=...' >&2; \
+	        exit 1; \
+	    fi; \
+	    echo "creating $(VENV) with $$($$found -c 'import platform, sys; print(sys.executable, platform.python_version())')"; \
+	    $$found -m venv --clear $(VENV); \
+	fi
+	@rm -f $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools -c constraints-dev.txt
+	@# PyTorch first and alone: no other package may choose its version.
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch -c constraints-dev.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,compile,dev]' -c constraints-dev.txt
+	@echo '$(CURDIR)' > $(STAMP)
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest -q -n $(WORKERS) $(ARGS)
+
+test-slow: $(STAMP)
+	$(VENV)/bin/python -m pytest -q -m slow $(ARGS)
+
+demo: $(STAMP)
+	$(VENV)/bin/intertitle demo
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

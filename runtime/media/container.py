@@ -1,0 +1,88 @@
+"""Video and sound files through PyAV (FFmpeg's libraries): what is in the file, and which readers it gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import av
+from av.error import FFmpegError
+
+from ...errors import MediaError
+from .source import Media, check_size
+
+if TYPE_CHECKING:
+    from av.audio.stream import AudioStream
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+#: The only formats that are tried: FFmpeg also takes text for ANSI art, and playlists that name other files or hosts.
+_FORMATS = (
+    "aac,ac3,aiff,amr,amrnb,amrwb,ape,apng,asf,au,av1,avi,caf,dts,dv,eac3,flac,flv,gif,h264,hevc,ivf,m4v,"
+    "matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mp3,mpeg,mpegts,mpegvideo,mxf,nsv,nut,obu,ogg,rm,tta,vc1,w64,wav,wv,"
+    "yuv4mpegpipe"
+)
+_OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+
+
+def open_container(path: Path) -> Media:
+    """A video, sound or animated GIF file as ``Media``. Pictures attached to a sound (cover art) are no video."""
+    from .sound import ContainerSoundReader
+    from .video import ContainerFrameReader
+
+    container = open_input(path)
+    try:
+        video, audio = video_stream(container), audio_stream(container)
+        sound = ContainerSoundReader(path, container, audio) if audio is not None else None
+        if video is None:
+            container.close()
+            if sound is None:
+                raise MediaError(f"{path}: holds neither video nor sound")
+            return Media(path, "audio", sound=sound)
+        check_size(str(path), video.codec_context.width, video.codec_context.height)
+        return Media(path, "video", ContainerFrameReader(path, container), sound)
+    except BaseException:
+        container.close()
+        raise
+
+
+def open_input(path: Path) -> InputContainer:
+    """The file as an FFmpeg container, or ``MediaError``. Log lines of the libraries stay off (PyAV's default)."""
+    try:
+        # With "file:", a colon or a % in the name is nothing special.
+        return av.open(f"file:{path.absolute()}", "r", options=dict(_OPTIONS), metadata_errors="replace")
+    except (FFmpegError, OSError, ValueError) as error:
+        raise MediaError(f"{path}: {_why_unreadable(path, error)}") from error
+
+
+def video_stream(container: InputContainer) -> VideoStream | None:
+    """The video stream that FFmpeg would choose, if a decoder knows it; attached pictures are passed over."""
+    streams = [s for s in container.streams.video if s.codec_context is not None and not _is_attached_picture(s)]
+    best = container.streams.best("video")
+    return next((stream for stream in streams if stream is best), streams[0] if streams else None)
+
+
+def audio_stream(container: InputContainer) -> AudioStream | None:
+    """The sound stream that FFmpeg would choose, if a decoder knows it."""
+    streams = [s for s in container.streams.audio if s.codec_context is not None]
+    best = container.streams.best("audio")
+    return next((stream for stream in streams if stream is best), streams[0] if streams else None)
+
+
+def _is_attached_picture(stream: VideoStream) -> bool:
+    return bool(stream.disposition & type(stream.disposition).attached_pic)
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    try:
+        with path.open("rb") as file:
+            head = file.read(12)
+    except OSError:
+        head = b""
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"msf1"):
+        return "HEIF images are not supported: convert it to JPEG or PNG"
+    if head[4:8] in (b"ftyp", b"mdat", b"moov", b"free", b"wide"):
+        return "an incomplete MP4 or MOV file: its index is missing or damaged (a cut-off recording or download?)"
+    if isinstance(error, OSError) and not isinstance(error, ValueError) and error.strerror:
+        return f"cannot be read as video or sound ({error.strerror.lower()})"
+    return "not a video, sound or image file of a known format"

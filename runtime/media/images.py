@@ -1,0 +1,113 @@
+"""Still images, and folders of them taken as the frames of a clip.
+
+OpenCV decodes them: its JPEG pixels are those of Pillow (both are libjpeg-turbo), which the reference reads images
+with; FFmpeg's differ. Rotation written in a photo's EXIF data is applied, as for video.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from ...errors import MediaError
+from .source import FrameArray, Media, check_size
+
+#: VideoLLaMA2 mm_utils.py: a folder of images is a video of 3 frames a second.
+FOLDER_FPS = 3.0
+
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*")
+
+
+def is_still_image(head: bytes) -> bool:
+    """Whether a file that begins with ``head`` (16 bytes) is a JPEG, PNG, BMP, TIFF or WebP image."""
+    return head.startswith(_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+
+
+def open_image(path: Path) -> Media:
+    """A still image as ``Media`` of one frame."""
+    return Media(path, "image", ImageReader([path], 0.0))
+
+
+def open_folder(path: Path) -> Media:
+    """The images in a folder (other files are passed over), in natural order: ``frame2`` before ``frame10``."""
+    files = sorted((file for file in path.iterdir() if _is_image_file(file)), key=_natural_order)
+    if not files:
+        raise MediaError(f"{path}: the folder holds no images")
+    return Media(path, "video", ImageReader(files, FOLDER_FPS))
+
+
+class ImageReader:
+    """A ``FrameReader`` over image files of one size, one frame each."""
+
+    def __init__(self, files: list[Path], fps: float) -> None:
+        self._files = files
+        self.num_frames = len(files)
+        self.fps = fps
+        self.duration = len(files) / fps if fps else 0.0
+        self.notes: list[str] = []
+        self._first = _decode(files[0])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self._first.shape[1], self._first.shape[0]
+
+    def read(self, indices: Sequence[int]) -> Iterator[tuple[int, FrameArray]]:
+        for index in indices:
+            frame = self._first if index == 0 else _decode(self._files[index])
+            if frame.shape != self._first.shape:
+                width, height = self.size
+                raise MediaError(
+                    f"{self._files[index]}: {frame.shape[1]}x{frame.shape[0]} pixels among images of {width}x{height}"
+                )
+            yield index, frame
+
+    def close(self) -> None:
+        pass
+
+
+def _is_image_file(file: Path) -> bool:
+    if file.name.startswith(".") or not file.is_file():
+        return False
+    try:
+        with file.open("rb") as stream:
+            return is_still_image(stream.read(16))
+    except OSError:
+        return False
+
+
+def _natural_order(file: Path) -> list[tuple[int, int, str]]:
+    pieces = re.split(r"(\d+)", file.name)
+    return [(0, int(piece), piece) if piece.isdecimal() else (1, 0, piece) for piece in pieces]
+
+
+def _decode(path: Path) -> FrameArray:
+    """RGB uint8 ``[H, W, 3]``: alpha dropped, grey and palettes expanded, 16 bits cut to 8."""
+    cv2 = _opencv()
+    level = cv2.utils.logging.getLogLevel()
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try:
+        bgr = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
+    except OSError as error:
+        raise MediaError(f"{path}: cannot be read ({error.strerror})") from error
+    except cv2.error:
+        bgr = None
+    finally:
+        cv2.utils.logging.setLogLevel(level)
+    if bgr is None:
+        raise MediaError(f"{path}: the image is damaged, too large or of an unknown kind")
+    check_size(str(path), bgr.shape[1], bgr.shape[0])
+    return np.ascontiguousarray(bgr[:, :, ::-1])
+
+
+def _opencv() -> ModuleType:
+    try:
+        import cv2
+    except ImportError as error:
+        raise MediaError(
+            f"images need OpenCV, which does not load here ({error}); opencv-python-headless needs no display libraries"
+        ) from error
+    return cv2

@@ -1,0 +1,173 @@
+"""An opened source, and the two seams behind it: something that reads frames and something that reads sound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import MediaError
+
+FrameArray = npt.NDArray[np.uint8]
+
+#: The largest width or height that is taken for real (8K video is 7680 wide).
+MAX_SIDE = 16_384
+
+
+@dataclass(frozen=True, eq=False)
+class Waveform:
+    """Sound as float32 in [-1, 1]: ``samples [n]`` (mono) or ``[channels, n]``, at ``sample_rate`` Hz."""
+
+    samples: npt.NDArray[np.float32]
+    sample_rate: int
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return self.samples.shape[-1] / self.sample_rate
+
+
+class FrameReader(Protocol):
+    """The pictures of one source. Another way to decode (GStreamer, NVDEC) is another class with these members.
+
+    ``num_frames`` counts the frames that there are to read, ``fps`` is their average rate (0.0 where there is none),
+    ``duration`` in seconds. ``notes`` grows by a line for whatever was substituted.
+    """
+
+    num_frames: int
+    fps: float
+    duration: float
+    notes: list[str]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the frames as read, after any rotation."""
+        ...
+
+    def read(self, indices: Sequence[int]) -> Iterator[tuple[int, FrameArray]]:
+        """Each of ``indices`` (distinct, ascending, in range) once, with its frame uint8 ``[H, W, 3]`` RGB.
+
+        In any order. A frame that cannot be decoded is replaced by the nearest earlier one that can, and ``notes``
+        says so; ``MediaError`` when none can.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class SoundReader(Protocol):
+    """The sound of one source: ``sample_rate`` and ``num_channels`` as stored, ``duration`` in seconds."""
+
+    sample_rate: int
+    num_channels: int
+    duration: float
+    notes: list[str]
+
+    def read(self, rate: int | None = None, seconds: float | None = None) -> Waveform:
+        """See ``Media.read_audio``."""
+        ...
+
+
+class Media:
+    """What ``open_media`` returns. ``kind`` is ``video`` (with or without sound), ``image`` or ``audio``.
+
+    ``num_frames`` counts frames that can be read (1 for an image, 0 for a sound), ``fps`` is their average rate (0.0
+    without), ``duration`` is in seconds (0.0 for an image). ``notes`` says what was substituted so far.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        kind: Literal["video", "image", "audio"],
+        frames: FrameReader | None = None,
+        sound: SoundReader | None = None,
+    ) -> None:
+        self.path = path
+        self.kind: Literal["video", "image", "audio"] = kind
+        self._frames, self._sound = frames, sound
+        self.has_video = frames is not None
+        self.has_audio = sound is not None
+        self.num_frames = frames.num_frames if frames else 0
+        self.fps = frames.fps if frames else 0.0
+        self.duration = frames.duration if frames else sound.duration if sound else 0.0
+
+    @property
+    def notes(self) -> list[str]:
+        return [note for reader in (self._frames, self._sound) if reader for note in reader.notes]
+
+    @property
+    def width(self) -> int:
+        """Pixels of a frame as read, rotation included; 0 for a sound."""
+        return self._frames.size[0] if self._frames else 0
+
+    @property
+    def height(self) -> int:
+        """Pixels of a frame as read, rotation included; 0 for a sound."""
+        return self._frames.size[1] if self._frames else 0
+
+    def iter_frames(self, indices: npt.ArrayLike) -> Iterator[tuple[int, FrameArray]]:
+        """Each distinct index with its frame, as decoded, in any order: for frames too large to hold all at once."""
+        yield from self._reader().read(self._checked(indices)[1].tolist())
+
+    def read_frames(self, indices: npt.ArrayLike) -> FrameArray:
+        """RGB frames uint8 ``[T, H, W, 3]`` at ``indices [T]`` in presentation order; indices may repeat.
+
+        A frame of a damaged video that cannot be decoded is replaced by the nearest earlier one that can, and
+        ``notes`` says so. ``MediaError`` when none can, or there is no video; ``IndexError`` outside ``num_frames``.
+        """
+        reader = self._reader()
+        wanted, unique, places = self._checked(indices)
+        frames: FrameArray | None = None
+        for index, frame in reader.read(unique.tolist()):
+            if frames is None:
+                frames = np.empty((len(wanted), *frame.shape), np.uint8)
+            frames[places == np.searchsorted(unique, index)] = frame
+        return np.empty((0, self.height, self.width, 3), np.uint8) if frames is None else frames
+
+    def read_audio(self, rate: int | None = None, seconds: float | None = None) -> Waveform:
+        """The sound: as stored (float32 ``[channels, n]`` at its own rate), or mono ``[n]`` at ``rate`` Hz.
+
+        With a ``rate`` the samples are the 16-bit ones that ``ffmpeg -ac 1 -ar RATE -f s16le`` writes, over 2**15 (the
+        reference's way for video files). ``seconds`` stops after so much of it. ``MediaError`` without sound.
+        """
+        if self._sound is None:
+            raise MediaError(f"{self.path}: has no sound")
+        return self._sound.read(rate, seconds)
+
+    def close(self) -> None:
+        if self._frames:
+            self._frames.close()
+
+    def __enter__(self) -> Media:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _reader(self) -> FrameReader:
+        if self._frames is None:
+            raise MediaError(f"{self.path}: holds only sound, no video")
+        return self._frames
+
+    def _checked(self, indices: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray]:
+        """``indices`` as int64, the distinct ones ascending, and the place of each among these."""
+        wanted = np.asarray(indices, np.int64).reshape(-1)
+        if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.num_frames:
+            raise IndexError(
+                f"frame indices {wanted.min()}..{wanted.max()} of {self.path}, which has {self.num_frames}"
+            )
+        unique, places = np.unique(wanted, return_inverse=True)
+        return wanted, unique, places
+
+
+def check_size(name: str, width: int, height: int) -> None:
+    """``MediaError`` for pictures without an area or larger than any real one."""
+    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
+        raise MediaError(f"{name}: frames of {width}x{height} pixels (each side must be 1 to {MAX_SIDE})")

@@ -1,0 +1,250 @@
+"""The pictures of a video file through PyAV: exactly the frames asked for, decoding as little as possible.
+
+The packets are first read without decoding them (4 us each): that gives the true number of frames, their order and the
+places where decoding can begin. A frame is known by its presentation timestamp (pts) from then on, so what comes back
+is what decoding the whole file and counting would give, wherever decoding began.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from av.error import FFmpegError
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from ...errors import MediaError
+from .container import open_input, video_stream
+from .packets import PacketIndex, Run, VideoPacket, plan_runs
+from .source import FrameArray
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+#: Formats whose frames build on all earlier ones, whatever their packets say of keyframes.
+_NO_KEYFRAMES = ("gif",)
+
+
+class ContainerFrameReader:
+    """A ``FrameReader`` over the best video stream of a file. Takes the opened ``container`` over.
+
+    ``MediaError`` for a stream without a frame.
+    """
+
+    def __init__(self, path: Path, container: InputContainer) -> None:
+        self._path = path
+        self._container = container
+        self._stream = self._select_stream()
+        self._coded_size = self._stream.codec_context.width, self._stream.codec_context.height
+        self._size: tuple[int, int] | None = None
+        self._reformatter = VideoReformatter()
+        self.notes: list[str] = []
+        self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 0)
+        announced = len(self._stream.index_entries)
+        self._index = self._read_index()
+        self.num_frames = len(self._index.order) if self._index else sum(1 for _ in self._decode_all())
+        if self.num_frames == 0:
+            raise MediaError(f"{path}: the video has no frames")
+        if self._index is None:
+            self.duration = self.num_frames / self.fps if self.fps else 0.0
+            return
+        self.duration = float(self._index.duration * (self._stream.time_base or 0))
+        held = len(self._index.packets)
+        if held < announced:
+            self.notes.append(f"the file is cut off: it holds {held} of its {announced} frames")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        # The rotation is known only once a frame is decoded.
+        if self._size is None:
+            for _, frame in self.read([0]):
+                self._size = frame.shape[1], frame.shape[0]
+        assert self._size is not None
+        return self._size
+
+    def read(self, indices: Sequence[int]) -> Iterator[tuple[int, FrameArray]]:
+        """See ``FrameReader.read``."""
+        missing = set(indices)
+        if self._index is not None:
+            places = {self._index.order[index]: index for index in indices}
+            for run in plan_runs(places, self._index):
+                for number, frame in self._decode_run(self._index, run):
+                    missing.discard(places[number])
+                    yield places[number], self._to_rgb(frame)
+        if missing:
+            yield from self._read_through(sorted(missing))
+
+    def close(self) -> None:
+        self._container.close()
+
+    def _select_stream(self) -> VideoStream:
+        stream = video_stream(self._container)
+        if stream is None:
+            raise MediaError(f"{self._path}: the video disappeared while it was being read")
+        stream.thread_type = "AUTO"
+        return stream
+
+    def _reopen(self) -> None:
+        self._container.close()
+        self._container = open_input(self._path)
+        self._stream = self._select_stream()
+
+    def _packets(self) -> Iterator[Packet[VideoStream]]:
+        """The packets that hold something; a file that breaks off in the middle just ends."""
+        packets = self._container.demux(self._stream)
+        while True:
+            try:
+                packet = next(packets, None)
+            except FFmpegError:
+                return
+            if packet is None:
+                return
+            if packet.size:
+                yield packet
+
+    def _read_index(self) -> PacketIndex | None:
+        """None for a stream without distinct timestamps, whose frames can only be counted by decoding."""
+        is_vp8 = self._stream.codec_context.name == "vp8"
+        packets: list[VideoPacket] = []
+        for packet in self._packets():
+            if packet.pts is None:
+                return None
+            # The show_frame bit (RFC 6386, 9.1): VP8 keeps frames that are only referred to in packets of their own.
+            shown = not packet.is_discard and not (is_vp8 and not memoryview(packet)[0] & 0x10)
+            packets.append(
+                VideoPacket(packet.pts, packet.dts, packet.size, packet.is_keyframe, shown, packet.duration or 0)
+            )
+        if len({packet.pts for packet in packets}) < len(packets):
+            return None
+        return PacketIndex(packets, from_start=self._container.format.name in _NO_KEYFRAMES)
+
+    def _packets_from(self, index: PacketIndex, start: int) -> Iterator[Packet[VideoStream]]:
+        """The packets from number ``start`` on. Where a seek lands is checked; failing that, all are read through."""
+        first: Packet[VideoStream] | None = None
+        packets = iter(())
+        at = index.packets[start]
+        try:
+            self._container.seek(at.pts if at.dts is None else at.dts, stream=self._stream)
+            packets = self._packets()
+            first = next(packets, None)
+        except FFmpegError:
+            pass
+        landed = None if first is None else index.find(first.pts, first.size)
+        if first is None or landed is None or landed > start:
+            self._reopen()
+            packets = self._packets()
+        else:
+            packets = chain((first,), packets)
+        for packet in packets:
+            if index.find(packet.pts, packet.size) == start:
+                return chain((packet,), packets)
+        return iter(())
+
+    def _decode_run(self, index: PacketIndex, run: Run) -> Iterator[tuple[int, VideoFrame]]:
+        """The wanted packets of a run with their frames, until a frame turns out to be damaged."""
+        packets = self._packets_from(index, run.start)
+        wanted = {index.packets[number].pts: number for number in run.wanted}
+        begin, end = index.packets[run.start].pts, index.packets[run.stop].pts
+        for frame in self._decode_until(packets, end, wanted):
+            # What stands in for lost data depends on all that was decoded before: only a full decode can tell. (Frames
+            # shown before the keyframe are not this run's; they may well lack what they refer to.)
+            if frame.is_corrupt and (frame.pts is None or frame.pts >= begin):
+                return
+            if frame.pts in wanted:
+                yield wanted.pop(frame.pts), frame
+
+    def _decode_until(
+        self, packets: Iterator[Packet[VideoStream]], end: int, wanted: Collection[int]
+    ) -> Iterator[VideoFrame]:
+        """The frames of ``packets`` up to the one with pts ``end``; of H.264 those with a pts in ``wanted`` at least.
+
+        No frame needs an H.264 frame that is marked as not referenced, so these are decoded only where wanted.
+        """
+        decoder = self._stream.codec_context
+        can_skip = decoder.name == "h264"
+        for packet in packets:
+            if can_skip:
+                decoder.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+            yield from _decode(self._stream, packet)
+            if packet.pts == end:
+                break
+        yield from _decode(self._stream, None)
+
+    def _decode_all(self) -> Iterator[VideoFrame]:
+        """Every frame of the file in presentation order."""
+        self._reopen()
+        for packet in self._packets():
+            yield from _decode(self._stream, packet)
+        yield from _decode(self._stream, None)
+
+    def _read_through(self, missing: list[int]) -> Iterator[tuple[int, FrameArray]]:
+        """The frames at ``missing`` (ascending) by decoding the file from its start, stand-ins where there are none.
+
+        Frames are told by their pts, or counted where the stream has none.
+        """
+        index, before, replaced = self._index, None, []
+        for count, frame in enumerate(self._decode_all()):
+            at = count if index is None or frame.pts is None else frame.pts
+            while missing and self._due(missing[0], index, frame) <= at:
+                exact = self._due(missing[0], index, frame) == at
+                if not exact:
+                    replaced.append(missing[0])
+                yield missing.pop(0), self._to_rgb(frame if exact or before is None else before)
+            before = frame
+            if not missing:
+                break
+        if missing and before is None:
+            raise MediaError(f"{self._path}: no frame of the video can be decoded")
+        for number in missing:
+            assert before is not None
+            yield number, self._to_rgb(before)
+        replaced += missing
+        if replaced:
+            some = ", ".join(map(str, replaced[:8])) + (", ..." if len(replaced) > 8 else "")
+            self.notes.append(f"frames that cannot be decoded ({some}) were replaced by the nearest earlier one")
+
+    @staticmethod
+    def _due(number: int, index: PacketIndex | None, frame: VideoFrame) -> int:
+        return number if index is None or frame.pts is None else index.packets[index.order[number]].pts
+
+    def _to_rgb(self, frame: VideoFrame) -> FrameArray:
+        """uint8 ``[H, W, 3]``, turned as the display matrix says, in the size that the file announces.
+
+        Chroma is interpolated as ffmpeg's scale filter does by default; for frames of even height and 8 bits, that is
+        also what decord gives.
+        """
+        width, height = self._coded_size
+        if (frame.width, frame.height) != self._coded_size and not any("size" in note for note in self.notes):
+            self.notes.append(f"frames change size midway: all were scaled to {width}x{height}")
+        rgb = self._reformatter.reformat(frame, width, height, "rgb24", interpolation=Interpolation.BICUBIC)
+        return _oriented(rgb.to_ndarray().astype(np.uint8, copy=False), frame)
+
+
+def _decode(stream: VideoStream, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
+    try:
+        return stream.codec_context.decode(packet)
+    except FFmpegError:
+        return []
+
+
+def _oriented(image: FrameArray, frame: VideoFrame) -> FrameArray:
+    """``image`` turned and mirrored by the frame's display matrix, as players and ffmpeg do (multiples of 90 degrees).
+
+    The matrix takes a source pixel to ``x' = a x + c y``, ``y' = b x + d y`` (libavutil/display.h).
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return image
+    a, b, _, c, d = struct.unpack("5i", bytes(matrix)[:20])
+    turned = abs(b) + abs(c) > abs(a) + abs(d)
+    if turned:
+        image = image.transpose(1, 0, 2)
+    flip_y, flip_x = (b < 0, c < 0) if turned else (d < 0, a < 0)
+    return np.ascontiguousarray(image[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
