@@ -4,6 +4,7 @@
 
 VENV := .venv
 STAMP := $(VENV)/.installed
+PIP_INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-dev.txt
 WORKERS ?= 2
 # An order, so that the choice does not depend on what `python3` happens to be. CI runs 3.11.
 PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3.10 python3)
@@ -48,10 +49,10 @@ $(STAMP): Makefile setup.cfg pyproject.toml constraints-dev.txt
 	    $$found -m venv --clear $(VENV); \
 	fi
 	@rm -f $(STAMP)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools -c constraints-dev.txt
+	$(PIP_INSTALL) --upgrade pip setuptools
 	@# PyTorch first and alone: no other package may choose its version.
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch -c constraints-dev.txt
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,compile,dev]' -c constraints-dev.txt
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) -e '.[cpu,compile,dev]'
 	@echo '$(CURDIR)' > $(STAMP)
 
 test: $(STAMP)

@@ -95,7 +95,7 @@ class TorchEager:
             tie_word_embeddings=False,
         )
         self._torch = torch
-        self._model = Qwen2ForCausalLM(config).to(torch.bfloat16).eval()
+        self._model = Qwen2ForCausalLM(config).bfloat16().eval()
 
     def seconds_per_token(self, prompt: np.ndarray, tokens: int) -> float:
         """Greedy steps after a prompt given as embeddings."""

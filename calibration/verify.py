@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -108,11 +109,16 @@ def verify_bundle(
     audio: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
-    """Open both sides and compare them. Raises ``BundleError``, ``CheckpointError``, ``MediaError``, ``OptionError``."""
+    """Open both sides and compare them.
+
+    Raises ``BundleError``, ``CheckpointError``, ``MediaError`` or ``OptionError``.
+    """
     captioner = Captioner.load(bundle)
     weights = captioner.manifest.weights
     block_size = captioner.manifest.components["decoder"].block_size or 0
-    source = open_checkpoint(checkpoint, adapter=adapter, keep=captioner.manifest.visual.keep)
+    source = open_checkpoint(
+        Path(checkpoint), None if adapter is None else Path(adapter), captioner.manifest.visual.keep
+    )
     reference = Reference(source, weights, block_size)
     original = None if weights == "fp32" else Reference(source)
     report = verify(

@@ -77,7 +77,7 @@ def compile_bundle(
         raise OptionError(f"target '{target}' takes weights {' or '.join(record.decoder_weights)}, not '{weights}'")
     report = progress or (lambda *_: None)
     report("reading the checkpoint", 0, 0)
-    source = open_checkpoint(checkpoint, adapter=adapter, keep=visual_tokens)
+    source = open_checkpoint(Path(checkpoint), None if adapter is None else Path(adapter), visual_tokens)
     tokenizer = collect_tokenizer(source.path).to_str().encode()
     graphs = []
     for name, signature in _signatures(source).items():
@@ -181,7 +181,7 @@ def _write_embedding(embedding: Tensor, writer: BundleWriter) -> None:
     with writer.create("embedding.bin") as file:
         for start in range(0, len(embedding), _EMBEDDING_ROWS):
             rows = embedding[start : start + _EMBEDDING_ROWS].contiguous()
-            file.write(memoryview(rows.view(torch.uint8).numpy()).cast("B"))
+            file.write(rows.view(torch.uint8).numpy().reshape(-1).data)
 
 
 def _manifest(
@@ -200,7 +200,9 @@ def _manifest(
         dialect=target.dialect,
         weights=weights,  # type: ignore[arg-type]
         components=components,
-        embedding=schema.Embedding("embedding.bin", _EMBEDDING_DTYPES[embedding.dtype], tuple(embedding.shape)),
+        embedding=schema.Embedding(
+            "embedding.bin", _EMBEDDING_DTYPES[embedding.dtype], (embedding.shape[0], embedding.shape[1])
+        ),
         decoder=schema.DecoderSpec(
             num_layers=decoder.num_layers,
             num_kv_heads=decoder.num_kv_heads,

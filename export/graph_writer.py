@@ -57,7 +57,7 @@ def write_weights(graph: TracedGraph, file: BinaryFile, location: str, reader: W
     offset = 0
     for name, weight in graph.weights.items():
         data = _as_stored(reader.read(weight.entry), weight)
-        raw = memoryview(np.ascontiguousarray(data)).cast("B")
+        raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
         padding = -offset % (_PAGE if len(raw) >= _PAGE else 64)
         file.write(memoryview(bytes(padding)))
         file.write(raw)

@@ -86,7 +86,7 @@ def trace(module: nn.Module, signature: Signature, attention_form: attention.Att
         if name in entries:
             assert value.shape is not None
             assert value.dtype is not None
-            graph.weights[name] = Weight(name, value.dtype, tuple(int(d) for d in value.shape))
+            graph.weights[name] = Weight(name, value.dtype, _static(value.shape))
     _fold_transposes(graph)
     for node in model.graph:
         # Stack traces and module paths of the machine that traced it do not belong in a bundle.
@@ -98,6 +98,13 @@ def trace(module: nn.Module, signature: Signature, attention_form: attention.Att
     model.graph.metadata_props.clear()
     model.graph.name = "intertitle"
     return graph
+
+
+def _static(shape: ir.Shape) -> tuple[int, ...]:
+    sizes = tuple(size for size in shape if isinstance(size, int))
+    if len(sizes) != len(shape):
+        raise RuntimeError(f"a weight has a shape that is not fixed: {shape}")
+    return sizes
 
 
 def _named_dims(axes: Any, dims: dict[str, Any]) -> Any:

@@ -34,6 +34,8 @@ class CacheState:
 
 
 class Attention(Protocol):
+    """What a dialect must provide."""
+
     def full(self, query: Tensor, key: Tensor, value: Tensor, num_heads: int, bias: Tensor | None = None) -> Tensor:
         """Attention of every query to every key, scaled by ``head_dim ** -0.5``.
 
@@ -115,12 +117,13 @@ class ReferenceAttention:
         return out.transpose(1, 2).reshape(batch, length, num_heads * head_dim), present_key, present_value
 
 
-_current: ContextVar[Attention] = ContextVar("attention", default=ReferenceAttention())
+_REFERENCE = ReferenceAttention()
+_current: ContextVar[Attention | None] = ContextVar("attention", default=None)
 
 
 def current() -> Attention:
     """The implementation in force."""
-    return _current.get()
+    return _current.get() or _REFERENCE
 
 
 @contextmanager

@@ -9,6 +9,9 @@ from typing import Any
 from ..errors import CheckpointError
 
 _REQUIRED: Any = object()
+#: No size in a config is larger; a hostile one must not exhaust the memory.
+_LARGEST = 1 << 21
+MOST_LAYERS = 1000
 
 
 class Fields:
@@ -29,11 +32,13 @@ class Fields:
             raise CheckpointError(f"{self.where}: {key} is missing")
         return value
 
-    def integer(self, key: str, default: int = _REQUIRED, minimum: int = 1) -> int:
-        """A whole number of at least ``minimum``."""
+    def integer(self, key: str, default: int = _REQUIRED, minimum: int = 1, maximum: int = _LARGEST) -> int:
+        """A whole number from ``minimum`` to ``maximum``."""
         value = self._require(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise CheckpointError(f"{self.where}: {key} must be a whole number from {minimum} up, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise CheckpointError(
+                f"{self.where}: {key} must be a whole number from {minimum} to {maximum}, not {value!r}"
+            )
         return value
 
     def number(self, key: str, default: float = _REQUIRED) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
 from .config import DecoderConfig, GenerationDefaults, ImageProcessing, VisionConfig
-from .fields import Fields
+from .fields import MOST_LAYERS, Fields
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -81,7 +81,7 @@ def read_vision(fields: Fields, select_layer: int = -2, keep: float | None = Non
         kind="clip" if kind == "clip" else "siglip",
         hidden_size=inner.integer("hidden_size", 768),
         intermediate_size=inner.integer("intermediate_size", 3072),
-        num_layers=inner.integer("num_hidden_layers", 12),
+        num_layers=inner.integer("num_hidden_layers", 12, maximum=MOST_LAYERS),
         num_heads=inner.integer("num_attention_heads", 12),
         image_size=inner.integer("image_size"),
         patch_size=inner.integer("patch_size"),
@@ -164,15 +164,19 @@ def read_decoder(fields: Fields, *, qkv_bias: bool, sliding_window: int | None) 
     if fields.get("head_dim") is None:
         check_heads(fields, hidden_size, num_heads)
     head_dim = fields.integer("head_dim", hidden_size // num_heads)
-    if head_dim % 2:
-        raise CheckpointError(f"{fields.where}: head size {head_dim} is odd, rotary positions need an even one")
+    if head_dim % 2 or head_dim > 512:
+        raise CheckpointError(f"{fields.where}: head size {head_dim} is not supported (even, at most 512)")
     # A vicuna-16k config may hold the length before scaling here and the real one in max_sequence_length.
-    context = max(fields.integer("max_position_embeddings"), fields.integer("max_sequence_length", 1))
+    longest = 1 << 20
+    context = max(
+        fields.integer("max_position_embeddings", maximum=longest),
+        fields.integer("max_sequence_length", 1, maximum=longest),
+    )
     rope = fields.child("rope_parameters") or fields  # where transformers 5 keeps rope_theta
     return DecoderConfig(
         hidden_size=hidden_size,
         intermediate_size=fields.integer("intermediate_size"),
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=fields.integer("num_hidden_layers", maximum=MOST_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,

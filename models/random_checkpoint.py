@@ -2,11 +2,12 @@
 
 Names, shapes and files are those of the release (FACTS 1.1 to 1.4, 1.7): sharded bf16 safetensors with an index; the
 audio tower and its projector both inside the shards and beside them as bf16 pickles, the pickle holding the tied table
-of relative positions once (that makes ``audio_tower.bin`` of the real size); the vision tower's unused last layer, norm
-and head; generation defaults; a tokenizer of our own whose special tokens have Qwen2's ids.
+of relative positions once (which brings ``audio_tower.bin`` within 405 of the released 181,514,532 bytes); the vision
+tower's unused last layer, norm and head; generation defaults; a tokenizer of our own, its special tokens at Qwen2's
+ids.
 
 Every tensor is drawn from its own generator, seeded by its name, straight into bf16 (220 million values a second on one
-core, faster than a disk takes them), and leaves memory before the next one comes.
+core: no tricks needed), and leaves memory before the next one comes. The two pickles are the most held at once.
 """
 
 from __future__ import annotations

@@ -167,7 +167,8 @@ class OrtInference:
     def _check_room(self, row: int, count: int) -> None:
         if self._filled[row] + count > self._max_length:
             raise OptionError(
-                f"the cache holds {self._max_length} tokens a row; row {row} has {self._filled[row]}, {count} more asked"
+                f"the cache holds {self._max_length} tokens a row; row {row} has {self._filled[row]}, "
+                f"{count} more are asked"
             )
 
     def _bind(self, rows: slice, length: int, asked: int) -> _Bound:

@@ -6,12 +6,18 @@ Nothing here computes: the numbers come out of the runtime's kernels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import torch
 from torch import Tensor, nn
 from torch.onnx import ops
 
 from ...models.attention import CacheState
 from ...models.decoder import RMSNorm
+
+#: What ``torch.onnx.ops`` takes as an operator's attribute.
+Attribute: TypeAlias = "int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]"
 
 #: First opset with RMSNormalization; the rest of the graph needs no more than 21.
 OPSET = 23
@@ -77,6 +83,9 @@ class MatMulNBits(nn.Module):
     on a CPU as level 0, LEADS 13.1); level 0 keeps them in float32.
     """
 
+    qweight: Tensor
+    scales: Tensor
+
     def __init__(self, linear: nn.Linear, block_size: int, accuracy_level: int = 4) -> None:
         super().__init__()
         blocks = -(-linear.in_features // block_size)
@@ -86,7 +95,8 @@ class MatMulNBits(nn.Module):
             )
             self.register_buffer("scales", torch.empty(linear.out_features, blocks))
         self.bias = linear.bias
-        self.attributes = {
+        self.out_features = linear.out_features
+        self.attributes: dict[str, Attribute] = {
             "K": linear.in_features,
             "N": linear.out_features,
             "bits": 4,
@@ -100,6 +110,6 @@ class MatMulNBits(nn.Module):
             (x, self.qweight, self.scales, None, None, self.bias),
             attrs=self.attributes,
             dtype=x.dtype,
-            shape=(*x.shape[:-1], self.attributes["N"]),
+            shape=(*x.shape[:-1], self.out_features),
             version=1,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...errors import CheckpointError, OptionError
 from ..checkpoint import Checkpoint
 from ..config import AudioConfig, CaptionerConfig, ConnectorConfig, VisionConfig
-from ..fields import Fields
+from ..fields import MOST_LAYERS, Fields
 from ..hf_config import builtin_tower, check_heads, read_decoder, read_generation, read_image_processing, read_vision
 from ..sources import mlp_kind
 from . import prompt, weights
@@ -26,7 +26,7 @@ SAMPLING = (0.2, 0.9)
 
 def matches(checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint is one of this family."""
-    kind = checkpoint.config.get("model_type")
+    kind = str(checkpoint.config.get("model_type"))
     return kind in UNSUPPORTED or (kind in DECODERS and (kind != "mistral" or "mm_vision_tower" in checkpoint.config))
 
 
@@ -101,7 +101,7 @@ def _read_audio(checkpoint: Checkpoint, fields: Fields, out_size: int) -> AudioC
         embed_dim=beats.integer("embed_dim", base.embed_dim),
         hidden_size=beats.integer("encoder_embed_dim", base.hidden_size),
         intermediate_size=beats.integer("encoder_ffn_embed_dim", base.intermediate_size),
-        num_layers=beats.integer("encoder_layers", base.num_layers),
+        num_layers=beats.integer("encoder_layers", base.num_layers, maximum=MOST_LAYERS),
         num_heads=beats.integer("encoder_attention_heads", base.num_heads),
         conv_pos=beats.integer("conv_pos", base.conv_pos),
         conv_pos_groups=beats.integer("conv_pos_groups", base.conv_pos_groups),

@@ -35,9 +35,11 @@ def open_container(path: Path) -> Media:
         video, audio = video_stream(container), audio_stream(container)
         sound = ContainerSoundReader(path, container, audio) if audio is not None else None
         if video is None:
-            container.close()
             if sound is None:
+                if container.streams.video or container.streams.audio:
+                    raise MediaError(f"{path}: its video or sound is in a codec that cannot be decoded here")
                 raise MediaError(f"{path}: holds neither video nor sound")
+            container.close()
             return Media(path, "audio", sound=sound)
         check_size(str(path), video.codec_context.width, video.codec_context.height)
         return Media(path, "video", ContainerFrameReader(path, container), sound)
@@ -83,6 +85,6 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         return "HEIF images are not supported: convert it to JPEG or PNG"
     if head[4:8] in (b"ftyp", b"mdat", b"moov", b"free", b"wide"):
         return "an incomplete MP4 or MOV file: its index is missing or damaged (a cut-off recording or download?)"
-    if isinstance(error, OSError) and not isinstance(error, ValueError) and error.strerror:
-        return f"cannot be read as video or sound ({error.strerror.lower()})"
+    if isinstance(error, PermissionError):
+        return "cannot be read (permission denied)"
     return "not a video, sound or image file of a known format"

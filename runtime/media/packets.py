@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
-#: Packets that a jump to a later keyframe must save to be worth it: refilling the decoder cost the time of 2 to 3 frames
-#: on two cores (640x360 and 1080p H.264), and costs more where more threads wait for work.
+#: Packets that a jump to a later keyframe must save to be worth it: refilling the decoder cost the time of 2 to 3
+#: frames on two cores (640x360 and 1080p H.264), and costs more where more threads wait for work.
 SEEK_COST = 8
 
 
@@ -39,6 +40,11 @@ class PacketIndex:
         shown = (number for number, packet in enumerate(packets) if packet.shown and number >= first)
         self.order = sorted(shown, key=lambda number: packets[number].pts)
         self._numbers = {packet.pts: number for number, packet in enumerate(packets)}
+
+    @property
+    def in_order(self) -> bool:
+        """Whether packets come in the order of their pts, as without frames that refer to later ones."""
+        return all(a.pts < b.pts for a, b in pairwise(self.packets))
 
     @property
     def duration(self) -> int:
@@ -80,10 +86,10 @@ def plan_runs(wanted: Iterable[int], index: PacketIndex, seek_cost: int = SEEK_C
     """
     runs: list[Run] = []
     for number in sorted(wanted):
-        start = index.entry(number)
-        if runs and start - runs[-1].stop <= seek_cost:
+        run = Run(index.entry(number), number, (number,))
+        # The entry may lie before an earlier run's, too: that of a frame which is shown before its keyframe.
+        while runs and run.start - runs[-1].stop <= seek_cost:
             last = runs.pop()
-            runs.append(Run(last.start, number, (*last.wanted, number)))
-        else:
-            runs.append(Run(start, number, (number,)))
+            run = Run(min(last.start, run.start), number, last.wanted + run.wanted)
+        runs.append(run)
     return runs

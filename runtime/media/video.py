@@ -11,7 +11,7 @@ import struct
 from collections.abc import Collection, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from av.error import FFmpegError
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
+
+Threads = Literal["AUTO", "SLICE"]
 
 #: Formats whose frames build on all earlier ones, whatever their packets say of keyframes.
 _NO_KEYFRAMES = ("gif",)
@@ -47,9 +49,9 @@ class ContainerFrameReader:
         self._reformatter = VideoReformatter()
         self.notes: list[str] = []
         self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 0)
-        announced = len(self._stream.index_entries)
+        announced = len(getattr(self._stream, "index_entries", ()))  # since PyAV 17
         self._index = self._read_index()
-        self.num_frames = len(self._index.order) if self._index else sum(1 for _ in self._decode_all())
+        self.num_frames = len(self._index.order) if self._index else sum(1 for _ in self._decode_all("AUTO"))
         if self.num_frames == 0:
             raise MediaError(f"{path}: the video has no frames")
         if self._index is None:
@@ -84,17 +86,17 @@ class ContainerFrameReader:
     def close(self) -> None:
         self._container.close()
 
-    def _select_stream(self) -> VideoStream:
+    def _select_stream(self, threads: Threads = "AUTO") -> VideoStream:
         stream = video_stream(self._container)
         if stream is None:
             raise MediaError(f"{self._path}: the video disappeared while it was being read")
-        stream.thread_type = "AUTO"
+        stream.thread_type = threads
         return stream
 
-    def _reopen(self) -> None:
+    def _reopen(self, threads: Threads = "AUTO") -> None:
         self._container.close()
         self._container = open_input(self._path)
-        self._stream = self._select_stream()
+        self._stream = self._select_stream(threads)
 
     def _packets(self) -> Iterator[Packet[VideoStream]]:
         """The packets that hold something; a file that breaks off in the middle just ends."""
@@ -110,20 +112,28 @@ class ContainerFrameReader:
                 yield packet
 
     def _read_index(self) -> PacketIndex | None:
-        """None for a stream without distinct timestamps, whose frames can only be counted by decoding."""
-        is_vp8 = self._stream.codec_context.name == "vp8"
+        """None for a stream without true presentation times, whose frames can only be counted by decoding."""
+        decoder = self._stream.codec_context
         packets: list[VideoPacket] = []
+        cut = False
         for packet in self._packets():
             if packet.pts is None:
                 return None
             # The show_frame bit (RFC 6386, 9.1): VP8 keeps frames that are only referred to in packets of their own.
-            shown = not packet.is_discard and not (is_vp8 and not memoryview(packet)[0] & 0x10)
+            shown = not packet.is_discard and (decoder.name != "vp8" or bool(memoryview(packet)[0] & 0x10))
             packets.append(
                 VideoPacket(packet.pts, packet.dts, packet.size, packet.is_keyframe, shown, packet.duration or 0)
             )
+            cut = packet.is_corrupt
+        if packets and cut:
+            packets.pop()
         if len({packet.pts for packet in packets}) < len(packets):
             return None
-        return PacketIndex(packets, from_start=self._container.format.name in _NO_KEYFRAMES)
+        index = PacketIndex(packets, from_start=self._container.format.name in _NO_KEYFRAMES)
+        # AVI (and what is copied from it) writes down only the order of decoding: frames that are shown out of that
+        # order have lost their times. MP4 always has them.
+        doubtful = decoder.has_b_frames and index.in_order and "mp4" not in self._container.format.name
+        return None if doubtful else index
 
     def _packets_from(self, index: PacketIndex, start: int) -> Iterator[Packet[VideoStream]]:
         """The packets from number ``start`` on. Where a seek lands is checked; failing that, all are read through."""
@@ -177,9 +187,9 @@ class ContainerFrameReader:
                 break
         yield from _decode(self._stream, None)
 
-    def _decode_all(self) -> Iterator[VideoFrame]:
+    def _decode_all(self, threads: Threads) -> Iterator[VideoFrame]:
         """Every frame of the file in presentation order."""
-        self._reopen()
+        self._reopen(threads)
         for packet in self._packets():
             yield from _decode(self._stream, packet)
         yield from _decode(self._stream, None)
@@ -190,7 +200,8 @@ class ContainerFrameReader:
         Frames are told by their pts, or counted where the stream has none.
         """
         index, before, replaced = self._index, None, []
-        for count, frame in enumerate(self._decode_all()):
+        # A damaged packet takes the frames down that other threads are decoding, so of such a file none are.
+        for count, frame in enumerate(self._decode_all("SLICE" if index else "AUTO")):
             at = count if index is None or frame.pts is None else frame.pts
             while missing and self._due(missing[0], index, frame) <= at:
                 exact = self._due(missing[0], index, frame) == at
@@ -221,8 +232,9 @@ class ContainerFrameReader:
         also what decord gives.
         """
         width, height = self._coded_size
-        if (frame.width, frame.height) != self._coded_size and not any("size" in note for note in self.notes):
-            self.notes.append(f"frames change size midway: all were scaled to {width}x{height}")
+        rescaled = f"frames change size midway: all were scaled to {width}x{height}"
+        if (frame.width, frame.height) != self._coded_size and rescaled not in self.notes:
+            self.notes.append(rescaled)
         rgb = self._reformatter.reformat(frame, width, height, "rgb24", interpolation=Interpolation.BICUBIC)
         return _oriented(rgb.to_ndarray().astype(np.uint8, copy=False), frame)
 

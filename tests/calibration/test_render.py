@@ -64,6 +64,14 @@ def dominating_frequency(sound: np.ndarray, rate: int, start: float, stop: float
     return float(np.argmax(spectrum) * rate / (8 * len(piece)))
 
 
+def lag(late: np.ndarray, early: np.ndarray) -> int:
+    """Samples by which one signal trails another, where their cross-correlation is largest."""
+    size = len(late) + len(early)
+    product = np.fft.rfft(late, size) * np.conj(np.fft.rfft(early, size))
+    found = int(np.argmax(np.fft.irfft(product, size)))
+    return found if found < len(late) else found - size
+
+
 # --- frames
 
 
@@ -86,7 +94,8 @@ def test_a_shape_covers_its_area_around_its_centre(kind: str, area, size: float,
     weights = cover / cover.sum()
     found = (weights.sum(0) @ (np.arange(96) + 0.5), weights.sum(1) @ (np.arange(80) + 0.5))
     assert found == pytest.approx(middle, abs=0.1)
-    assert set(np.unique(np.rint(4 * cover))) >= {0, 1, 2, 3, 4}, "edges are antialiased"
+    aligned = kind == "square" and size == 20 and middle == (48, 40)
+    assert ((cover > 0.05) & (cover < 0.95)).any() != aligned, "edges are antialiased"
 
 
 def test_a_triangle_points_up() -> None:
@@ -231,8 +240,7 @@ def test_decoding_gives_the_frames_and_the_sound_back(tmp_path: Path) -> None:
     assert len(sound) / rate == pytest.approx(2, abs=0.05)
     assert dominating_frequency(sound, rate, 0.2, 0.8) == pytest.approx(600, abs=2)
     ours = render_sound(scene, rate)
-    lag = np.argmax(np.correlate(sound[: rate // 2], ours[: rate // 4], "valid"))
-    assert lag <= 1, "sound and frames begin together"
+    assert lag(sound, ours) == 0, "the encoder's delay is in the file's edit list"
     with av.open(str(tmp_path / "clip.mp4")) as container:
         video, audio = container.streams.video[0], container.streams.audio[0]
         assert (video.codec_context.name, audio.codec_context.name) == ("h264", "aac")
@@ -281,8 +289,10 @@ def test_the_shipped_clip_is_that_of_seed_0() -> None:
     assert frames.shape == (125, 240, 320, 3)
     assert psnr(render_frames(scene), frames) > 30
     assert sound is not None
-    ours = render_sound(scene, rate)
-    assert np.corrcoef(ours, sound[: len(ours)])[0, 1] > 0.9
+    assert lag(sound, render_sound(scene, rate)) == 0
+    tone = next(event for event in scene.sounds if event.kind == "tone")
+    heard = dominating_frequency(sound, rate, tone.start + 0.1, tone.start + tone.seconds - 0.1)
+    assert heard == pytest.approx(tone.frequency, abs=2)
 
 
 def test_command(tmp_path: Path) -> None:

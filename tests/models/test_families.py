@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from intertitle.errors import CheckpointError
@@ -11,6 +13,7 @@ from intertitle.models.checkpoint import Checkpoint
 from intertitle.models.config import ImageProcessing
 from intertitle.models.fields import Fields
 from intertitle.models.hf_config import BUILTIN_TOWERS, builtin_tower, read_image_processing, read_vision
+from intertitle.models.tensor_files import TensorInfo
 
 CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
@@ -391,3 +394,29 @@ def test_every_family_opens_through_the_registry(opened):
         assert ("audio" in checkpoint.components) == ({"audio", "audiovideo"} <= set(checkpoint.config.prompts))
         for template in checkpoint.config.prompts.values():
             assert (template.prefix + template.suffix).count("{instruction}") == 1
+
+
+def test_released_size_is_accepted_from_its_headers(copied):
+    """Names and shapes of VideoLLaMA2.1-7B-AV, written down from FACTS for the benchmark's random checkpoint."""
+    from intertitle.models.random_layout import SIZES, layout
+
+    copy = copied("av-qwen2")
+    decoder = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064}
+    heads = {"num_attention_heads": 28, "num_key_value_heads": 4, "num_frames": 16}
+    tower = "google/siglip-so400m-patch14-384"
+    copy.edit_json("config.json", "beats_config", **decoder, **heads, mm_vision_tower=tower, mm_hidden_size=1152)
+    table = "relative_attention_bias"
+    tensors, kept = layout(SIZES["7b"])[0], "layers.0.self_attn.relative_attention_bias.weight"
+    headers = {
+        tensor.name: TensorInfo(tuple(tensor.shape), torch.bfloat16, copy.path / "nowhere", tensor.name)
+        for tensor in tensors
+        if table not in tensor.name or kept in tensor.name
+    }
+    checkpoint = Checkpoint(copy.path, json.loads((copy.path / "config.json").read_text()), headers)
+    opened = CaptionerCheckpoint(checkpoint, FAMILIES["videollama2"].read_config(checkpoint, None))
+    opened.validate()
+    assert opened.config.audio is not None
+    assert (opened.config.decoder.head_dim, opened.config.audio.projector_kind) == (128, "mlp2x_gelu")
+    del headers["model.mm_projector.s1.b1.downsample.bn.bias"]
+    with pytest.raises(CheckpointError, match=r"s1\.b1\.downsample\.bn\.bias is missing"):
+        opened.validate()
