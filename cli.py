@@ -163,7 +163,8 @@ def caption(
         stop=stop,
         seed=seed,
     )
-    captioner = Captioner.load(bundle, device=device, threads=threads)
+    with ProgressDisplay(quiet) as progress:
+        captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress)
     failed = 0
     for path in media:
         try:

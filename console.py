@@ -78,7 +78,7 @@ class ProgressDisplay:
 
 
 def _megabytes(stage: str, done: int, total: int) -> str:
-    return f"{done / 1e6:,.0f}/{total / 1e6:,.0f} MB" if stage.startswith("writing") and total else ""
+    return f"{done / 1e6:,.0f}/{total / 1e6:,.0f} MB" if stage.startswith(("writing", "checking")) and total else ""
 
 
 def describe(manifest: Manifest) -> Iterator[Table | str]:

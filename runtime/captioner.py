@@ -94,13 +94,18 @@ class Captioner:
         self._decoder: OrtDecoder | None = None
 
     @classmethod
-    def load(cls, path: Source, device: str = "auto", threads: int | None = None) -> Captioner:
+    def load(
+        cls, path: Source, device: str = "auto", threads: int | None = None, progress: Progress | None = None
+    ) -> Captioner:
         """Open a bundle on a device (``auto`` or ``cpu`` today).
 
+        ``threads``: processor threads of each session, one a core when ``None``. ``progress`` hears of the bytes that
+        are hashed when a bundle is opened for the first time.
         Raises ``BundleError`` for a bundle that is incomplete, corrupt or tampered with, ``TargetError`` for a device
         that cannot run it.
         """
-        bundle = Bundle.open(path)
+        report = Stages(progress).report
+        bundle = Bundle.open(path, progress=lambda done, total: report("checking the bundle", done, total))
         if device not in ("auto", "cpu"):
             raise TargetError(f"device '{device}' is not supported yet; this version runs on: cpu")
         return cls(bundle, threads)

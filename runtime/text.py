@@ -19,7 +19,7 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """How sentencepiece spells the 256 tokens of its byte fallback."""
 
 
-class PromptSpec(msgspec.Struct, frozen=True):
+class PromptSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The text around the visual (or audio) blocks of one mode; the bundle's form of ``models.config.PromptTemplate``.
 
     ``{instruction}`` in ``prefix`` or ``suffix`` is the user's text.

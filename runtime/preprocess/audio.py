@@ -16,6 +16,8 @@ SECONDS = 30
 NUM_SAMPLES = SECONDS * SAMPLE_RATE
 _NUM_CLIPS = 8
 _CLIP_SAMPLES = 2 * SAMPLE_RATE
+#: FFmpeg's default speaker layouts by number of channels, in which it mixes an unlabelled sound down.
+_LAYOUTS = ("mono", "stereo", "2.1", "4.0", "5.0", "5.1", "6.1", "7.1")
 
 
 def video_policy(samples: FloatArray, divisor: Literal[7, 8] = 8) -> FloatArray:
@@ -69,16 +71,18 @@ def resample(samples: FloatArray, from_rate: int, to_rate: int) -> FloatArray:
     _check_rate(from_rate)
     _check_rate(to_rate)
     channels = np.atleast_2d(samples)
-    layout = {1: "mono", 2: "stereo"}.get(len(channels), f"{len(channels)} channels")
+    if not 1 <= len(channels) <= len(_LAYOUTS):
+        raise MediaError(f"cannot mix down {len(channels)} channels: 1 to {len(_LAYOUTS)} are known")
+    if channels.shape[1] == 0:
+        return np.zeros(0, np.float32)
+    interleaved = np.ascontiguousarray(channels.T, np.float32).reshape(1, -1)
     try:
         resampler = av.AudioResampler("s16", "mono", to_rate)
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(channels, np.float32), "fltp", layout)
+        frame = av.AudioFrame.from_ndarray(interleaved, "flt", _LAYOUTS[len(channels) - 1])
         frame.sample_rate = from_rate
         parts = [part.to_ndarray()[0] for given in (frame, None) for part in resampler.resample(given)]
     except (FFmpegError, ValueError) as error:
-        raise MediaError(
-            f"cannot resample {len(channels)} channels from {from_rate} to {to_rate} Hz: {error}"
-        ) from error
+        raise MediaError(f"cannot resample from {from_rate} to {to_rate} Hz: {error}") from error
     pcm = np.concatenate([np.zeros(0, np.int16), *parts])
     return (pcm / np.float32(1 << 15)).astype(np.float32)
 

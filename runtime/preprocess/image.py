@@ -1,8 +1,11 @@
 """Decoded frames to the vision tower's pixels, bit for bit as Pillow and the CLIP and SigLIP processors make them.
 
 Pillow's antialiased resize of 8-bit images is two passes of fixed-point convolution, horizontal first, with
-coefficients in units of 2**-22 and a rounded uint8 image between the passes (Pillow, libImaging/Resample.c). Here each
-pass is a banded matrix product: a block of neighbouring outputs reads one short range of inputs, so a block is one
+coefficients in units of 2**-22 and a rounded uint8 image between the passes (Pillow, libImaging/Resample.c). Pillow 13
+begins with the vertical pass for many portrait shapes, which moves single pixels by 1; the reference ran on versions
+before it, and their order is kept here.
+
+Each pass is a banded matrix product: a block of neighbouring outputs reads one short range of inputs, so a block is one
 small dense product. Coefficients are split into a high and a low half, which keeps every partial sum a whole number
 below 2**24, exact in float32 in any order of summation.
 """
@@ -30,7 +33,7 @@ _BLOCK = 16
 _CHUNK = 512
 
 
-class ImageSpec(msgspec.Struct, frozen=True):
+class ImageSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a decoded RGB frame becomes the tower's input; the fields of ``models.config.ImageProcessing``.
 
     ``resize`` is ``"exact"`` (both sides to ``size``, the SigLIP processor) or ``"shortest_edge"`` (the shorter side

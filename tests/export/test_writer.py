@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from intertitle.errors import BundleError, IntertitleError, OptionError
 from intertitle.export import writer as writer_module
-from intertitle.export.writer import BundleWriter
+from intertitle.export.writer import BundleFile, BundleWriter
 from intertitle.runtime.bundle import Bundle, Manifest
 
 WriteBundle = Callable[..., Path]
@@ -33,7 +33,7 @@ CHILD = """
 import os, pathlib, signal, sys, time
 import msgspec
 from intertitle.errors import IntertitleError
-from intertitle.export.writer import BundleWriter
+from intertitle.export.writer import BundleFile, BundleWriter
 from intertitle.runtime.bundle import Manifest
 
 target, source = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
@@ -184,13 +184,17 @@ def test_names_for_files(tmp_path: Path, name: str):
 
 
 def test_an_error_leaves_nothing(tmp_path: Path):
+    half: list[BundleFile] = []
+
     def fail(writer: BundleWriter) -> None:
         writer.add_bytes("whole", b"x")
-        writer.create("half").write(b"x")
+        half.append(writer.create("half"))
+        half[0].write(b"x")
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         use_writer(tmp_path / "tiny", fail)
+    assert half[0].closed
     assert names(tmp_path) == []
 
 

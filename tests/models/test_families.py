@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from intertitle.errors import CheckpointError
 from intertitle.models import FAMILIES, open_checkpoint
 from intertitle.models.captioner import CaptionerCheckpoint
@@ -420,3 +424,41 @@ def test_released_size_is_accepted_from_its_headers(copied):
     del headers["model.mm_projector.s1.b1.downsample.bn.bias"]
     with pytest.raises(CheckpointError, match=r"s1\.b1\.downsample\.bn\.bias is missing"):
         opened.validate()
+
+
+JUNK = [None, 0, -1, 1.5, "x", "", [], {}, True, 10**30, 10**6, [1], {"a": 1}, float("nan"), float("inf"), 3]
+FILES = {
+    "clip-mistral": (
+        "config.json",
+        "tokenizer_config.json",
+        "tiny-clip/config.json",
+        "tiny-clip/preprocessor_config.json",
+    ),
+    "av-qwen2": ("config.json", "tiny-siglip/config.json", "tiny-siglip/preprocessor_config.json"),
+    "auroracap": ("config.json", "generation_config.json", "visual_encoder/config.json", "projector/config.json"),
+}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_junk_in_a_config_gets_past_as_another_error(data, data_dir, tmp_path_factory):
+    """Any value under any key either does not matter or is refused in one line."""
+    fixture = data.draw(st.sampled_from(sorted(FILES)))
+    name = data.draw(st.sampled_from(FILES[fixture]))
+    values = json.loads((data_dir / fixture / name).read_text())
+    holder = values
+    key = data.draw(st.sampled_from(sorted(values)))
+    if isinstance(values[key], dict) and values[key] and data.draw(st.booleans()):
+        holder, key = values[key], data.draw(st.sampled_from(sorted(values[key])))
+    holder[key] = data.draw(st.sampled_from(JUNK))
+    path = tmp_path_factory.mktemp("junk") / fixture
+    shutil.copytree(data_dir / fixture, path, ignore=shutil.ignore_patterns("expected.npz"), copy_function=os.symlink)
+    (path / name).unlink()
+    (path / name).write_text(json.dumps(values))
+    complaint = ""
+    try:
+        open_checkpoint(path)
+    except CheckpointError as error:
+        complaint = str(error)
+    shutil.rmtree(path)
+    assert "\n" not in complaint

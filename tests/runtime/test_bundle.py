@@ -181,6 +181,10 @@ STRUCTURAL: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda b: replace(b / "bundle.json", b'{"schema_version\xff": 1}'),
         "not a bundle manifest",
     ),
+    "a value not in UTF-8": (
+        lambda b: replace(b / "bundle.json", b'{"schema_version": 1, "name": "\xff"}'),
+        "not a bundle manifest",
+    ),
     "manifest nested deeply": (
         lambda b: replace(b / "bundle.json", b'{"schema_version": 1, "name":' + b"[" * 100_000),
         "not a bundle manifest",

@@ -1,0 +1,58 @@
+"""Frame sampling against the fixtures' indices and FACTS' examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from intertitle.errors import MediaError, OptionError
+from intertitle.runtime.preprocess.frames import sample_indices
+
+
+@pytest.mark.parametrize("variant", ["av-qwen2", "clip-mistral"])
+def test_centered_matches_every_row_of_the_fixtures(
+    expected: Callable[[str], dict[str, np.ndarray]], variant: str
+) -> None:
+    rows = expected(variant)["frame_sample"]
+    assert len(rows) == 6
+    for total, count, *indices in rows.tolist():
+        sampled = sample_indices(total, count, "centered")
+        assert sampled.dtype == np.int64
+        assert sampled.tolist() == indices
+
+
+@pytest.mark.parametrize(
+    ("total", "indices"),
+    [(444, [28, 83, 138, 194, 249, 305, 360, 415]), (5, [0, 1, 1, 2, 2, 3, 3, 4]), (1, [0] * 8)],
+)
+def test_centered_matches_the_examples_of_the_facts(total: int, indices: list[int]) -> None:
+    assert sample_indices(total, 8, "centered").tolist() == indices
+
+
+def test_linspace_truncates_and_reaches_both_ends() -> None:
+    # 0, 14.14, 28.28, ... by hand, cut to whole numbers.
+    assert sample_indices(100, 8, "linspace").tolist() == [0, 14, 28, 42, 56, 70, 84, 99]
+    assert sample_indices(3, 8, "linspace").tolist() == [0, 0, 0, 0, 1, 1, 1, 2]
+    assert sample_indices(7, 1, "linspace").tolist() == [0]
+
+
+@given(st.integers(1, 10**7), st.integers(1, 64), st.sampled_from(["centered", "linspace"]))
+def test_indices_ascend_within_the_clip(total: int, count: int, rule: str) -> None:
+    indices = sample_indices(total, count, rule)  # type: ignore[arg-type]
+    assert indices.shape == (count,)
+    assert 0 <= indices[0] <= indices[-1] < total
+    assert (np.diff(indices) >= 0).all()
+    if count <= total:
+        assert len(set(indices.tolist())) == count
+
+
+def test_refusals() -> None:
+    with pytest.raises(MediaError, match="no frames"):
+        sample_indices(0, 8, "centered")
+    with pytest.raises(OptionError, match="at least one"):
+        sample_indices(8, 0, "centered")
+    with pytest.raises(OptionError, match='"random"'):
+        sample_indices(8, 8, "random")  # type: ignore[arg-type]

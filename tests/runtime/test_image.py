@@ -1,0 +1,107 @@
+"""Pixels: the resize bit for bit against Pillow, the whole against the fixtures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from intertitle.errors import MediaError, OptionError
+from intertitle.runtime.preprocess.image import ImageSpec, preprocess_frames
+
+Image = pytest.importorskip("PIL.Image")
+
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+def as_uint8(pixels: np.ndarray) -> np.ndarray:
+    """Undo the division by 255: ``[T, H, W, 3]``."""
+    return np.rint(pixels * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def resized(frame: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Pillow's resize in the order of its passes before version 13: first the width, then the height."""
+    bicubic = Image.Resampling.BICUBIC
+    return np.asarray(Image.fromarray(frame).resize((width, frame.shape[0]), bicubic).resize((width, height), bicubic))
+
+
+def picture(height: int, width: int, seed: int) -> np.ndarray:
+    """Noise, or black and white only, where the cubic overshoots and is clipped."""
+    rng = np.random.default_rng(seed)
+    if seed % 2:
+        return rng.choice(np.array([0, 255], np.uint8), (height, width, 3))
+    return rng.integers(0, 256, (height, width, 3), np.uint8)
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.integers(1, 130), st.integers(1, 130), st.integers(1, 90), st.integers(0, 9))
+def test_exact_resize_is_pillow(height: int, width: int, size: int, seed: int) -> None:
+    frame = picture(height, width, seed)
+    pixels = preprocess_frames(frame[np.newaxis], ImageSpec("exact", size, size, **PLAIN))
+    assert pixels.shape == (1, 3, size, size)
+    assert pixels.dtype == np.float32
+    np.testing.assert_array_equal(as_uint8(pixels)[0], resized(frame, size, size))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(2, 140), st.integers(2, 140), st.integers(2, 60), st.data())
+def test_shortest_edge_and_crop_is_pillow(height: int, width: int, size: int, data: st.DataObject) -> None:
+    crop = data.draw(st.integers(1, size))
+    frame = picture(height, width, size)
+    pixels = preprocess_frames(frame[np.newaxis], ImageSpec("shortest_edge", size, crop, **PLAIN))
+    if width <= height:
+        whole = resized(frame, size, int(size * height / width))
+    else:
+        whole = resized(frame, int(size * width / height), size)
+    top, left = (whole.shape[0] - crop) // 2, (whole.shape[1] - crop) // 2
+    np.testing.assert_array_equal(as_uint8(pixels)[0], whole[top : top + crop, left : left + crop])
+
+
+# The last has more than 64 taps across, which needs float64 sums.
+VIDEO_SIZES = [(360, 640, 384), (1080, 1920, 384), (1920, 1080, 336), (91, 161, 378), (40, 2600, 24)]
+
+
+@pytest.mark.parametrize(("height", "width", "size"), VIDEO_SIZES)
+def test_video_sizes_are_pillow(height: int, width: int, size: int) -> None:
+    frame = picture(height, width, 1)
+    pixels = preprocess_frames(frame[np.newaxis], ImageSpec("exact", size, size, **PLAIN))
+    np.testing.assert_array_equal(as_uint8(pixels)[0], resized(frame, size, size))
+
+
+def test_landscape_is_pillow_in_one_go() -> None:
+    # Every version of Pillow begins with the width here.
+    frame = picture(90, 160, 2)
+    pixels = preprocess_frames(frame[np.newaxis], ImageSpec("exact", 70, 70, **PLAIN))
+    whole = np.asarray(Image.fromarray(frame).resize((70, 70), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(as_uint8(pixels)[0], whole)
+
+
+@pytest.mark.parametrize("variant", ["av-qwen2", "clip-mistral", "auroracap"])
+def test_pixels_of_the_fixtures(data_dir: Path, expected: Callable[[str], dict[str, np.ndarray]], variant: str) -> None:
+    configs = sorted((data_dir / variant).rglob("preprocessor_config.json"))
+    config = json.loads(configs[0].read_text())
+    mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
+    if "crop_size" in config:
+        spec = ImageSpec("shortest_edge", config["size"]["shortest_edge"], config["crop_size"]["height"], mean, std)
+    else:
+        spec = ImageSpec("exact", config["size"]["height"], config["size"]["height"], mean, std)
+    numbers = expected(variant)
+    pixels = preprocess_frames(numbers["frames_uint8"], spec)
+    assert pixels.shape == numbers["pixel_values"].shape
+    np.testing.assert_allclose(pixels, numbers["pixel_values"], rtol=0, atol=2e-7)
+
+
+def test_refusals() -> None:
+    frames = np.zeros((1, 4, 4, 3), np.uint8)
+    with pytest.raises(OptionError, match="cannot crop 9"):
+        preprocess_frames(frames, ImageSpec("shortest_edge", 8, 9, **PLAIN))
+    with pytest.raises(OptionError, match="unknown way"):
+        preprocess_frames(frames, ImageSpec("squash", 8, 8, **PLAIN))  # type: ignore[arg-type]
+    with pytest.raises(MediaError, match="uint8"):
+        preprocess_frames(frames.astype(np.float32), ImageSpec("exact", 8, 8, **PLAIN))
+    with pytest.raises(MediaError, match=r"\[1, 4, 4\]"):
+        preprocess_frames(frames[..., 0], ImageSpec("exact", 8, 8, **PLAIN))
