@@ -1,106 +1,219 @@
-"""What the command line shows while it works: a bar on a terminal, plain lines elsewhere, always on stderr."""
+"""What the command line shows: results on stdout, progress on stderr (a bar on a terminal, plain lines elsewhere)."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import click
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .errors import OptionError
+
 if TYPE_CHECKING:
+    from .export.compile import CompileResult
     from .runtime.bundle import Manifest, TensorSpec
 
-#: Stages shorter than this many units get no share of a bar.
+#: What the numbers of a stage count. Those of other stages are bytes, shown once both are known, or nothing.
 _UNITS = {"vision": "frames", "prefill": "tokens", "decode": "tokens"}
 
+#: The longest label of a bar, in characters: what is left of 80 columns beside the bar, the count and the time.
+_LABEL = 32
 
-def results() -> Console:
-    """Standard output; wide enough for every table where it is no terminal."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+def show(*parts: Table | str) -> None:
+    """Print to stdout. Tables fit the terminal, or 120 columns where there is none; text is one line a part."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    for part in parts:
+        if isinstance(part, str):
+            click.echo(one_line(part))
+            continue
+        # By way of a string: rich would answer a broken pipe with an exit of its own.
+        with console.capture() as capture:
+            console.print(part)
+        click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def table(*columns: str) -> Table:
+    """An empty plain table. A leading ``>`` in a column's name aligns it to the right."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in columns:
+        made.add_column(
+            column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold"
+        )
+    return made
+
+
+def one_line(text: object) -> str:
+    """``text`` on one line, fit for a terminal: line breaks and other control characters as escapes like ``\\n``."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def check_savable(path: Path) -> None:
+    """``OptionError`` when ``save`` would fail for certain: better before the work than after."""
+    if not path.parent.is_dir():
+        problem = f"there is no directory {path.parent}"
+    elif path.is_dir():
+        problem = "it is a directory"
+    elif not os.access(path.parent if path.is_file() or not path.exists() else path, os.W_OK):
+        problem = "no permission to write there"
+    else:
+        return
+    raise OptionError(f"{path}: cannot be written: {problem}")
+
+
+def save(path: Path, text: str) -> None:
+    """Write a result file: whole, or what was there before stays. Pipes and devices are written into.
+
+    ``OptionError`` when that fails (a full disk, no permission).
+    """
+    try:
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
+        target = path.resolve()
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise OptionError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 class ProgressDisplay:
-    """Shows ``(stage, done, total)`` reports of compile, caption and verify.
+    """Shows ``(stage, done, total)`` reports of compile, caption and verify while its ``with`` block lasts.
 
-    On a terminal one bar that changes its label with the stage; elsewhere one line when a stage begins. ``quiet``
-    shows nothing.
+    On a terminal one bar that is labelled with the stage and disappears at the end. Elsewhere one line for each stage
+    as it begins, or a single one where a file is being captioned: ``captioning`` is its path. ``quiet`` shows nothing.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, captioning: str = "") -> None:
         self.console = Console(stderr=True, highlight=False)
         self._quiet = quiet
+        self._file = one_line(captioning)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._stage = ""
+        self._open = False
 
     def __enter__(self) -> ProgressDisplay:
-        if self.console.is_terminal and not self._quiet:
+        self._open = not self._quiet
+        if not self._open:
+            return self
+        if self.console.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=20),
                 TextColumn("{task.fields[count]}"),
                 TimeElapsedColumn(),
             )
-            self._bar = Progress(*columns, console=self.console, transient=True)
-            self._task = self._bar.add_task("", total=None, count="")
+            self._bar = Progress(
+                *columns, console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False
+            )
+            self._task = self._bar.add_task(self._label(""), total=None, count="")
             self._bar.start()
+        elif self._file:
+            self._say(f"captioning {self._file}")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._open = False
         if self._bar is not None:
             self._bar.stop()
 
-    def label(self, text: str) -> None:
-        """Say which file is being worked on."""
-        self._say(text)
-
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Take a report; cheap enough to be called for every token."""
+        if not self._open:
+            return
+        begins, self._stage = stage != self._stage, stage
         if self._bar is not None and self._task is not None:
-            count = f"{done}/{total} {_UNITS[stage]}" if stage in _UNITS and total else _megabytes(stage, done, total)
-            self._bar.update(self._task, description=stage, completed=done, total=total or None, count=count)
-        elif stage != self._stage:
-            self._say(stage)
-        self._stage = stage
+            # A stage that is entered once a token says so each time, without knowing how far it has come.
+            if begins or total:
+                self._bar.update(
+                    self._task,
+                    description=self._label(stage),
+                    completed=done,
+                    total=total or None,
+                    count=_count(stage, done, total),
+                )
+            if begins and not total:
+                # To ``update`` no total means the same as before.
+                task = self._bar.tasks[0]
+                task.total = task.finished_time = None
+        elif begins and not self._file:
+            self._say(one_line(stage))
 
-    def _say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False)
-        elif not self._quiet:
-            print(text, file=sys.stderr, flush=True)
+    def _label(self, stage: str) -> str:
+        stage = one_line(stage).replace("_", " ")
+        name = self._file.rpartition("/")[2]
+        room = max(_LABEL - len(stage) - 2, 8)
+        if len(name) > room:
+            name = f"…{name[1 - room :]}"
+        label = f"{name}: {stage}" if name and stage else name or stage
+        return label if len(label) <= 2 * _LABEL else f"…{label[1 - 2 * _LABEL :]}"
+
+    @staticmethod
+    def _say(text: str) -> None:
+        click.echo(text, err=True)
 
 
-def _megabytes(stage: str, done: int, total: int) -> str:
-    return f"{done / 1e6:,.0f}/{total / 1e6:,.0f} MB" if stage.startswith(("writing", "checking")) and total else ""
+def _count(stage: str, done: int, total: int) -> str:
+    if not total:
+        return ""
+    if stage in _UNITS:
+        return f"{done}/{total} {_UNITS[stage]}"
+    return f"{done / 1e6:,.0f}/{total / 1e6:,.0f} MB" if stage.startswith(("writing", "checking")) else ""
+
+
+def describe_compiled(result: CompileResult) -> Iterator[Table | str]:
+    """What each part of a new bundle weighs."""
+    yield f"{result.path}:"
+    weighed = table("component", "weights", ">parameters", ">MB")
+    rows, width = result.manifest.embedding.shape
+    for name, size in result.component_bytes.items():
+        part = result.manifest.components.get(name)
+        weights, parameters = (part.weights, f"{part.parameters:,}") if part else ("", "")
+        if name == "embedding":
+            weights, parameters = result.manifest.embedding.dtype, f"{rows * width:,}"
+        weighed.add_row(name, weights, parameters, f"{size / 1e6:,.1f}")
+    weighed.add_row("total", "", "", f"{sum(result.component_bytes.values()) / 1e6:,.1f}")
+    yield weighed
 
 
 def describe(manifest: Manifest) -> Iterator[Table | str]:
     """A bundle's manifest for a reader."""
     files = manifest.files
     yield f"{manifest.name}: {manifest.family}, for {manifest.target} ({manifest.dialect}), decoder {manifest.weights}"
-    table = Table("component", "weights", "parameters", "MB", "takes", "gives")
+    parts = table("component", "weights", ">parameters", ">MB", "takes", "gives")
     for name, part in manifest.components.items():
         size = sum(files[file].size for file in (part.graph, part.data) if file)
         taken, given = (escape("\n".join(_shapes(specs))) for specs in (part.inputs, part.outputs))
-        table.add_row(name, part.weights, f"{part.parameters:,}", f"{size / 1e6:,.1f}", taken, given)
+        parts.add_row(name, part.weights, f"{part.parameters:,}", f"{size / 1e6:,.1f}", taken, given)
     embedding = manifest.embedding
     rows, width = embedding.shape
     size = files[embedding.file].size / 1e6
-    table.add_row("embedding", embedding.dtype, f"{rows * width:,}", f"{size:,.1f}", "", escape(f"[{rows}, {width}]"))
-    yield table
+    shape = escape(f"table [{rows},{width}]")
+    parts.add_row("embedding", embedding.dtype, f"{rows * width:,}", f"{size:,.1f}", "", shape)
+    yield parts
     decoder, visual, media = manifest.decoder, manifest.visual, manifest.preprocessing
     cache = 2 * 4 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim
     sound = f", {media.audio.num_tokens} audio tokens" if media.audio else ", no audio branch"
+    kept = "" if visual.keep in (None, 1) else f" (merging keeps {visual.keep:g})"
     tokens = visual.blocks * visual.tokens_per_block
-    yield f"sees {media.num_frames} frames ({media.frame_rule}): {tokens} visual tokens{sound}; modes: " + ", ".join(
-        manifest.prompts
+    yield f"sees {media.num_frames} frames ({media.frame_rule}): {tokens} visual tokens{kept}{sound}; modes: " + (
+        ", ".join(manifest.prompts)
     )
     yield f"context {decoder.context_length} tokens; cache {cache:,} bytes a token (float32)"
     made = manifest.provenance
@@ -114,10 +227,10 @@ def _shapes(specs: Sequence[TensorSpec]) -> Iterator[str]:
     cache = [spec for spec in specs if spec.name.startswith(("past.", "present."))]
     for spec in specs:
         if spec not in cache:
-            yield f"{spec.name} {_shape(spec)}"
+            yield f"{one_line(spec.name)} {_shape(spec)}"
     if cache:
         yield f"{len(cache)} x {cache[0].name.split('.')[0]} {_shape(cache[0])}"
 
 
 def _shape(spec: TensorSpec) -> str:
-    return "[" + ",".join(str(size) for size in spec.shape) + "]"
+    return "[" + ",".join(one_line(size) for size in spec.shape) + "]"

@@ -1,12 +1,13 @@
 """The PyTorch reference of a whole captioner, on the same seams as the runtime.
 
-Preprocessing is done a second time here, with Pillow and torch, so that the runtime's own is held against something
-else; decoding strategies are the runtime's, run over ``TorchInference``.
+Preprocessing and greedy decoding are done a second time here, with Pillow and torch, so that the runtime's own are
+held against something else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..errors import OptionError
 from ..models import CaptionerCheckpoint
 from ..models.config import ImageProcessing
 from ..models.decoder import Decoder
@@ -24,8 +26,16 @@ from .quantize import dequantize_int4, quantize_int4
 _POVEY_POWER = 0.85
 
 
+@dataclass(frozen=True)
+class GreedyCaption:
+    """Greedy tokens, and the logits ``[N, V]`` (before the repetition penalty) that each was chosen from."""
+
+    tokens: list[int]
+    logits: FloatArray
+
+
 class Reference:
-    """A checkpoint's components in float32 PyTorch, loaded at first use.
+    """A checkpoint's components in float32 PyTorch, loaded at first use and kept.
 
     ``decoder_weights="int4"`` rounds the decoder's linear layers to the int4 values that a bundle stores, so that a
     compiled graph can be told apart from what quantization does to the model.
@@ -43,7 +53,8 @@ class Reference:
 
     def fbank(self, sound: FloatArray) -> FloatArray:
         """``[frames, mel]`` of 16 kHz sound."""
-        return reference_fbank(sound)
+        assert self.config.audio is not None
+        return reference_fbank(sound, self.config.audio.num_mel_bins)
 
     def run(self, component: str, value: FloatArray) -> FloatArray:
         """An encoder: ``vision``, ``connector`` or ``audio``, shapes as in the graphs."""
@@ -55,6 +66,22 @@ class Reference:
         if self._embedding is None:
             self._embedding = self.checkpoint.embedding()
         return self._embedding[torch.from_numpy(token_ids)].float().numpy()
+
+    def greedy(self, embeds: FloatArray, max_new_tokens: int) -> GreedyCaption:
+        """The likeliest continuation of a prompt ``[S, H]``, token by token, under the checkpoint's repetition penalty.
+
+        Ends with an end-of-sequence token or after ``max_new_tokens``.
+        """
+        generation = self.config.generation
+        inference = self.open(1, len(embeds) + max_new_tokens)
+        tokens: list[int] = []
+        rows = [inference.prefill(0, embeds)[0]]
+        while True:
+            scores = repetition_penalty(rows[-1], tokens, generation.repetition_penalty)
+            tokens.append(int(scores.argmax()))
+            if tokens[-1] in generation.eos_token_ids or len(tokens) == max_new_tokens:
+                return GreedyCaption(tokens, np.stack(rows))
+            rows.append(inference.step(np.array(tokens[-1:]))[0])
 
     def open(self, rows: int, max_length: int) -> TorchInference:
         """The decoder with an empty cache."""
@@ -101,6 +128,9 @@ class TorchInference:
         self, row: int, embeds: FloatArray, num_logits: int = 1, progress: Callable[[int], None] | None = None
     ) -> FloatArray:
         length = len(embeds)
+        if not 1 <= num_logits <= length:
+            raise ValueError(f"num_logits is {num_logits} for {length} new tokens")
+        self._check_room(row, length)
         self._filled[row] += length
         rows = slice(row, row + 1)
         past = [(key[rows], value[rows]) for key, value in self._cache]
@@ -113,6 +143,8 @@ class TorchInference:
         return logits[0].numpy()
 
     def step(self, token_ids: npt.NDArray[np.int64]) -> FloatArray:
+        for row in range(self._rows):
+            self._check_room(row, 1)
         self._filled += 1
         embeds = torch.from_numpy(self._embed(token_ids)).unsqueeze(1)
         asked = torch.zeros((self._rows, 1), dtype=torch.int64)
@@ -125,7 +157,13 @@ class TorchInference:
         self._filled = self._filled[index.numpy()]
 
     def truncate(self, row: int, length: int) -> None:
+        if not 0 <= length <= self._filled[row]:
+            raise ValueError(f"row {row} holds {self._filled[row]} tokens, cannot keep {length}")
         self._filled[row] = length
+
+    def _check_room(self, row: int, count: int) -> None:
+        if self._filled[row] + count > self._max_length:
+            raise OptionError(f"the cache holds {self._max_length} tokens a row; row {row} cannot take {count} more")
 
     def _run(
         self, embeds: Tensor, filled: npt.NDArray[np.int64], asked: Tensor, past: list[tuple[Tensor, Tensor]]
@@ -136,24 +174,40 @@ class TorchInference:
             return self._decoder(embeds, lengths, total, asked, past)
 
 
+def repetition_penalty(logits: FloatArray, seen: Sequence[int], penalty: float) -> FloatArray:
+    """Logits ``[V]`` with those of ``seen`` tokens divided (positive) or multiplied (negative) by ``penalty``.
+
+    Keskar et al. 2019, CTRL, in the signed form of transformers' ``RepetitionPenaltyLogitsProcessor``.
+    """
+    scores, index = torch.from_numpy(logits), torch.tensor(list(seen), dtype=torch.int64)
+    picked = scores[index]
+    return scores.index_put((index,), torch.where(picked < 0, picked * penalty, picked / penalty)).numpy()
+
+
 def reference_pixels(frame: npt.NDArray[np.uint8], spec: ImageProcessing) -> FloatArray:
     """One frame ``[H, W, 3]`` through Pillow, as the CLIP and SigLIP image processors do it: ``[3, S, S]``."""
     height, width = frame.shape[:2]
     image = Image.fromarray(frame)
     if spec.resize == "exact":
-        image = image.resize((spec.size, spec.size), Image.Resampling.BICUBIC)
+        image = _resized(image, spec.size, spec.size)
     else:
         # The longer side is truncated, not rounded (transformers get_resize_output_image_size).
         if width < height:
             size = (spec.size, int(spec.size * height / width))
         else:
             size = (int(spec.size * width / height), spec.size)
-        image = image.resize(size, Image.Resampling.BICUBIC)
+        image = _resized(image, *size)
         left, top = (size[0] - spec.crop) // 2, (size[1] - spec.crop) // 2
         image = image.crop((left, top, left + spec.crop, top + spec.crop))
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
     return ((pixels - mean) / std).numpy()
+
+
+def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Bicubic, the horizontal pass first as Pillow did before version 13, which begins with either (and rounds so)."""
+    across = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    return across.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def reference_fbank(sound: FloatArray, num_mel_bins: int = 128, rate: int = 16000) -> FloatArray:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..models.config import CaptionerConfig
+from ..models.config import AudioConfig, ConnectorConfig, DecoderConfig, VisionConfig
 from ..models.decoder import Decoder, RMSNorm
 from .dialects import ort
 from .targets import Target
@@ -17,7 +17,11 @@ from .trace import Signature, TracedGraph, trace
 
 @dataclass(frozen=True)
 class ComponentGraph:
-    """One traced component: its graph, the format of its weights and the number of its parameters."""
+    """One traced component: its graph, the format of its weights and the number of its parameters.
+
+    The entries of ``traced.weights`` are those of the component's own state dict, where a layer that was lowered to
+    int4 has ``qweight`` and ``scales`` in place of ``weight``.
+    """
 
     name: str
     traced: TracedGraph
@@ -26,7 +30,7 @@ class ComponentGraph:
 
 
 class _DecoderGraph(nn.Module):
-    """The decoder with its cache as flat graph outputs."""
+    """The decoder with its cache as flat graph inputs and outputs."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
@@ -40,59 +44,58 @@ class _DecoderGraph(nn.Module):
         return (logits, *(tensor for pair in present for tensor in pair))
 
 
-def vision_signature(config: CaptionerConfig) -> Signature:
+def vision_signature(config: VisionConfig) -> Signature:
     """``pixel_values [N, 3, S, S]`` to ``features [N, P, D]``, any number of frames."""
-    size = config.vision.image_size
+    size = config.image_size
     return Signature((torch.zeros(2, 3, size, size),), ({0: "frames"},), ("pixel_values",), ("features",))
 
 
-def connector_signature(config: CaptionerConfig, tokens_per_frame: int) -> Signature:
+def connector_signature(config: ConnectorConfig, tokens_per_frame: int) -> Signature:
     """``features [T, P, D]`` to ``visual_tokens [blocks, tokens, H]``; T varies where frames do not mix."""
-    connector = config.connector
-    axes = {0: "frames"} if connector.per_frame else {}
-    example = torch.zeros(connector.num_frames, tokens_per_frame, connector.in_size)
+    axes = {0: "frames"} if config.per_frame else {}
+    example = torch.zeros(config.num_frames, tokens_per_frame, config.in_size)
     return Signature((example,), (axes,), ("features",), ("visual_tokens",))
 
 
-def audio_signature(config: CaptionerConfig) -> Signature:
+def audio_signature(config: AudioConfig) -> Signature:
     """``fbank [1, frames, mel]`` to ``audio_tokens [1, tokens, H]``."""
-    assert config.audio is not None
-    example = torch.zeros(1, config.audio.num_frames, config.audio.num_mel_bins)
+    example = torch.zeros(1, config.num_frames, config.num_mel_bins)
     return Signature((example,), ({},), ("fbank",), ("audio_tokens",))
 
 
-def decoder_signature(config: CaptionerConfig) -> Signature:
+def decoder_signature(config: DecoderConfig) -> Signature:
     """New tokens and the static cache in; logits of the asked positions and the cache out (see ``Decoder``)."""
-    decoder = config.decoder
     # Example sizes differ from each other and from 0 and 1, which torch.export would take for constants.
     rows, length, max_length, asked = 2, 5, 16, 3
-    cache = (rows, decoder.num_kv_heads, max_length, decoder.head_dim)
+    cache = (rows, config.num_kv_heads, max_length, config.head_dim)
     arguments = (
-        torch.zeros(rows, length, decoder.hidden_size),
+        torch.zeros(rows, length, config.hidden_size),
         torch.zeros(rows, dtype=torch.int32),
         torch.zeros((), dtype=torch.int32),
         torch.zeros(rows, asked, dtype=torch.int64),
-        [torch.zeros(cache) for _ in range(2 * decoder.num_layers)],
+        [torch.zeros(cache) for _ in range(2 * config.num_layers)],
     )
     axes = (
         {0: "rows", 1: "length"},
         {0: "rows"},
         {},
         {0: "rows", 1: "asked"},
-        [{0: "rows", 2: "max_length"}] * (2 * decoder.num_layers),
+        [{0: "rows", 2: "max_length"}] * (2 * config.num_layers),
     )
-    layers = range(decoder.num_layers)
-    past = [f"past.{i}.{part}" for i in layers for part in ("key", "value")]
-    present = [f"present.{i}.{part}" for i in layers for part in ("key", "value")]
+    parts = [f"{layer}.{part}" for layer in range(config.num_layers) for part in ("key", "value")]
     return Signature(
         arguments,
         axes,
-        ("inputs_embeds", "lengths", "total_length", "logits_index", *past),
-        ("logits", *present),
+        ("inputs_embeds", "lengths", "total_length", "logits_index", *(f"past.{part}" for part in parts)),
+        ("logits", *(f"present.{part}" for part in parts)),
     )
 
 
-def lower(module: nn.Module, rules: dict[type[nn.Module], Callable[[nn.Module], nn.Module]]) -> nn.Module:
+#: What stands in for a module of a type while it is traced.
+Rules = Mapping[type[nn.Module], Callable[..., nn.Module]]
+
+
+def lower(module: nn.Module, rules: Rules) -> nn.Module:
     """Replace every submodule whose exact type has a rule, in place; returns the module."""
     for name, child in list(module.named_children()):
         rule = rules.get(type(child))
@@ -106,17 +109,18 @@ def lower(module: nn.Module, rules: dict[type[nn.Module], Callable[[nn.Module], 
 def component_graph(name: str, module: nn.Module, signature: Signature, target: Target, weights: str) -> ComponentGraph:
     """Lower a component (on the meta device) to the target's dialect and trace it.
 
-    ``weights`` ``"int4"`` turns the linear layers of the decoder into MatMulNBits; the other components stay fp32.
+    ``weights`` ``"int4"`` turns its linear layers into MatMulNBits. The module is not usable afterwards.
     """
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    rules: dict[type[nn.Module], Callable[[nn.Module], nn.Module]] = {RMSNorm: ort.RMSNormalization}  # type: ignore[dict-item]
+    rules: dict[type[nn.Module], Callable[..., nn.Module]] = {RMSNorm: ort.RMSNormalization}
     if weights == "int4":
-        rules[nn.Linear] = lambda linear: ort.MatMulNBits(linear, target.block_size)  # type: ignore[arg-type]
+        rules[nn.Linear] = lambda linear: ort.MatMulNBits(linear, target.block_size)
     lowered = lower(module, rules)
-    if isinstance(lowered, Decoder):
-        lowered = _DecoderGraph(lowered)
-    traced = trace(lowered, signature, ort.OrtAttention(), ort.OPSET)
-    if isinstance(lowered, _DecoderGraph):
-        for weight in traced.weights.values():
-            weight.entry = weight.entry.removeprefix("decoder.")
-    return ComponentGraph(name, traced, weights, parameters)
+    if not isinstance(lowered, Decoder):
+        return ComponentGraph(name, trace(lowered, signature, ort.OrtAttention(), ort.OPSET), weights, parameters)
+    traced = trace(_DecoderGraph(lowered), signature, ort.OrtAttention(), ort.OPSET)
+    entries = {
+        initializer: replace(weight, entry=weight.entry.removeprefix("decoder."))
+        for initializer, weight in traced.weights.items()
+    }
+    return ComponentGraph(name, TracedGraph(traced.model, entries), weights, parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from ..calibration.quantize import quantize_int4
 from .trace import TracedGraph, Weight
 
-#: Tensors start at multiples of a page, so that a runtime can map the file instead of reading it.
-_PAGE = 4096
+#: Tensors of a page or more start at multiples of one, so that a runtime can map the file instead of reading it; the
+#: smaller ones at multiples of a cache line.
+_PAGE, _LINE = 4096, 64
 _TORCH_DTYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.UINT8: torch.uint8}
 
 
@@ -44,35 +46,55 @@ class WeightReader:
 
 def payload_size(graph: TracedGraph) -> int:
     """Upper bound of the bytes that ``write_weights`` will write, from shapes alone."""
-    sizes = [int(np.prod(weight.shape)) * weight.dtype.itemsize for weight in graph.weights.values()]
-    return int(sum(size + _PAGE for size in sizes))
+    sizes = [math.prod(weight.shape) * weight.dtype.itemsize for weight in graph.weights.values()]
+    sizes += [value.nbytes for value in _computed(graph).values()]
+    return math.ceil(sum(size + _PAGE for size in sizes))
 
 
 def write_weights(graph: TracedGraph, file: BinaryFile, location: str, reader: WeightReader) -> Iterator[int]:
-    """Write every weight of the graph into ``file`` and point its initializer there.
+    """Write the weights, and what the trace computed beyond a page, into ``file``, and point the initializers there.
 
     ``location`` is the name of the file beside the graph. Yields the bytes written after each tensor (progress).
-    Peak memory is a few times the largest single tensor.
+    Peak memory is a few times the largest single tensor. Raises ``CheckpointError`` for a tensor with a NaN.
     """
     offset = 0
-    for name, weight in graph.weights.items():
-        data = _as_stored(reader.read(weight.entry), weight)
-        raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
-        padding = -offset % (_PAGE if len(raw) >= _PAGE else 64)
+    for name, data in _tensors(graph, reader):
+        raw = data.reshape(-1).view(np.uint8).data
+        padding = -offset % (_PAGE if len(raw) >= _PAGE else _LINE)
         file.write(memoryview(bytes(padding)))
         file.write(raw)
         offset += padding
         value = graph.model.graph.initializers[name]
+        assert value.dtype is not None
         value.const_value = ir.ExternalTensor(
-            location, offset, len(raw), weight.dtype, shape=ir.Shape(weight.shape), name=name
+            location, offset, len(raw), value.dtype, shape=ir.Shape(data.shape), name=name
         )
         offset += len(raw)
         yield padding + len(raw)
 
 
 def serialize(graph: TracedGraph) -> bytes:
-    """The graph itself, weights by reference. ``ValueError`` when something in it was never filled in."""
+    """The graph itself, weights by reference. ``RuntimeError`` for a weight that ``write_weights`` has not seen."""
+    values = graph.model.graph.initializers
+    if unfilled := [name for name in graph.weights if not isinstance(values[name].const_value, ir.ExternalTensor)]:
+        raise RuntimeError(f"the weights of {unfilled[0]} have not been written")
     return ir.to_proto(graph.model).SerializeToString()
+
+
+def _computed(graph: TracedGraph) -> dict[str, ir.TensorProtocol]:
+    """Initializers that hold their values since the trace (rotary tables) and are too large to stay in the graph."""
+    return {
+        name: value.const_value
+        for name, value in graph.model.graph.initializers.items()
+        if name not in graph.weights and value.const_value is not None and value.const_value.nbytes >= _PAGE
+    }
+
+
+def _tensors(graph: TracedGraph, reader: WeightReader) -> Iterator[tuple[str, np.ndarray]]:
+    for name, weight in graph.weights.items():
+        yield name, _as_stored(reader.read(weight.entry), weight)
+    for name, value in _computed(graph).items():
+        yield name, np.ascontiguousarray(value.numpy())
 
 
 def _as_stored(tensor: Tensor, weight: Weight) -> np.ndarray:
@@ -80,4 +102,5 @@ def _as_stored(tensor: Tensor, weight: Weight) -> np.ndarray:
         tensor = tensor.T
     if tuple(tensor.shape) != weight.shape:
         raise ValueError(f"{weight.entry}: shape {tuple(tensor.shape)} where the graph has {weight.shape}")
-    return tensor.to(_TORCH_DTYPES[weight.dtype]).contiguous().numpy()
+    # Conversion and transposition in one pass, so that there is one copy at most.
+    return tensor.to(_TORCH_DTYPES[weight.dtype], memory_format=torch.contiguous_format).contiguous().numpy()

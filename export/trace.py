@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from ..models import attention
 
 
-@dataclass
+@dataclass(frozen=True)
 class Weight:
     """An initializer to be filled in: which state-dict entry of the module it is, and whether transposed."""
 
@@ -31,7 +31,7 @@ class Weight:
     transposed: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class TracedGraph:
     """A graph without its weights.
 
@@ -40,7 +40,7 @@ class TracedGraph:
     """
 
     model: ir.Model
-    weights: dict[str, Weight] = field(default_factory=dict)
+    weights: dict[str, Weight]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ class Signature:
 def trace(module: nn.Module, signature: Signature, attention_form: attention.Attention, opset: int) -> TracedGraph:
     """Trace one call of ``module``.
 
-    Its parameters on the meta device become ``TracedGraph.weights``; buffers that are real keep their values.
+    Its parameters and buffers on the meta device become ``TracedGraph.weights``, an initializer's name being that of
+    the state-dict entry (with ``.T`` where it is stored transposed); buffers that are real keep their values. The
+    module is not usable afterwards.
     """
     entries = {name for name, value in _state(module).items() if value.is_meta}
     _fake_meta_tensors(module)
@@ -80,24 +82,28 @@ def trace(module: nn.Module, signature: Signature, attention_form: attention.Att
         )
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
-    model = program.model
-    graph = TracedGraph(model)
-    for name, value in model.graph.initializers.items():
+    graph = TracedGraph(program.model, {})
+    for name, value in graph.model.graph.initializers.items():
         if name in entries:
             assert value.shape is not None
             assert value.dtype is not None
             graph.weights[name] = Weight(name, value.dtype, _static(value.shape))
     _fold_transposes(graph)
+    _strip(graph.model)
+    return graph
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop stack traces and module paths: they tell of the machine that compiled, which is nobody's business."""
     for node in model.graph:
-        # Stack traces and module paths of the machine that traced it do not belong in a bundle.
-        node.metadata_props.clear()
-        node.doc_string = None
-    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        for described in (node, *node.outputs):
+            described.metadata_props.clear()
+            described.doc_string = None
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.graph.name = "intertitle"
-    return graph
 
 
 def _static(shape: ir.Shape) -> tuple[int, ...]:

@@ -118,6 +118,15 @@ class BundleWriter:
         self._lock = -1
         self._files: dict[str, BundleFile] = {}
 
+    def check_place(self) -> None:
+        """Raise ``OptionError`` where entering would, without touching anything: better before hours of tracing."""
+        parent = self.path.parent
+        if not parent.is_dir():
+            raise OptionError(f"{self.path}: there is no directory {parent} to write the bundle in; create it first")
+        self._check_target()
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise OptionError(f"{self.path}: cannot write a bundle there: no permission to write in {parent}")
+
     def __enter__(self) -> BundleWriter:
         parent = self.path.parent
         if not parent.is_dir():
@@ -203,7 +212,7 @@ class BundleWriter:
         if problem := _not_a_bundle(self.path):
             raise OptionError(f"{self.path} exists and is not a bundle ({problem}); choose another name")
         if not self._overwrite:
-            raise OptionError(f"{self.path} exists; choose another name or ask for it to be overwritten")
+            raise OptionError(f"{self.path} exists; choose another name, or have it overwritten (--overwrite)")
 
     def _check_space(self) -> None:
         free = shutil.disk_usage(self.path.parent).free

@@ -48,6 +48,10 @@ class Decoding:
             raise OptionError(f"top_p must be in (0, 1], not {self.top_p}")
         if self.top_k is not None and self.top_k < 0:
             raise OptionError(f"top_k must be 0 (off) or more, not {self.top_k}")
+        if isinstance(self.stop, str):
+            raise OptionError("stop must be a tuple of texts, not one text")
+        if not all(self.stop):
+            raise OptionError("a stop text is empty: give at least one character, or leave it out")
         if not 0 <= self.seed < 2**64:
             raise OptionError(f"seed must be in [0, 2**64), not {self.seed}")
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-
-from ..errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -19,20 +15,22 @@ class Cue:
     text: str
 
 
-def write_srt(path: str | os.PathLike[str], cues: Sequence[Cue]) -> None:
-    """Write cues as a SubRip file (UTF-8). ``OptionError`` when the file cannot be written."""
-    blocks = [
-        # An empty line would end the cue.
-        f"{number}\n{_stamp(cue.start)} --> {_stamp(cue.end)}\n" + "\n".join(cue.text.split("\n\n")).strip() + "\n"
-        for number, cue in enumerate(cues, 1)
-    ]
-    try:
-        Path(path).write_text("\n".join(blocks), encoding="utf-8")
-    except OSError as error:
-        raise OptionError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from None
+def format_srt(cues: Iterable[Cue]) -> str:
+    """The contents of a SubRip file. Cues are numbered from 1; one without text is left out.
+
+    A cue ends at an empty line, so empty lines of its text are dropped.
+    """
+    blocks: list[str] = []
+    for cue in cues:
+        lines = [line.strip() for line in cue.text.splitlines() if line.strip()]
+        if lines:
+            text = "\n".join(lines)
+            blocks.append(f"{len(blocks) + 1}\n{_stamp(cue.start)} --> {_stamp(cue.end)}\n{text}\n")
+    return "\n".join(blocks)
 
 
 def _stamp(seconds: float) -> str:
+    """``HH:MM:SS,mmm``, to the nearest millisecond."""
     milliseconds = round(seconds * 1000)
     hours, rest = divmod(milliseconds, 3_600_000)
     minutes, rest = divmod(rest, 60_000)

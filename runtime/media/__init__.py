@@ -41,6 +41,6 @@ def open_media(source: str | os.PathLike[str]) -> Media:
 
     if is_still_image(head):
         return open_image(path)
-    from .container import open_container
+    from .files import open_container
 
     return open_container(path)

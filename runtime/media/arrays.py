@@ -14,7 +14,7 @@ _LOUDEST = 8.0
 
 def as_frames(array: npt.ArrayLike) -> FrameArray:
     """``array`` as uint8 ``[T, H, W, 3]``, or ``MediaError``: other dtypes and shapes are refused, not converted."""
-    frames = np.asarray(array)
+    frames = _as_array(array, "frames")
     if frames.dtype != np.uint8:
         raise MediaError(f"frames must be uint8 RGB from 0 to 255, not {frames.dtype}")
     if frames.ndim != 4 or frames.shape[3] != 3:
@@ -31,7 +31,7 @@ def as_waveform(array: npt.ArrayLike, rate: int) -> Waveform:
     Floats are taken as they are in [-1, 1], int16 is divided by 2**15. ``MediaError`` for another dtype or shape, no
     samples, NaN or infinity, floats far outside [-1, 1], or a sample rate that is not a whole positive number.
     """
-    samples = np.asarray(array)
+    samples = _as_array(array, "sound samples")
     if isinstance(rate, bool) or not isinstance(rate, (int, np.integer)) or not 0 < rate <= 1_000_000:
         raise MediaError(f"the sample rate must be a whole number of Hz from 1 to 1000000, not {rate!r}")
     if samples.ndim not in (1, 2):
@@ -52,3 +52,10 @@ def as_waveform(array: npt.ArrayLike, rate: int) -> Waveform:
             samples = samples.T
         samples = samples[0] if len(samples) == 1 else samples
     return Waveform(np.ascontiguousarray(samples, np.float32), int(rate))
+
+
+def _as_array(array: npt.ArrayLike, what: str) -> np.ndarray:
+    try:
+        return np.asarray(array)
+    except ValueError:
+        raise MediaError(f"{what} do not form one array: the parts differ in shape") from None

@@ -1,4 +1,4 @@
-"""Video and sound files through PyAV (FFmpeg's libraries): what is in the file, and which readers it gets."""
+"""FFmpeg containers through PyAV: opening one, and choosing its streams."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import av
 from av.error import FFmpegError
 
 from ...errors import MediaError
-from .source import Media, check_size
 
 if TYPE_CHECKING:
     from av.audio.stream import AudioStream
@@ -25,34 +24,11 @@ _FORMATS = (
 _OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
 
 
-def open_container(path: Path) -> Media:
-    """A video, sound or animated GIF file as ``Media``. Pictures attached to a sound (cover art) are no video."""
-    from .sound import ContainerSoundReader
-    from .video import ContainerFrameReader
-
-    container = open_input(path)
-    try:
-        video, audio = video_stream(container), audio_stream(container)
-        sound = ContainerSoundReader(path, container, audio) if audio is not None else None
-        if video is None:
-            if sound is None:
-                if container.streams.video or container.streams.audio:
-                    raise MediaError(f"{path}: its video or sound is in a codec that cannot be decoded here")
-                raise MediaError(f"{path}: holds neither video nor sound")
-            container.close()
-            return Media(path, "audio", sound=sound)
-        check_size(str(path), video.codec_context.width, video.codec_context.height)
-        return Media(path, "video", ContainerFrameReader(path, container), sound)
-    except BaseException:
-        container.close()
-        raise
-
-
 def open_input(path: Path) -> InputContainer:
     """The file as an FFmpeg container, or ``MediaError``. Log lines of the libraries stay off (PyAV's default)."""
     try:
         # With "file:", a colon or a % in the name is nothing special.
-        return av.open(f"file:{path.absolute()}", "r", options=dict(_OPTIONS), metadata_errors="replace")
+        return av.open(f"file:{path.absolute()}", "r", container_options=dict(_OPTIONS), metadata_errors="replace")
     except (FFmpegError, OSError, ValueError) as error:
         raise MediaError(f"{path}: {_why_unreadable(path, error)}") from error
 

@@ -1,7 +1,8 @@
 """Still images, and folders of them taken as the frames of a clip.
 
-OpenCV decodes them: its JPEG pixels are those of Pillow (both are libjpeg-turbo), which the reference reads images
-with; FFmpeg's differ. Rotation written in a photo's EXIF data is applied, as for video.
+OpenCV decodes them: its pixels are those of Pillow, which the reference reads images with; FFmpeg interpolates the
+chroma of JPEG and WebP in another way. Of an animated PNG or WebP the first frame is taken. A rotation that a photo's
+EXIF data ask for is applied, as for video (the reference leaves it out).
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from .source import FrameArray, Media, check_size
 #: VideoLLaMA2 mm_utils.py: a folder of images is a video of 3 frames a second.
 FOLDER_FPS = 3.0
 
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*")
+_JPEG = b"\xff\xd8\xff"
+_SIGNATURES = (_JPEG, b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*")
 
 
 def is_still_image(head: bytes) -> bool:
-    """Whether a file that begins with ``head`` (16 bytes) is a JPEG, PNG, BMP, TIFF or WebP image."""
-    return head.startswith(_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+    """Whether a file that begins with ``head`` (16 bytes) is a JPEG, PNG, BMP, TIFF, WebP or AVIF image."""
+    boxed = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+    return head.startswith(_SIGNATURES) or boxed or head[4:12] == b"ftypavif"
 
 
 def open_image(path: Path) -> Media:
@@ -86,18 +89,23 @@ def _natural_order(file: Path) -> list[tuple[int, int, str]]:
 
 def _decode(path: Path) -> FrameArray:
     """RGB uint8 ``[H, W, 3]``: alpha dropped, grey and palettes expanded, 16 bits cut to 8."""
-    cv2 = _opencv()
-    level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     try:
-        bgr = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
+        content = path.read_bytes()
     except OSError as error:
         raise MediaError(f"{path}: cannot be read ({error.strerror})") from error
+    cv2 = _opencv()
+    logging = getattr(cv2.utils, "logging", cv2)  # OpenCV 5, OpenCV 4
+    level = logging.getLogLevel()
+    logging.setLogLevel(0)
+    try:
+        bgr = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error:
         bgr = None
     finally:
-        cv2.utils.logging.setLogLevel(level)
-    if bgr is None:
+        logging.setLogLevel(level)
+    # Before version 5, OpenCV fills the missing part of a JPEG with grey: is there an end after the start of the scan?
+    ends = not content.startswith(_JPEG) or content.rfind(b"\xff\xd9") > content.rfind(b"\xff\xda")
+    if bgr is None or not ends:
         raise MediaError(f"{path}: the image is damaged, too large or of an unknown kind")
     check_size(str(path), bgr.shape[1], bgr.shape[0])
     return np.ascontiguousarray(bgr[:, :, ::-1])

@@ -26,17 +26,15 @@ class VideoPacket(NamedTuple):
 class PacketIndex:
     """The ``packets`` of a video stream, numbered in decoding order. Their pts must be distinct.
 
-    ``keyframes`` are the numbers of those where decoding can begin (``from_start``: only the first one), ``order[i]``
-    is the number of the packet that becomes frame i in presentation order.
+    ``keyframes`` are the numbers of those where decoding can begin, ``order[i]`` is the number of the packet that
+    becomes frame i in presentation order.
     """
 
-    def __init__(self, packets: Sequence[VideoPacket], from_start: bool = False) -> None:
+    def __init__(self, packets: Sequence[VideoPacket]) -> None:
         self.packets = packets
         self.keyframes = [number for number, packet in enumerate(packets) if packet.keyframe]
         # A recording that begins inside a group of pictures shows nothing before its first keyframe.
         first = self.keyframes[0] if self.keyframes else 0
-        if from_start:
-            self.keyframes = [first]
         shown = (number for number, packet in enumerate(packets) if packet.shown and number >= first)
         self.order = sorted(shown, key=lambda number: packets[number].pts)
         self._numbers = {packet.pts: number for number, packet in enumerate(packets)}

@@ -47,6 +47,8 @@ class ContainerSoundReader:
             raise MediaError(f"{self._path}: its sound track holds nothing that can be decoded")
         samples = np.concatenate(pieces, axis=1)[:, :limit]
         if rate is None:
+            if not np.isfinite(samples).all():
+                raise MediaError(f"{self._path}: its sound holds NaN or infinite samples")
             return Waveform(samples, self.sample_rate)
         return Waveform((samples[0] / np.float32(1 << 15)).astype(np.float32), rate)
 

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 Threads = Literal["AUTO", "SLICE"]
 
-#: Formats whose frames build on all earlier ones, whatever their packets say of keyframes.
-_NO_KEYFRAMES = ("gif",)
-
 
 class ContainerFrameReader:
     """A ``FrameReader`` over the best video stream of a file. Takes the opened ``container`` over.
@@ -129,7 +126,7 @@ class ContainerFrameReader:
             packets.pop()
         if len({packet.pts for packet in packets}) < len(packets):
             return None
-        index = PacketIndex(packets, from_start=self._container.format.name in _NO_KEYFRAMES)
+        index = PacketIndex(packets)
         # AVI (and what is copied from it) writes down only the order of decoding: frames that are shown out of that
         # order have lost their times. MP4 always has them.
         doubtful = decoder.has_b_frames and index.in_order and "mp4" not in self._container.format.name
@@ -158,17 +155,21 @@ class ContainerFrameReader:
         return iter(())
 
     def _decode_run(self, index: PacketIndex, run: Run) -> Iterator[tuple[int, VideoFrame]]:
-        """The wanted packets of a run with their frames, until a frame turns out to be damaged."""
-        packets = self._packets_from(index, run.start)
+        """The wanted packets of a run with their frames, until damage shows.
+
+        What stands in for lost data depends on all that was decoded before, so from there only a full decode can tell.
+        """
         wanted = {index.packets[number].pts: number for number in run.wanted}
         begin, end = index.packets[run.start].pts, index.packets[run.stop].pts
-        for frame in self._decode_until(packets, end, wanted):
-            # What stands in for lost data depends on all that was decoded before: only a full decode can tell. (Frames
-            # shown before the keyframe are not this run's; they may well lack what they refer to.)
-            if frame.is_corrupt and (frame.pts is None or frame.pts >= begin):
-                return
-            if frame.pts in wanted:
-                yield wanted.pop(frame.pts), frame
+        try:
+            for frame in self._decode_until(self._packets_from(index, run.start), end, wanted):
+                # Frames shown before the keyframe are not this run's; they may well lack what they refer to.
+                if frame.is_corrupt and (frame.pts is None or frame.pts >= begin):
+                    return
+                if frame.pts in wanted:
+                    yield wanted.pop(frame.pts), frame
+        except FFmpegError:
+            return
 
     def _decode_until(
         self, packets: Iterator[Packet[VideoStream]], end: int, wanted: Collection[int]
@@ -188,11 +189,14 @@ class ContainerFrameReader:
         yield from _decode(self._stream, None)
 
     def _decode_all(self, threads: Threads) -> Iterator[VideoFrame]:
-        """Every frame of the file in presentation order."""
+        """Every frame of the file in presentation order; damaged packets are passed over."""
         self._reopen(threads)
-        for packet in self._packets():
-            yield from _decode(self._stream, packet)
-        yield from _decode(self._stream, None)
+        for packet in chain(self._packets(), (None,)):
+            try:
+                frames = _decode(self._stream, packet)
+            except FFmpegError:
+                continue
+            yield from frames
 
     def _read_through(self, missing: list[int]) -> Iterator[tuple[int, FrameArray]]:
         """The frames at ``missing`` (ascending) by decoding the file from its start, stand-ins where there are none.
@@ -240,10 +244,8 @@ class ContainerFrameReader:
 
 
 def _decode(stream: VideoStream, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
-    try:
-        return stream.codec_context.decode(packet)
-    except FFmpegError:
-        return []
+    """The frames that are ready after ``packet`` (None: all that are left)."""
+    return stream.codec_context.decode(packet)
 
 
 def _oriented(image: FrameArray, frame: VideoFrame) -> FrameArray:

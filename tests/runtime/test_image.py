@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from intertitle.errors import MediaError, OptionError
-from intertitle.runtime.preprocess.image import ImageSpec, preprocess_frames
+from intertitle.runtime.preprocess.image import ImageSpec, _banded_weights, preprocess_frames
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -70,6 +70,18 @@ def test_video_sizes_are_pillow(height: int, width: int, size: int) -> None:
     frame = picture(height, width, 1)
     pixels = preprocess_frames(frame[np.newaxis], ImageSpec("exact", size, size, **PLAIN))
     np.testing.assert_array_equal(as_uint8(pixels)[0], resized(frame, size, size))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 200))
+def test_sums_stay_exact_in_float32(in_size: int, out_size: int) -> None:
+    # Whole numbers below 2**24, in the unit of each half, whatever the pixels (at most 255) are.
+    for block in _banded_weights(in_size, out_size, 0, out_size).blocks:
+        if block.high.dtype == np.float32:
+            for half, unit in ((block.high, 1), (block.low, 2048)):
+                scaled = np.abs(half.astype(np.float64)) * unit
+                np.testing.assert_array_equal(scaled, np.rint(scaled))
+                assert (255 * scaled.sum(axis=0) < 2**24).all()
 
 
 def test_landscape_is_pillow_in_one_go() -> None:

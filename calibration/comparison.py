@@ -1,0 +1,185 @@
+"""Two outputs held against each other: errors, near-ties, drift, and the verdict over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..runtime.inference import FloatArray
+from .reference import GreedyCaption, repetition_penalty
+
+PASS, AMBIGUOUS, FAIL = "PASS", "AMBIGUOUS", "FAIL"
+
+#: The stages in the order of the data, and the component that each one tests.
+STAGES = {
+    "pixels": "preprocessing",
+    "vision": "vision",
+    "connector": "connector",
+    "fbank": "preprocessing",
+    "audio": "audio",
+    "embeddings": "embedding",
+    "prefill logits": "decoder",
+    "decode logits": "decoder",
+}
+
+#: Largest difference allowed, relative to the reference's largest magnitude.
+#: pixels: the same integer arithmetic, then three float32 operations. fbank: a bfloat16 step at the top of its range.
+#: The encoders are float32 in every bundle. Decoder: float32, or int8 activations against int4 weights
+#: (MatMulNBits accuracy level 4: about 5e-3 a product, LEADS 13.7).
+TOLERANCE = {"pixels": 1e-6, "fbank": 2**-7, "vision": 1e-4, "connector": 1e-4, "audio": 1e-4, "embeddings": 1e-6}
+LOGITS_TOLERANCE = {"fp32": 1e-4, "int4": 5e-2}
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One comparison.
+
+    ``relative_error`` is max |a - b| / max |b|, b the reference's; ``None`` where that is no number, and ``problem``
+    says why: the shapes differ or a value is not finite.
+    """
+
+    stage: str
+    relative_error: float | None
+    tolerance: float
+    verdict: str
+    problem: str | None = None
+
+    @property
+    def error(self) -> float:
+        """``relative_error`` as a number in any case: ``inf`` for ``None``."""
+        return float("inf") if self.relative_error is None else self.relative_error
+
+
+@dataclass(frozen=True)
+class TokenResult:
+    """Greedy tokens of both.
+
+    ``margin``: how far apart the two candidates of the first difference are in the reference's logits (after the
+    repetition penalty); a margin within the tolerance of the logits is a near-tie. ``None`` without a difference.
+    """
+
+    compared: int
+    equal: int
+    margin: float | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What quantization does to the model: the bundle against the float32 weights on the same prompt.
+
+    Both are fed the greedy caption of the float32 weights. Over the positions that predict its tokens:
+    ``logits_error`` as in ``StageResult``; ``kl`` the mean divergence of the next-token distributions, KL(float32 ||
+    bundle) in nats; ``top1_agreement`` how often both have the same likeliest token. ``equal_tokens`` of ``compared``:
+    how long the bundle's own greedy caption is the same.
+    """
+
+    logits_error: float
+    kl: float
+    top1_agreement: float
+    equal_tokens: int
+    compared: int
+
+
+@dataclass
+class ClipResult:
+    """All comparisons on one clip in one mode."""
+
+    clip: str
+    mode: str
+    stages: list[StageResult] = field(default_factory=list)
+    tokens: TokenResult | None = None
+    drift: Drift | None = None
+
+
+@dataclass
+class Report:
+    """The whole, as plain values that are valid JSON.
+
+    ``first_divergent`` names the component of the first stage, in the order of the data, that failed on any clip, or
+    is ``"greedy tokens"`` when every stage passed and the captions part nevertheless. ``notes`` says where the
+    reference is not what the bundle was made from. ``environment``: what was compared (hashes), how (``weights``,
+    ``accuracy_level`` of the int4 products: 4 is int8 activations, 0 float32) and with what (versions).
+    """
+
+    verdict: str
+    first_divergent: str | None
+    weights: str
+    clips: list[ClipResult]
+    notes: list[str] = field(default_factory=list)
+    environment: dict[str, str | int | None] = field(default_factory=dict)
+
+
+def conclude(clips: Sequence[ClipResult]) -> tuple[str, str | None]:
+    """The verdict over all clips and the first divergent component."""
+    failed = {stage.stage for clip in clips for stage in clip.stages if stage.verdict == FAIL}
+    tokens = {clip.tokens.verdict for clip in clips if clip.tokens is not None}
+    for stage, component in STAGES.items():
+        if stage in failed:
+            return FAIL, component
+    if FAIL in tokens:
+        return FAIL, "greedy tokens"
+    return (AMBIGUOUS if AMBIGUOUS in tokens else PASS), None
+
+
+def compare_stage(stage: str, mine: FloatArray, theirs: FloatArray, weights: str) -> StageResult:
+    """One stage's output against the reference's; ``weights`` decides the tolerance of logits."""
+    tolerance = TOLERANCE.get(stage, LOGITS_TOLERANCE[weights])
+    problem = _incomparable(mine, theirs)
+    error = relative_error(mine, theirs) if problem is None else None
+    verdict = PASS if error is not None and error <= tolerance else FAIL
+    return StageResult(stage, error, tolerance, verdict, problem)
+
+
+def _incomparable(mine: FloatArray, theirs: FloatArray) -> str | None:
+    """Why two arrays have no relative error."""
+    if mine.shape != theirs.shape:
+        return f"the shape is {list(mine.shape)}, the reference's {list(theirs.shape)}"
+    for name, values in (("bundle", mine), ("reference", theirs)):
+        if not np.isfinite(values).all():
+            return f"the {name}'s output is not finite"
+    return None
+
+
+def relative_error(mine: FloatArray, theirs: FloatArray) -> float:
+    """max |mine - theirs| / max |theirs| of two finite arrays of one shape."""
+    return float(np.abs(mine - theirs).max() / max(float(np.abs(theirs).max()), np.finfo(np.float32).tiny))
+
+
+def compare_tokens(mine: Sequence[int], theirs: GreedyCaption, penalty: float, weights: str) -> TokenResult:
+    """Greedy tokens against the reference's, chosen under a repetition ``penalty``."""
+    compared = max(len(mine), len(theirs.tokens))
+    equal = _common_prefix(mine, theirs.tokens)
+    if equal == compared:
+        return TokenResult(compared, equal, None, PASS)
+    if equal == min(len(mine), len(theirs.tokens)):
+        # One caption ends where the other goes on: they disagree about what ends one, not about a token.
+        return TokenResult(compared, equal, None, FAIL)
+    scores = repetition_penalty(theirs.logits[equal], theirs.tokens[:equal], penalty)
+    margin = float(scores[theirs.tokens[equal]] - scores[mine[equal]])
+    near_tie = margin <= LOGITS_TOLERANCE[weights] * float(np.abs(scores).max())
+    return TokenResult(compared, equal, margin, AMBIGUOUS if near_tie else FAIL)
+
+
+def measure_drift(logits: FloatArray, tokens: Sequence[int], original: GreedyCaption) -> Drift:
+    """From the ``logits [N, V]`` of a quantized decoder that was fed ``original``'s tokens, and its own ``tokens``."""
+    ours, theirs = (_log_softmax(rows) for rows in (logits, original.logits))
+    return Drift(
+        logits_error=relative_error(logits, original.logits),
+        kl=float((np.exp(theirs) * (theirs - ours)).sum(axis=1).mean()),
+        top1_agreement=float((logits.argmax(axis=1) == original.logits.argmax(axis=1)).mean()),
+        equal_tokens=_common_prefix(tokens, original.tokens),
+        compared=len(original.tokens),
+    )
+
+
+def _log_softmax(logits: FloatArray) -> np.ndarray:
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

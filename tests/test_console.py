@@ -1,0 +1,177 @@
+"""What is shown while the command works, and how results reach stdout and files."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from intertitle.console import ProgressDisplay, check_savable, describe, one_line, save, show, table
+from intertitle.errors import OptionError
+from intertitle.runtime.bundle import Bundle
+from rich.table import Table
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rich takes the captured stderr for a terminal of 80 columns."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def test_plain_lines_one_for_each_stage(capsys: Capture):
+    with ProgressDisplay() as progress:
+        for stage, done in [("tracing vision", 0), ("writing vision", 0), ("writing vision", 5), ("writing\nall", 9)]:
+            progress(stage, done, 9)
+    progress("too late", 0, 0)
+    assert capsys.readouterr() == ("", "tracing vision\nwriting vision\nwriting\\nall\n")
+
+
+def test_a_file_is_one_plain_line(capsys: Capture):
+    with ProgressDisplay(captioning="a folder/clip.mp4") as progress:
+        for stage in ("open", "load", "vision", "load", "decode"):
+            progress(stage, 0, 0)
+    assert capsys.readouterr() == ("", "captioning a folder/clip.mp4\n")
+
+
+@pytest.mark.parametrize("kind", ["terminal", "pipe"])
+def test_quiet(kind: str, capsys: Capture, request: pytest.FixtureRequest):
+    if kind == "terminal":
+        request.getfixturevalue("terminal")
+    with ProgressDisplay(quiet=True, captioning="clip.mp4") as progress:
+        progress("vision", 1, 8)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_bar_on_a_terminal(terminal: None, capsys: Capture):
+    with ProgressDisplay(captioning="clips/holiday.mp4") as progress:
+        assert progress._bar is not None
+        progress("vision", 3, 8)
+        (task,) = progress._bar.tasks
+        assert (task.description, task.fields["count"]) == ("holiday.mp4: vision", "3/8 frames")
+        assert (task.completed, task.total) == (3, 8)
+        progress("decode", 7, 100)
+        progress("decode", 0, 0)  # how each token begins
+        assert (task.fields["count"], task.completed, task.total) == ("7/100 tokens", 7, 100)
+        progress("writing decoder", 2_000_000, 5_000_000)
+        assert task.fields["count"] == "2/5 MB"
+        progress("read_frames", 0, 0)
+        assert (task.description, task.fields["count"], task.total) == ("holiday.mp4: read frames", "", None)
+        progress._bar.refresh()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "holiday.mp4: read frames" in err
+    # Gone in the end: the last thing is to erase the line of the bar.
+    assert err.endswith("\x1b[1A\x1b[2K")
+
+
+def test_long_names_leave_room_for_the_bar(terminal: None):
+    with ProgressDisplay(captioning="x" * 300 + "/" + "y" * 300 + ".mp4") as progress:
+        progress("prefill", 5, 1541)
+        assert progress._bar is not None
+        (task,) = progress._bar.tasks
+        assert task.description.endswith("yyy.mp4: prefill")
+        assert len(task.description) <= 32
+
+
+def test_stdout_is_left_alone_while_a_bar_is_shown(terminal: None, capsys: Capture):
+    before = sys.stdout, sys.stderr
+    with ProgressDisplay() as progress:
+        progress("vision", 1, 2)
+        assert (sys.stdout, sys.stderr) == before
+        print("a caption")
+    assert capsys.readouterr().out == "a caption\n"
+
+
+@given(st.text())
+def test_one_line_is_one_line(text: str):
+    shown = one_line(text)
+    assert shown.isprintable()
+    if text.isprintable():
+        assert shown == text
+
+
+def test_one_line_by_hand():
+    assert one_line("two\nlines\t\x1b[31m \udcff é 犬") == "two\\nlines\\t\\x1b[31m \\udcff é 犬"
+
+
+def test_tables_are_plain_and_aligned(capsys: Capture):
+    made = table("stage", ">MB")
+    made.add_row("vision", "0.4")
+    made.add_row("decoder", "1,234.5")
+    show("a line " + "that is long " * 20, made)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "a line " + "that is long " * 20
+    header, _, first, second = (line.split() for line in lines[1:])
+    assert (header, first, second) == (["stage", "MB"], ["vision", "0.4"], ["decoder", "1,234.5"])
+    assert lines[3].index("0.4") + 3 == lines[4].index("1,234.5") + 7
+    assert all(line == line.rstrip() for line in lines[1:])
+
+
+def test_a_bundle_described(write_bundle: Callable[..., Path], tmp_path: Path):
+    """By hand from the manifest of ``conftest.py``."""
+    *lines, files = describe(Bundle.open(write_bundle(tmp_path / "bundle")).manifest)
+    text = [line for line in lines if isinstance(line, str)]
+    assert text == [
+        "tiny: videollama2, for cpu (ort), decoder int4",
+        "sees 8 frames (centered): 5 visual tokens, 1496 audio tokens; modes: video, audio, audiovideo",
+        # Keys and values of one layer, one head of two floats.
+        "context 64 tokens; cache 16 bytes a token (float32)",
+        "compiled from tiny by intertitle 0",
+    ]
+    assert files == "0.0 MB in 8 files"
+    (parts,) = (line for line in lines if isinstance(line, Table))
+    columns = {str(column.header): list(column.cells) for column in parts.columns}
+    assert columns["component"] == ["vision", "connector", "audio", "decoder", "embedding"]
+    assert columns["weights"] == ["fp32", "fp32", "fp32", "int4", "bfloat16"]
+    assert columns["parameters"] == ["10", "10", "10", "10", "28"]
+
+
+def test_save_is_whole_or_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, link = tmp_path / "a.json", tmp_path / "link.json"
+    save(path, "first é\n")
+    link.symlink_to(path)
+    save(link, "second é\n")
+    assert link.is_symlink()
+    assert path.read_text(encoding="utf-8") == "second é\n"
+
+    def full(self: Path, *_: object, **__: object) -> None:
+        self.touch()
+        raise OSError(28, os.strerror(28))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OptionError, match=r"a\.json: cannot be written: No space left"):
+            save(path, "third")
+    assert path.read_text(encoding="utf-8") == "second é\n"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "link.json"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_save_writes_into_devices(tmp_path: Path):
+    with pytest.raises(OptionError, match="/dev/full: cannot be written: No space left"):
+        save(Path("/dev/full"), "text")
+    assert stat.S_ISCHR(Path("/dev/full").stat().st_mode)
+    save(Path("/dev/null"), "text")
+
+
+def test_places_that_cannot_be_saved_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    check_savable(tmp_path / "new.srt")
+    check_savable(Path("new.srt"))
+    assert not (tmp_path / "new.srt").exists()
+    with pytest.raises(OptionError, match="there is no directory"):
+        check_savable(tmp_path / "missing" / "new.srt")
+    with pytest.raises(OptionError, match="it is a directory"):
+        check_savable(tmp_path)
+    # Root may write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(OptionError, match=r"new\.srt: cannot be written: no permission"):
+        check_savable(tmp_path / "new.srt")
