@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from .console import ProgressDisplay, check_savable, describe, describe_compiled
 from .errors import IntertitleError, MediaError, OptionError
 
 if TYPE_CHECKING:
-    from .calibration.verify import Report
+    from .calibration.comparison import Report
     from .runtime.captioner import Caption
 
 DEMO_CLIP = Path(__file__).parent / "calibration" / "clips" / "demo.mp4"
@@ -213,9 +214,9 @@ def caption(
         _say("--temperature, --top-p and --top-k do nothing without --decoding sample")
     with ProgressDisplay(quiet) as progress:
         captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress)
-    failed = False
+    failed, several = False, len(media) > 1
     for path in media:
-        name = f"{one_line(path)}\t" if len(media) > 1 else ""
+        name = f"{one_line(path)}\t" if several else ""
         try:
             with ProgressDisplay(quiet, str(path)) as progress:
                 pieces = captioner.stream(path, prompt=prompt, audio=not no_audio, decoding=decoding, progress=progress)
@@ -228,9 +229,9 @@ def caption(
         except OptionError as error:
             raise OptionError(f"{path}: {error}") from error
         if stream:
-            click.echo(name + first, nl=False)
-            for piece in pieces:
-                click.echo(piece, nl=False)
+            click.echo(name, nl=False)
+            for piece in chain([first], pieces):
+                click.echo(_without_breaks(piece) if several else piece, nl=False)
             click.echo()
         result = pieces.caption
         assert result is not None
@@ -239,11 +240,16 @@ def caption(
         if as_json:
             click.echo(_caption_json(path, result))
         elif not stream:
-            click.echo(name + (" ".join(result.text.splitlines()) if name else result.text))
+            click.echo(name + (_without_breaks(result.text) if several else result.text))
         if srt is not None:
             _save_srt(srt, path, result)
     if failed:
         raise click.exceptions.Exit(BAD_INPUT)
+
+
+def _without_breaks(text: str) -> str:
+    """Fit for one line of several."""
+    return text.replace("\r", " ").replace("\n", " ")
 
 
 def _caption_json(path: Path, result: Caption) -> str:
@@ -322,12 +328,14 @@ def _show_report(report: Report) -> None:
     for clip in report.clips:
         stages = table("stage", ">error", ">tolerance", "verdict")
         for stage in clip.stages:
-            stages.add_row(stage.stage, f"{stage.error:.2e}", f"{stage.tolerance:.0e}", stage.verdict)
+            error = "-" if stage.relative_error is None else f"{stage.relative_error:.2e}"
+            stages.add_row(stage.stage, error, f"{stage.tolerance:.0e}", stage.verdict)
         if clip.tokens is not None:
             equal = f"{clip.tokens.equal}/{clip.tokens.compared} equal"
             margin = "" if clip.tokens.margin is None else f"margin {clip.tokens.margin:.2e}"
             stages.add_row("greedy tokens", equal, margin, clip.tokens.verdict)
-        show(f"{clip.clip} ({clip.mode}):", stages)
+        problems = (f"{stage.stage}: {stage.problem}" for stage in clip.stages if stage.problem is not None)
+        show(f"{clip.clip} ({clip.mode}):", stages, *problems)
         if clip.drift is not None:
             drift = clip.drift
             show(

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -17,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+#: ``ru_maxrss`` counts kibibytes on Linux, bytes on macOS.
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 _PACKAGES = ("intertitle", "onnxruntime", "torch", "transformers", "numpy", "av", "tokenizers")
 
 
@@ -65,30 +65,42 @@ def paired_ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Process:
-    """A finished command: wall seconds, peak resident bytes, stdout."""
+    """A finished command: wall seconds, peak resident bytes, stdout.
+
+    Mapped pages of files count as resident; so does the largest of the processes that the command waited for.
+    """
 
     seconds: float
     peak_bytes: int
     stdout: str
 
 
+#: Linux counts the memory of the process that starts another one into the peak of the started one (``exec`` keeps the
+#: high-water mark of the address space that it leaves). A small process in between keeps ours out of the figure.
+_LAUNCHER = """
+import os, subprocess, sys, time
+started = time.perf_counter()
+child = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(child.pid, 0)
+child.returncode = os.waitstatus_to_exitcode(status)
+os.write(int(sys.argv[1]), f"{time.perf_counter() - started} {usage.ru_maxrss} {child.returncode}".encode())
+"""
+
+
 def run_process(command: Sequence[str]) -> Process:
     """Run a command to its end. Raises ``CalledProcessError`` when it fails. stderr passes through (progress)."""
-    started = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    stdout = child.stdout.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    seconds = time.perf_counter() - started
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode != 0:
-        raise subprocess.CalledProcessError(child.returncode, list(command))
-    return Process(seconds, peak_bytes(usage), stdout)
-
-
-def peak_bytes(usage: resource.struct_rusage) -> int:
-    """Peak resident memory. Mapped pages of files count while they are resident."""
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    read, write = os.pipe()
+    launcher = [sys.executable, "-S", "-c", _LAUNCHER, str(write), *command]
+    with os.fdopen(read) as figures:
+        try:
+            finished = subprocess.run(launcher, stdout=subprocess.PIPE, text=True, pass_fds=(write,), check=False)
+        finally:
+            os.close(write)
+        # Nothing is written when the command could not be started; the launcher's own traceback says why.
+        seconds, peak, code = (figures.read() or f"0 0 {finished.returncode}").split()
+    if int(code) != 0:
+        raise subprocess.CalledProcessError(int(code), list(command), finished.stdout)
+    return Process(float(seconds), int(peak) * _RSS_UNIT, finished.stdout)
 
 
 def write_result(name: str, result: Mapping[str, object], command: str) -> Path:

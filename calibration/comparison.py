@@ -57,7 +57,8 @@ class TokenResult:
     """Greedy tokens of both.
 
     ``margin``: how far apart the two candidates of the first difference are in the reference's logits (after the
-    repetition penalty); a margin within the tolerance of the logits is a near-tie. ``None`` without a difference.
+    repetition penalty); a margin within the tolerance of the logits is a near-tie. ``None`` where the two never choose
+    differently: they are equal, or one ends where the other goes on.
     """
 
     compared: int

@@ -6,6 +6,7 @@ held against something else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -59,7 +60,7 @@ class Reference:
     def run(self, component: str, value: FloatArray) -> FloatArray:
         """An encoder: ``vision``, ``connector`` or ``audio``, shapes as in the graphs."""
         with torch.no_grad():
-            return self._module(component)(torch.from_numpy(value)).numpy()
+            return self.module(component)(torch.from_numpy(value)).numpy()
 
     def embed(self, token_ids: npt.NDArray[np.int64]) -> FloatArray:
         """Embedding rows ``[n, H]``."""
@@ -75,21 +76,22 @@ class Reference:
         generation = self.config.generation
         inference = self.open(1, len(embeds) + max_new_tokens)
         tokens: list[int] = []
-        rows = [inference.prefill(0, embeds)[0]]
+        logits = [inference.prefill(0, embeds)[0]]
         while True:
-            scores = repetition_penalty(rows[-1], tokens, generation.repetition_penalty)
+            scores = repetition_penalty(logits[-1], tokens, generation.repetition_penalty)
             tokens.append(int(scores.argmax()))
             if tokens[-1] in generation.eos_token_ids or len(tokens) == max_new_tokens:
-                return GreedyCaption(tokens, np.stack(rows))
-            rows.append(inference.step(np.array(tokens[-1:]))[0])
+                return GreedyCaption(tokens, np.stack(logits))
+            logits.append(inference.step(np.array(tokens[-1:]))[0])
 
     def open(self, rows: int, max_length: int) -> TorchInference:
         """The decoder with an empty cache."""
-        decoder = self._module("decoder")
+        decoder = self.module("decoder")
         assert isinstance(decoder, Decoder)
         return TorchInference(decoder, self.embed, rows, max_length)
 
-    def _module(self, component: str) -> nn.Module:
+    def module(self, component: str) -> nn.Module:
+        """A component in eval mode, its weights as the reference has them."""
         if component not in self._modules:
             module = self.checkpoint.load(component)
             if component == "decoder" and self._decoder_weights == "int4":
@@ -213,22 +215,22 @@ def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
 def reference_fbank(sound: FloatArray, num_mel_bins: int = 128, rate: int = 16000) -> FloatArray:
     """Kaldi's log mel filter bank of float32 sound in [-1, 1], rounded through bfloat16: ``[frames, mel]``.
 
-    Constants as in FACTS 1.4 (torchaudio ``compliance.kaldi.fbank`` with its defaults); computed in float64.
+    Constants as in FACTS 1.4 (torchaudio ``compliance.kaldi.fbank`` with its defaults). Computed in float64; the
+    filters in float32, as torchaudio does, whose rounding there (0.2 % of a filter that touches one bin of the
+    spectrum with its edge) shows after the bfloat16 step. Beside a loud pure tone the quietest bins of torchaudio's
+    float32 spectrum are rounding noise, which nothing can reproduce.
     """
     window, shift, fft = rate * 25 // 1000, rate * 10 // 1000, 512
     frames = torch.from_numpy(sound).double().mul(2**15).unfold(0, window, shift)
     frames = frames - frames.mean(1, keepdim=True)
     previous = torch.cat((frames[:, :1], frames[:, :-1]), 1)
-    frames = (frames - 0.97 * previous) * torch.hann_window(window, periodic=False).double() ** _POVEY_POWER
+    povey = torch.hann_window(window, periodic=False, dtype=torch.float64) ** _POVEY_POWER
+    frames = (frames - 0.97 * previous) * povey
     power = torch.fft.rfft(frames, fft).abs() ** 2
-
-    def mel(hertz: Tensor) -> Tensor:
-        return 1127.0 * (1.0 + hertz / 700.0).log()
-
-    low, high = mel(torch.tensor([20.0, rate / 2], dtype=torch.float64))
-    edges = low + (high - low) * torch.arange(num_mel_bins + 2, dtype=torch.float64) / (num_mel_bins + 1)
-    bins = mel(torch.arange(fft // 2, dtype=torch.float64) * rate / fft)
-    left, centre, right = (edges[i : i + num_mel_bins].unsqueeze(1) for i in range(3))
+    low, high = (1127.0 * math.log(1.0 + hertz / 700.0) for hertz in (20.0, rate / 2))
+    spacing = (high - low) / (num_mel_bins + 1)
+    left, centre, right = (low + (torch.arange(num_mel_bins) + float(i)).unsqueeze(1) * spacing for i in range(3))
+    bins = 1127.0 * (1.0 + torch.arange(fft // 2) * (rate / fft) / 700.0).log()
     filters = torch.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)).clamp(min=0)
-    energy = power[:, : fft // 2] @ filters.T
+    energy = power[:, : fft // 2] @ filters.double().T
     return energy.clamp(min=torch.finfo(torch.float32).eps).log().to(torch.bfloat16).float().numpy()

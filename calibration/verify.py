@@ -102,14 +102,19 @@ def check_same_model(manifest: Manifest, reference: Reference) -> None:
     config = reference.config
     if manifest.family != config.family:
         raise OptionError(f"the bundle is a {manifest.family} captioner, the reference a {config.family} one")
-    mine = (manifest.decoder.num_layers, manifest.decoder.hidden_size, manifest.decoder.vocab_size)
-    theirs = (config.decoder.num_layers, config.decoder.hidden_size, config.decoder.vocab_size)
-    if mine != theirs:
-        raise OptionError(
-            f"the bundle's decoder has (layers, width, vocabulary) {mine}, the reference's {theirs}: not the same model"
-        )
-    if ("audio" in manifest.components) != (config.audio is not None):
-        raise OptionError("one of bundle and reference has an audio branch, the other has none: not the same model")
+    vision = manifest.components["vision"]
+    shapes = {
+        "decoder layers": (manifest.decoder.num_layers, config.decoder.num_layers),
+        "decoder width": (manifest.decoder.hidden_size, config.decoder.hidden_size),
+        "vocabulary": (manifest.decoder.vocab_size, config.decoder.vocab_size),
+        "image size": (vision.inputs[0].shape[-1], config.vision.image_size),
+        "tower width": (vision.outputs[0].shape[-1], config.vision.hidden_size),
+        "number of frames": (manifest.preprocessing.num_frames, config.num_frames),
+        "audio branch": ("audio" in manifest.components, config.audio is not None),
+    }
+    for what, (mine, theirs) in shapes.items():
+        if mine != theirs:
+            raise OptionError(f"not the same model: {what} {mine} in the bundle, {theirs} in the reference")
 
 
 def environment(bundle: Bundle, source: CaptionerCheckpoint) -> dict[str, str | int | None]:
@@ -145,9 +150,10 @@ def environment(bundle: Bundle, source: CaptionerCheckpoint) -> dict[str, str | 
     }
 
 
-def _provenance_notes(manifest: Manifest, environment: dict[str, str | int | None]) -> Iterator[str]:
-    made, adapter = manifest.provenance, environment["adapter_sha256"]
-    if made.checkpoint_sha256 != environment["checkpoint_sha256"]:
+def _provenance_notes(manifest: Manifest, compared: dict[str, str | int | None]) -> Iterator[str]:
+    """Where the reference is not what the bundle was made from; ``compared`` as in ``environment``."""
+    made, adapter = manifest.provenance, compared["adapter_sha256"]
+    if made.checkpoint_sha256 != compared["checkpoint_sha256"]:
         yield f"the reference is not the checkpoint that the bundle was compiled from ({made.checkpoint})"
     if made.adapter_sha256 == adapter:
         return

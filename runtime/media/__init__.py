@@ -29,6 +29,9 @@ def open_media(source: str | os.PathLike[str]) -> Media:
             from .images import open_folder
 
             return open_folder(path)
+        if path.exists() and not path.is_file():
+            # Opening a pipe would wait for a writer, perhaps for ever.
+            raise MediaError(f"{name}: is a pipe or a device; write it to a file first")
         with path.open("rb") as file:
             head = file.read(16)
     except FileNotFoundError:

@@ -29,6 +29,8 @@ def test_a_file_by_hand():
 
 def test_empty_lines_would_end_a_cue(tmp_path: Path):
     cues = [Cue(0, 1, "a\n\n\nb\r\n \r\nc\n"), Cue(1, 2, " \n"), Cue(2, 3, "d")]
+    # FFmpeg reads on after an empty line, players stop there.
+    assert format_srt(cues) == "1\n00:00:00,000 --> 00:00:01,000\na\nb\nc\n\n2\n00:00:02,000 --> 00:00:03,000\nd\n"
     assert read(tmp_path / "a.srt", format_srt(cues)) == [(0, 1000, "a\nb\nc"), (2000, 3000, "d")]
     assert format_srt([Cue(0, 1, "")]) == ""
 
