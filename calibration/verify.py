@@ -2,9 +2,9 @@
 
 Every stage of the bundle is fed the *reference's* input of that stage, so that an error shows where it arises and not
 everywhere after. Only the greedy tokens run the bundle from end to end. A quantized decoder is held against the
-reference with the same rounded weights (is the compiled graph right?); what the rounding itself does to the model is
-measured beside it (``Drift``) and decides nothing. Both sides start from the same sampled frames and sound, and
-tokenize with the bundle's tokenizer.
+reference with the same rounded weights, its products in float32 (are graph and weights right?). What the rounding of
+weights and activations does to the model is measured beside it (``Drift``) and decides nothing. Both sides start from
+the same sampled frames and sound, and tokenize with the bundle's tokenizer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
-import onnx
 
 from .._version import __version__
 from ..errors import OptionError
@@ -32,7 +31,17 @@ from ..runtime.preprocess.fbank import kaldi_fbank
 from ..runtime.preprocess.image import preprocess_frames
 from ..runtime.text import PromptSpec, build_prompt
 from ..runtime.timing import Stages
-from .comparison import ClipResult, Report, compare_stage, compare_tokens, conclude, measure_drift
+from .comparison import (
+    ClipResult,
+    Drift,
+    Report,
+    compare_stage,
+    compare_tokens,
+    conclude,
+    measure_drift,
+    relative_error,
+)
+from .exact_decoder import ExactDecoder, accuracy_level
 from .reference import GreedyCaption, Reference
 
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "torch", "numpy")
@@ -88,11 +97,8 @@ def verify(
     ``Drift`` when they differ.
     """
     check_same_model(captioner.manifest, reference)
-    clips = []
-    for source in media:
-        clip = captioner.read(source, audio=audio)
-        check = _ClipCheck(captioner, reference, clip, os.fspath(source), max_new_tokens, progress or (lambda _: None))
-        clips.append(check.run(original))
+    check = _Check(captioner, reference, original, max_new_tokens, progress or (lambda _: None))
+    clips = [check.run(os.fspath(source), captioner.read(source, audio=audio)) for source in media]
     verdict, divergent = conclude(clips)
     return Report(verdict, divergent, captioner.manifest.weights, clips)
 
@@ -120,14 +126,6 @@ def check_same_model(manifest: Manifest, reference: Reference) -> None:
 def environment(bundle: Bundle, source: CaptionerCheckpoint) -> dict[str, str | int | None]:
     """What a report was made of and with; hashes the checkpoint. The accuracy level is read from the graph."""
     decoder = bundle.manifest.components["decoder"]
-    graph = onnx.load(bundle.file(decoder.graph), load_external_data=False).graph
-    levels = {
-        attribute.i
-        for node in graph.node
-        if node.op_type == "MatMulNBits"
-        for attribute in node.attribute
-        if attribute.name == "accuracy_level"
-    }
     adapter = source.adapter
     versions = {}
     for name in _PACKAGES:
@@ -141,8 +139,7 @@ def environment(bundle: Bundle, source: CaptionerCheckpoint) -> dict[str, str | 
         "adapter_sha256": None if adapter is None else adapter.fingerprint(),
         "weights": decoder.weights,
         "block_size": decoder.block_size,
-        # Lower levels are the more exact ones.
-        "accuracy_level": max(levels, default=None),
+        "accuracy_level": accuracy_level(bundle),
         "intertitle": __version__,
         **versions,
         "python": platform.python_version(),
@@ -165,55 +162,54 @@ def _provenance_notes(manifest: Manifest, compared: dict[str, str | int | None])
         yield f"the reference's adapter is not the one that was merged into the bundle ({made.adapter})"
 
 
-class _ClipCheck:
-    """The stages on one clip."""
+class _Check:
+    """The stages, clip by clip."""
+
+    _result: ClipResult
 
     def __init__(
         self,
         captioner: Captioner,
         reference: Reference,
-        clip: Clip,
-        name: str,
+        original: Reference | None,
         max_new_tokens: int,
         report: Callable[[str], None],
     ) -> None:
-        self._captioner, self._reference, self._clip = captioner, reference, clip
-        self._encoder, self._report, self._max_new_tokens = captioner.encoder, report, max_new_tokens
+        self._captioner, self._encoder = captioner, captioner.encoder
+        self._reference, self._original = reference, original
+        self._max_new_tokens, self._report = max_new_tokens, report
+        quantized = captioner.manifest.components["decoder"].block_size is not None
+        self._exact = ExactDecoder(captioner.bundle) if quantized else None
         self._stages = Stages()
-        self._result = ClipResult(name, clip.mode)
 
-    def run(self, original: Reference | None) -> ClipResult:
-        visual = None if self._clip.frames is None else self._visual()
-        audio = None if self._clip.sound is None else self._audio()
-        prompt = self._prompt(EncodedClip(self._clip.mode, splice_blocks(visual, audio)))
-        trace = self._reference.greedy(prompt, self._max_new_tokens)
-        self._decoder(prompt, trace)
-        tokens = self._tokens(trace)
-        if original is not None and all(stage.relative_error is not None for stage in self._result.stages):
-            self._say("drift from the float32 weights")
-            caption = original.greedy(prompt, self._max_new_tokens)
-            logits = _along(self._captioner.open_inference(len(prompt) + len(caption.tokens)), prompt, caption)
-            self._result.drift = measure_drift(logits, tokens, caption)
-        return self._result
+    def run(self, name: str, clip: Clip) -> ClipResult:
+        self._result = result = ClipResult(name, clip.mode)
+        visual = None if clip.frames is None else self._visual(clip)
+        audio = None if clip.sound is None else self._audio(clip.sound)
+        prompt = self._prompt(EncodedClip(clip.mode, splice_blocks(visual, audio)))
+        caption = self._reference.greedy(prompt, self._max_new_tokens)
+        self._decoder(prompt, caption)
+        tokens = self._tokens(clip, caption)
+        if self._original is not None:
+            result.drift = self._drift(self._original, prompt, caption, tokens)
+        return result
 
-    def _visual(self) -> FloatArray:
+    def _visual(self, clip: Clip) -> FloatArray:
         """Pixels, vision, connector; the reference's visual tokens ``[blocks, tokens, H]``."""
-        frames, order, reference = self._clip.frames, self._clip.order, self._reference
-        assert frames is not None
-        assert order is not None
-        pixels = reference.pixels(frames)
-        self._hold("pixels", preprocess_frames(frames, self._captioner.manifest.preprocessing.image), pixels)
-        features = reference.run("vision", pixels)
+        assert clip.frames is not None
+        assert clip.order is not None
+        pixels = self._reference.pixels(clip.frames)
+        self._hold("pixels", preprocess_frames(clip.frames, self._captioner.manifest.preprocessing.image), pixels)
+        features = self._reference.run("vision", pixels)
         self._hold("vision", self._encoder.features(pixels, self._stages), features)
-        tokens = reference.run("connector", features[order])
-        self._hold("connector", self._encoder.connect(features[order], self._stages), tokens)
+        tokens = self._reference.run("connector", features[clip.order])
+        self._hold("connector", self._encoder.connect(features[clip.order], self._stages), tokens)
         return tokens
 
-    def _audio(self) -> FloatArray:
+    def _audio(self, sound: FloatArray) -> FloatArray:
         """Filter bank and audio; the reference's audio tokens ``[tokens, H]``."""
-        assert self._clip.sound is not None
-        fbank = self._reference.fbank(self._clip.sound)
-        self._hold("fbank", kaldi_fbank(self._clip.sound), fbank)
+        fbank = self._reference.fbank(sound)
+        self._hold("fbank", kaldi_fbank(sound), fbank)
         tokens = self._reference.run("audio", fbank[np.newaxis])[0]
         self._hold("audio", self._encoder.audio_tokens(fbank, self._stages), tokens)
         return tokens
@@ -233,27 +229,45 @@ class _ClipCheck:
         self._hold("embeddings", own, prompt)
         return prompt
 
-    def _decoder(self, prompt: FloatArray, trace: GreedyCaption) -> None:
+    def _decoder(self, prompt: FloatArray, caption: GreedyCaption) -> None:
         """The reference's prompt, then its greedy tokens one step at a time."""
-        logits = _along(self._captioner.open_inference(len(prompt) + len(trace.tokens)), prompt, trace)
-        self._hold("prefill logits", logits[:1], trace.logits[:1])
+        if self._exact is None:
+            logits = self._shipped(prompt, caption)
+        else:
+            logits = _along(self._exact.open(1, len(prompt) + len(caption.tokens)), prompt, caption)
+        self._hold("prefill logits", logits[:1], caption.logits[:1])
         if len(logits) > 1:
-            self._hold("decode logits", logits[1:], trace.logits[1:])
+            self._hold("decode logits", logits[1:], caption.logits[1:])
 
-    def _tokens(self, trace: GreedyCaption) -> list[int]:
+    def _tokens(self, clip: Clip, caption: GreedyCaption) -> list[int]:
         """The bundle from end to end; its greedy tokens."""
         self._say("greedy tokens")
-        instruction = self._captioner.manifest.default_instruction
-        prompt = self._encoder.prompt_embeds(self._encoder.encode(self._clip, self._stages), instruction)
+        manifest = self._captioner.manifest
+        prompt = self._encoder.prompt_embeds(self._encoder.encode(clip, self._stages), manifest.default_instruction)
         decoding = Decoding(max_new_tokens=self._max_new_tokens)
         mine = [token.id for token in self._captioner.generate_tokens(prompt, decoding, self._stages)]
         penalty = self._reference.config.generation.repetition_penalty
-        self._result.tokens = compare_tokens(mine, trace, penalty, self._captioner.manifest.weights)
+        self._result.tokens = compare_tokens(mine, caption, penalty, manifest.weights)
         return mine
+
+    def _drift(
+        self, original: Reference, prompt: FloatArray, caption: GreedyCaption, tokens: list[int]
+    ) -> Drift | None:
+        """``None`` for a decoder whose logits are no numbers."""
+        self._say("drift from the float32 weights")
+        rounded, exact = self._shipped(prompt, caption), original.greedy(prompt, self._max_new_tokens)
+        logits = self._shipped(prompt, exact)
+        if not (np.isfinite(rounded).all() and np.isfinite(logits).all()):
+            return None
+        return measure_drift(logits, tokens, exact, relative_error(rounded, caption.logits))
+
+    def _shipped(self, prompt: FloatArray, caption: GreedyCaption) -> FloatArray:
+        """Logits ``[N, V]`` along a caption of the decoder as it is in the bundle."""
+        return _along(self._captioner.open_inference(len(prompt) + len(caption.tokens)), prompt, caption)
 
     def _hold(self, stage: str, mine: FloatArray, theirs: FloatArray) -> None:
         """Compare one stage's output with the reference's and keep the result."""
-        result = compare_stage(stage, mine, theirs, self._captioner.manifest.weights)
+        result = compare_stage(stage, mine, theirs)
         self._result.stages.append(result)
         self._say(f"{stage} {result.problem or format(result.error, '.1e')}")
 
@@ -262,7 +276,7 @@ class _ClipCheck:
 
 
 def _along(inference: Inference, prompt: FloatArray, caption: GreedyCaption) -> FloatArray:
-    """Logits ``[N, V]`` where a decoder predicts each token of a caption."""
+    """Logits ``[N, V]`` where a decoder predicts each token of a caption, one step at a time."""
     rows = [inference.prefill(0, prompt)[0]]
     rows += [inference.step(np.array([token]))[0].copy() for token in caption.tokens[:-1]]
     return np.stack(rows)

@@ -121,7 +121,8 @@ def _named_dims(axes: Any, dims: dict[str, Any]) -> Any:
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
-    return dict(module.named_parameters()) | dict(module.named_buffers())
+    # A tensor that two modules share counts under both names: the export chooses one of them.
+    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
 
 
 def _fake_meta_tensors(module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -112,8 +113,8 @@ def generate(inference: Inference, logits: FloatArray, settings: Settings) -> It
     eos = frozenset(settings.eos_token_ids)
     normalize = LogNormalizer()
     while True:
-        scores = penalized(logits, seen, settings.repetition_penalty)
-        token_id = choose(scores)
+        with penalty_applied(logits, seen, settings.repetition_penalty):
+            token_id = choose(logits)
         yield Token(token_id, float(logits[token_id]) - normalize(logits), token_id in eos)
         if token_id in eos or len(seen) + 1 == settings.max_new_tokens:
             return
@@ -142,15 +143,29 @@ class LogNormalizer:
         return float(peak) + float(np.log(self._scratch.sum()))
 
 
-def penalized(logits: FloatArray, seen: Sequence[int], penalty: float) -> FloatArray:
-    """Logits ``[V]`` with the repetition penalty applied to the tokens ``seen``; the argument is left as it is."""
+@contextmanager
+def penalty_applied(logits: FloatArray, seen: Sequence[int], penalty: float) -> Iterator[None]:
+    """The repetition penalty on the tokens ``seen`` of ``logits [V]``, in place, for the length of a ``with`` block.
+
+    In place because a copy of 152k logits in every step costs as much as all the rest of choosing a token.
+    """
     if penalty == 1.0 or not seen:
-        return logits
-    scores = logits.copy()
+        yield
+        return
     index = np.unique(seen)
-    values = scores[index]
-    scores[index] = np.where(values < 0, values * np.float32(penalty), values / np.float32(penalty))
-    return scores
+    values = logits[index]
+    logits[index] = np.where(values < 0, values * np.float32(penalty), values / np.float32(penalty))
+    try:
+        yield
+    finally:
+        logits[index] = values
+
+
+def penalized(logits: FloatArray, seen: Sequence[int], penalty: float) -> FloatArray:
+    """A copy of ``logits [V]`` with the repetition penalty applied to the tokens ``seen``."""
+    scores = logits.copy()
+    with penalty_applied(scores, seen, penalty):
+        return scores.copy()
 
 
 def _chooser(settings: Settings):
