@@ -45,8 +45,8 @@ def environment() -> dict[str, object]:
 
 
 def alternate(contestants: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Run every contestant in turn, ``rounds`` times (A B A B), and collect what each returns; warm-up rounds are run
-    and dropped."""
+    """Run every contestant once a round, ``rounds`` times (A B B A), and collect what each returns; warm-up rounds are
+    run and dropped."""
     figures: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(warmup + rounds):
         # Every other round backwards, so that nobody always runs in the wake of the same neighbour.

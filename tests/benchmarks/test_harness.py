@@ -26,7 +26,8 @@ def test_contestants_take_turns_and_the_warm_up_is_dropped(capsys):
         return run
 
     figures = harness.alternate({"a": contestant("a", [9, 1, 2, 3]), "b": contestant("b", [8, 4, 5, 6])}, rounds=3)
-    assert calls == ["a", "b"] * 4
+    # Every other round backwards.
+    assert calls == ["a", "b", "b", "a"] * 2
     assert figures == {"a": [1, 2, 3], "b": [4, 5, 6]}
     assert capsys.readouterr().err.splitlines()[-1] == "round 4 of 4"
     cold = harness.alternate({"a": contestant("a", [7.0])}, rounds=1, warmup=0)
