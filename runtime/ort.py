@@ -71,7 +71,7 @@ class OrtDecoder:
         threads: int | None = None,
     ) -> None:
         self.spec, self.embed = spec, embed
-        self._session = open_session(graph, threads)
+        self.session = open_session(graph, threads)
 
     def open(self, rows: int, max_length: int) -> OrtInference:
         """A fresh cache. ``OptionError`` when ``max_length`` exceeds what the decoder was trained for."""
@@ -80,7 +80,7 @@ class OrtDecoder:
                 f"prompt and caption may take {max_length} tokens, but the decoder's context is "
                 f"{self.spec.context_length}; ask for fewer new tokens or a shorter prompt"
             )
-        return OrtInference(self._session, self.spec, self.embed, rows, max_length)
+        return OrtInference(self.session, self.spec, self.embed, rows, max_length)
 
 
 class OrtInference:
