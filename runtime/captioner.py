@@ -131,8 +131,8 @@ class Captioner:
 
         ``frames`` uint8 ``[T, H, W, 3]`` RGB; ``waveform`` float (in [-1, 1]) or int16, mono or with channels, at
         ``sample_rate`` Hz. ``prompt=None`` is the family's default instruction. ``progress`` hears of every stage:
-        ``(name, done, total)``. Raises ``MediaError`` for a clip that
-        cannot be read and ``OptionError`` for arguments that do not go together.
+        ``(name, done, total)``. Raises ``MediaError`` for a clip that cannot be read and ``OptionError`` for arguments
+        that do not go together.
         """
         stream = self.stream(
             source,

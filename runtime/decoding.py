@@ -161,13 +161,6 @@ def penalty_applied(logits: FloatArray, seen: Sequence[int], penalty: float) -> 
         logits[index] = values
 
 
-def penalized(logits: FloatArray, seen: Sequence[int], penalty: float) -> FloatArray:
-    """A copy of ``logits [V]`` with the repetition penalty applied to the tokens ``seen``."""
-    scores = logits.copy()
-    with penalty_applied(scores, seen, penalty):
-        return scores.copy()
-
-
 def _chooser(settings: Settings):
     if settings.strategy == "greedy":
         return lambda scores: int(scores.argmax())

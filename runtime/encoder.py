@@ -91,10 +91,6 @@ class Encoder:
                 pieces.append(clip.blocks[index])
         return np.concatenate(pieces)
 
-    def release(self) -> None:
-        """Close the encoders' sessions; the next clip opens them again."""
-        self._components.clear()
-
     def _component(self, name: str, stages: Stages) -> OrtComponent:
         if name not in self._components:
             with stages.measure("load"):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from intertitle.errors import OptionError
 from intertitle.runtime.bundle import GenerationSpec
-from intertitle.runtime.decoding import Decoding, Settings, _cut, generate, log_likelihoods, penalized, resolve
+from intertitle.runtime.decoding import Decoding, Settings, _cut, generate, log_likelihoods, penalty_applied, resolve
 from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -72,7 +72,8 @@ def test_length_limit_counts_generated_tokens():
 def test_repetition_penalty_equals_transformers(seen, penalty, seed):
     logits = np.random.default_rng(seed).standard_normal(31).astype(np.float32) * 3
     before = logits.copy()
-    mine = penalized(logits, seen, penalty)
+    with penalty_applied(logits, seen, penalty):
+        mine = logits.copy()
     np.testing.assert_array_equal(logits, before)
     ids = torch.tensor([seen], dtype=torch.int64)
     theirs = RepetitionPenaltyLogitsProcessor(penalty)(ids, torch.from_numpy(before.copy())[None])[0]
