@@ -14,7 +14,7 @@ import onnx
 
 from ..runtime.bundle import Bundle
 from ..runtime.inference import Inference
-from ..runtime.ort import OrtInference
+from ..runtime.ort import OrtInference, load_onnxruntime
 
 #: float32 products (com.microsoft.MatMulNBits: 0 leaves the choice to the kernel, 1 float32, 4 int8 activations).
 _FLOAT32 = 1
@@ -29,10 +29,7 @@ class ExactDecoder:
     """The decoder of an int4 bundle at float32 accuracy."""
 
     def __init__(self, bundle: Bundle) -> None:
-        # As the runtime does it: telemetry is switched off before the first import.
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-        import onnxruntime
-
+        onnxruntime = load_onnxruntime()
         model = _decoder_graph(bundle)
         for attribute in _levels(model):
             attribute.i = _FLOAT32

@@ -19,7 +19,8 @@ from .inference import FloatArray
 PREFILL_CHUNK = 512
 
 
-def _onnxruntime() -> Any:
+def load_onnxruntime() -> Any:
+    """The module ``onnxruntime``, without telemetry. ``TargetError`` where it is not installed."""
     # The Linux builds send telemetry unless told not to (ONNX Runtime 1.29); read at import time.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
@@ -33,7 +34,7 @@ def _onnxruntime() -> Any:
 
 def open_session(graph: Path, threads: int | None = None) -> Any:
     """An ``onnxruntime.InferenceSession`` on the CPU provider. ``BundleError`` when the graph cannot be loaded."""
-    ort = _onnxruntime()
+    ort = load_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
@@ -51,7 +52,7 @@ class OrtComponent:
     def __init__(self, graph: Path, threads: int | None = None) -> None:
         self._session = open_session(graph, threads)
         self._input = self._session.get_inputs()[0].name
-        self._run_options = _onnxruntime().RunOptions()
+        self._run_options = load_onnxruntime().RunOptions()
         # Activations of the encoders are large and needed once a clip: hand them back after each run.
         self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
@@ -192,7 +193,7 @@ class _Bound:
         self.logits_index = np.zeros((rows, asked), np.int64)
         self.logits: FloatArray = np.zeros((rows, asked, spec.vocab_size), np.float32)
         self.binding = session.io_binding()
-        value_of = _onnxruntime().OrtValue.ortvalue_from_numpy
+        value_of = load_onnxruntime().OrtValue.ortvalue_from_numpy
         inputs = {
             "inputs_embeds": self.embeds,
             "lengths": self.lengths,
