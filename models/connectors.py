@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -115,47 +116,106 @@ class RegStage(nn.Module):
         return x
 
 
-def windows(x: Tensor, kernel: tuple[int, int, int], padding: int) -> Tensor:
-    """Non-overlapping windows of ``x [T, H, W, C]``: ``[t, h, w, kt * kh * kw, C]``.
+def group(x: Tensor, kernel: int, padding: int) -> Tensor:
+    """Frames ``[T, ...]`` in the windows of a convolution over time: ``[(T + 2 padding) // kernel, kernel, ...]``.
 
-    Zero padding on all six sides first; what does not fill a window at the end is dropped.
+    Zero frames are added in front and behind; what does not fill a window at the end is dropped.
+    """
+    empty = x.new_zeros(padding, *x.shape[1:])
+    x = torch.cat((empty, x, empty))
+    return x[: len(x) // kernel * kernel].unflatten(0, (-1, kernel))
+
+
+def patches(x: Tensor, kernel: tuple[int, int], padding: int) -> Tensor:
+    """Non-overlapping windows of ``x [S, kt, H, W, C]`` over height and width: ``[S, h, w, kt * kh * kw, C]``.
+
+    Zero padding on all four sides first; what does not fill a window at the end is dropped.
     """
     if padding:
-        x = F.pad(x, (0, 0) + (padding,) * 6)
-    (kt, kh, kw), (t, h, w) = kernel, (n // k for n, k in zip(x.shape[:3], kernel, strict=True))
-    x = x[: t * kt, : h * kh, : w * kw].reshape(t, kt, h, kh, w, kw, x.shape[-1])
-    return x.permute(0, 2, 4, 1, 3, 5, 6).reshape(t, h, w, kt * kh * kw, x.shape[-1])
+        x = F.pad(x, (0, 0) + (padding,) * 4)
+    slots, kt, height, width, channels = x.shape
+    kh, kw = kernel
+    h, w = height // kh, width // kw
+    x = x[:, :, : h * kh, : w * kw].reshape(slots, kt, h, kh, w, kw, channels)
+    return x.permute(0, 2, 4, 1, 3, 5, 6).reshape(slots, h, w, kt * kh * kw, channels)
 
 
-class ConvSampler(nn.Module):
-    """Conv3d whose stride is its kernel, as one Linear of K = kt*kh*kw*C (order t, h, w, channel), then SiLU."""
+class Sampler(nn.Module):
+    """A 3-D window operation whose stride is its kernel, as what it does to one window of time."""
 
-    def __init__(self, size: int, kernel: tuple[int, int, int], padding: int) -> None:
+    def __init__(self, kernel: tuple[int, int, int], padding: int) -> None:
         super().__init__()
         self.kernel, self.padding = kernel, padding
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """``[..., kt * kh * kw, C]`` -> ``[..., C]``."""
+        raise NotImplementedError
+
+    def sample(self, windows: Tensor) -> Tensor:
+        """windows ``[S, kt, H, W, C]`` -> ``[S, h, w, C]``; time is already padded and grouped (``group``)."""
+        return F.silu(self.reduce(patches(windows, self.kernel[1:], self.padding)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[T, H, W, C]`` -> ``[t, h, w, C]``."""
+        return self.sample(group(x, self.kernel[0], self.padding))
+
+
+class ConvSampler(Sampler):
+    """Conv3d as one Linear of K = kt*kh*kw*C (order t, h, w, channel), then SiLU."""
+
+    def __init__(self, size: int, kernel: tuple[int, int, int], padding: int) -> None:
+        super().__init__(kernel, padding)
         self.linear = nn.Linear(kernel[0] * kernel[1] * kernel[2] * size, size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(self.linear(windows(x, self.kernel, self.padding).flatten(-2)))
+    def reduce(self, values: Tensor) -> Tensor:
+        return self.linear(values.flatten(-2))
 
 
-class PoolSampler(nn.Module):
-    """AvgPool3d, then SiLU."""
+class PoolSampler(Sampler):
+    """AvgPool3d without padding, then SiLU."""
 
     def __init__(self, kernel: tuple[int, int, int]) -> None:
-        super().__init__()
-        self.kernel = kernel
+        super().__init__(kernel, 0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(windows(x, self.kernel, 0).mean(-2))
+    def reduce(self, values: Tensor) -> Tensor:
+        return values.mean(-2)
+
+
+class FramePart(nn.Module):
+    """What a spatio-temporal connector does to each frame on its own: its first RegStage."""
+
+    def __init__(self, grid: int, s1: nn.Module) -> None:
+        super().__init__()
+        self.grid, self.s1 = grid, s1
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features ``[N, P, in]`` of any frames -> ``[N, P, out]``."""
+        return self.s1(features.unflatten(1, (self.grid, self.grid))).flatten(1, 2)
+
+
+class SlotPart(nn.Module):
+    """What a spatio-temporal connector does to each window of time on its own: sampler, second RegStage, readout."""
+
+    def __init__(self, grid: int, sampler: Sampler, s2: nn.Module, readout: nn.Module) -> None:
+        super().__init__()
+        self.grid, self.sampler, self.s2, self.readout = grid, sampler, s2, readout
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """windows ``[S, kt, P, C]`` -> tokens ``[S, h * w, out]``, one time slot each."""
+        x = self.sampler.sample(windows.unflatten(2, (self.grid, self.grid)))
+        return self.readout(self.s2(x).flatten(1, 2))
 
 
 class SpatialTemporalConnector(nn.Module):
-    """RegStage, sampler, RegStage, two-layer readout; the ``spatial_*`` kinds have no RegStages."""
+    """RegStage, sampler, RegStage, two-layer readout; the ``spatial_*`` kinds have no RegStages.
 
-    def __init__(self, config: ConnectorConfig, sampler: nn.Module, *, stages: bool) -> None:
+    Only the sampler mixes frames, and only inside its windows: ``frame_part`` and ``slot_part`` with ``group`` between
+    them compute the same as ``forward``, frame by frame and window by window.
+    """
+
+    def __init__(self, config: ConnectorConfig, sampler: Sampler, *, stages: bool) -> None:
         super().__init__()
-        self.grid = config.grid
+        self.grid, self.stages = config.grid, stages
         self.s1 = RegStage(config.in_size, config.out_size) if stages else nn.Identity()
         self.sampler = sampler
         self.s2 = RegStage(config.out_size, config.out_size) if stages else nn.Identity()
@@ -166,6 +226,24 @@ class SpatialTemporalConnector(nn.Module):
         x = features.unflatten(1, (self.grid, self.grid))
         x = self.s2(self.sampler(self.s1(x)))
         return self.readout(x.flatten(0, 2).unsqueeze(0))
+
+    @property
+    def time_kernel(self) -> int:
+        """Frames in one window."""
+        return self.sampler.kernel[0]
+
+    @property
+    def time_padding(self) -> int:
+        """Zero frames (of ``frame_part``'s output) in front of the first window's frames and behind the last."""
+        return self.sampler.padding
+
+    def frame_part(self) -> FramePart | None:
+        """The part before the sampler, sharing its modules with this one; ``None`` where there is nothing to do."""
+        return FramePart(self.grid, self.s1) if self.stages else None
+
+    def slot_part(self) -> SlotPart:
+        """The part from the sampler on, sharing its modules with this one."""
+        return SlotPart(self.grid, self.sampler, self.s2, self.readout)
 
 
 def build_connector(config: ConnectorConfig) -> nn.Module:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from intertitle.errors import CheckpointError
 from intertitle.models.config import ConnectorConfig
-from intertitle.models.connectors import Bottleneck, ConvSampler, PoolSampler, build_connector
+from intertitle.models.connectors import Bottleneck, ConvSampler, PoolSampler, build_connector, group
 from intertitle.models.sources import from_conv1x1, from_conv3d
 
 
@@ -107,6 +107,32 @@ def test_v35_mixes_time_only_within_pairs():
     module, features = connector("stc_connector_v35", grid=4, frames=6), torch.randn(6, 16, 8)
     pairs = torch.cat([module(pair) for pair in features.split(2)], dim=1)
     torch.testing.assert_close(module(features), pairs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frames", [1, 4, 5])
+@pytest.mark.parametrize(
+    "kind", ["stc_connector", "stc_connector_v35", "stp_connector", "spatial_conv", "spatial_pool"]
+)
+def test_frames_and_windows_can_be_computed_apart(kind, frames):
+    """Each frame alone, then each window alone, is the whole (an odd frame at the end falls away, or meets zeros)."""
+    if frames == 1 and kind in ("stc_connector_v35", "stp_connector"):
+        pytest.skip("one frame fills no window")
+    module, features = connector(kind, grid=5, frames=frames), torch.randn(frames, 25, 8)
+    wanted = module(features)
+    framewise = module.frame_part()
+    assert (framewise is None) == kind.startswith("spatial_")
+    x = features if framewise is None else torch.cat([framewise(frame[None]) for frame in features])
+    windows, part = group(x, module.time_kernel, module.time_padding), module.slot_part()
+    tokens = torch.cat([part(window[None]) for window in windows])
+    torch.testing.assert_close(tokens.flatten(0, 1)[None], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_group_is_the_windows_of_a_convolution_over_time():
+    """Conv1d with a kernel of ones that tells its inputs apart: frames are powers of ten."""
+    x = 10.0 ** torch.arange(5)
+    for kernel, padding in ((2, 1), (2, 0), (1, 1), (3, 1)):
+        wanted = F.conv1d(x[None, None], torch.ones(1, 1, kernel), stride=kernel, padding=padding)
+        torch.testing.assert_close(group(x[:, None], kernel, padding).sum((1, 2)), wanted[0, 0])
 
 
 def test_mlp_pools_over_time_unless_per_frame():
