@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -55,6 +56,19 @@ def table(*columns: str) -> Table:
 def one_line(text: object) -> str:
     """``text`` on one line, fit for a terminal: line breaks and other control characters as escapes like ``\\n``."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def say(message: object, prefix: str = "intertitle: ") -> None:
+    """One line on stderr."""
+    click.echo(prefix + one_line(message), err=True)
+
+
+def report(error: Exception, state: Mapping[str, bool], message: str | None = None) -> None:
+    """An error as one line on stderr, or with its traceback where ``state`` (the context's object) says ``debug``."""
+    if state.get("debug"):
+        traceback.print_exception(error)
+    else:
+        say(message or error)
 
 
 def check_savable(path: Path) -> None:

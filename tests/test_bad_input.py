@@ -507,7 +507,7 @@ def test_a_disk_that_fills_up(
             with pytest.raises(OSError, match="No space left"):
                 filler.write_bytes(bytes(60 << 20))
 
-    monkeypatch.setattr("intertitle.cli.ProgressDisplay.__call__", fill)
+    monkeypatch.setattr("intertitle.console.ProgressDisplay.__call__", fill)
     line = command.refusal("compile", data_dir / "clip-mistral", "-o", disk / "bundle")
     assert re.search(r"the disk is full \(No space left on device\): 'connector.onnx.data' could not be written", line)
     assert [path.name for path in disk.iterdir()] == ["filler"]
@@ -528,7 +528,8 @@ def test_a_limit_on_file_sizes(data_dir: Path, command: Command, tmp_path: Path)
 #: The command, which stays where it begins to write the decoder if it is told to.
 COMPILE = """
 import sys, time
-from intertitle.cli import ProgressDisplay, main
+from intertitle.cli import main
+from intertitle.console import ProgressDisplay
 
 def pausing(self, stage, done, total, report=ProgressDisplay.__call__):
     report(self, stage, done, total)

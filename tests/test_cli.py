@@ -528,7 +528,8 @@ def test_a_full_disk_behind_stdout(compiled: Compiled):
 #: The command, which stays where it begins to write the decoder.
 PAUSING = """
 import sys, time
-from intertitle.cli import ProgressDisplay, main
+from intertitle.cli import main
+from intertitle.console import ProgressDisplay
 
 def pausing(self, stage, done, total, report=ProgressDisplay.__call__):
     report(self, stage, done, total)

@@ -1,0 +1,59 @@
+"""``intertitle compile``: a checkpoint into a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..console import ProgressDisplay, describe_compiled, show
+from . import options
+
+
+@click.command("compile", short_help="Compile a checkpoint into a bundle.")
+@click.argument("checkpoint", type=options.PATH)
+@click.option(
+    "-o", "--output", type=options.PATH, metavar="DIR", required=True, help="The bundle to write, a new directory."
+)
+@click.option(
+    "--adapter", type=options.PATH, metavar="DIR", help="A LoRA adapter (PEFT layout) to merge.  [default: none]"
+)
+@click.option("--target", metavar="NAME", default="cpu", show_default=True, help="What the bundle is for: cpu.")
+@click.option("--weights", metavar="FORMAT", help="The decoder's weights: int4 or fp32.  [default: int4 for cpu]")
+@click.option(
+    "--visual-tokens",
+    type=float,
+    metavar="RATIO",
+    help="Share of visual tokens that AuroraCap's merging keeps, up to 1.  [default: 1]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is already there.")
+@options.quiet
+@options.debug
+def compile_command(
+    checkpoint: Path,
+    output: Path,
+    adapter: Path | None,
+    target: str,
+    weights: str | None,
+    visual_tokens: float | None,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Compile CHECKPOINT (a folder in its released layout) into a bundle.
+
+    \b
+    Example: intertitle compile VideoLLaMA2.1-7B-AV -o captioner --weights int4
+    """
+    compile_bundle = options.need_compile_extra()
+    with ProgressDisplay(quiet) as progress:
+        result = compile_bundle(
+            checkpoint,
+            output,
+            adapter=adapter,
+            target=target,
+            weights=weights,
+            visual_tokens=visual_tokens,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    show(*describe_compiled(result))

@@ -1,0 +1,33 @@
+"""``intertitle info``: what is in a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..console import ProgressDisplay, describe, show
+from . import options
+
+
+@click.command(short_help="Show what is in a bundle.")
+@click.argument("bundle", type=options.PATH)
+@click.option("--json", "as_json", is_flag=True, help="The manifest as JSON.")
+@options.quiet
+@options.debug
+def info(bundle: Path, as_json: bool, quiet: bool) -> None:
+    """Show what is in BUNDLE, once its files have been checked.
+
+    \b
+    Example: intertitle info captioner
+    """
+    import msgspec
+
+    from ..runtime.bundle import Bundle
+
+    with ProgressDisplay(quiet) as progress:
+        opened = Bundle.open(bundle, progress=lambda done, total: progress("checking the bundle", done, total))
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(opened.manifest), indent=1).decode())
+    else:
+        show(*describe(opened.manifest))
