@@ -19,7 +19,7 @@ import numpy as np
 from ..export.compile import compile_bundle
 from ..models.random_checkpoint import write_checkpoint
 from ..runtime.bundle import Bundle, DecoderSpec
-from ..runtime.decoding import Settings, generate
+from ..runtime.decoding import Settings, TokenSearch, generate
 from ..runtime.ort import OrtDecoder
 from .harness import alternate, paired_ratio, write_result
 
@@ -30,8 +30,8 @@ def captioner_loop(decoder: OrtDecoder, prompt: np.ndarray, tokens: int) -> floa
     """Seconds a token of ``runtime.decoding.generate`` after the prompt."""
     inference = decoder.open(1, len(prompt) + tokens + 1)
     logits = inference.prefill(0, prompt)[0].copy()
-    settings = Settings("greedy", tokens + 1, REPETITION_PENALTY, 1.0, 1.0, 0, eos_token_ids=(), seed=0)
-    generated = generate(inference, logits, settings)
+    settings = Settings(max_new_tokens=tokens + 1, repetition_penalty=REPETITION_PENALTY, eos_token_ids=())
+    generated = generate(inference, logits, TokenSearch(settings))
     next(generated)  # comes from the prompt's logits, without a step
     started = time.perf_counter()
     for _ in generated:

@@ -7,7 +7,7 @@ held against something else.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,28 +135,32 @@ class TorchInference:
         self._check_room(row, length)
         self._filled[row] += length
         rows = slice(row, row + 1)
-        past = [(key[rows], value[rows]) for key, value in self._cache]
         asked = torch.arange(length - num_logits, length).unsqueeze(0)
-        logits, present = self._run(torch.from_numpy(embeds).unsqueeze(0), self._filled[rows], asked, past)
-        for (key, value), (new_key, new_value) in zip(self._cache, present, strict=True):
-            key[rows], value[rows] = new_key, new_value
+        embedded = torch.from_numpy(embeds).unsqueeze(0)
+        logits, present = self._run(embedded, self._filled[rows], asked, self._slices(rows))
+        self._store(rows, present)
         if progress is not None:
             progress(length)
         return logits[0].numpy()
 
     def step(self, token_ids: npt.NDArray[np.int64]) -> FloatArray:
-        for row in range(self._rows):
+        count = len(token_ids)
+        for row in range(count):
             self._check_room(row, 1)
-        self._filled += 1
+        self._filled[:count] += 1
         embeds = torch.from_numpy(self._embed(token_ids)).unsqueeze(1)
-        asked = torch.zeros((self._rows, 1), dtype=torch.int64)
-        logits, self._cache = self._run(embeds, self._filled, asked, self._cache)
+        asked = torch.zeros((count, 1), dtype=torch.int64)
+        logits, present = self._run(embeds, self._filled[:count], asked, self._slices(slice(0, count)))
+        self._store(slice(0, count), present)
         return logits[:, 0].numpy()
 
-    def rearrange(self, sources: Sequence[int]) -> None:
-        index = torch.as_tensor(list(sources))
-        self._cache = [(key[index], value[index]) for key, value in self._cache]
-        self._filled = self._filled[index.numpy()]
+    def rearrange(self, sources: Mapping[int, int], start: int = 0, stop: int | None = None) -> None:
+        targets, origins = list(sources), list(sources.values())
+        for pair in self._cache:
+            for buffer in pair:
+                buffer[targets, :, start:] = buffer[origins, :, start:]
+        filled = self._filled[origins]
+        self._filled[targets] = filled if stop is None else np.minimum(filled, stop)
 
     def truncate(self, row: int, length: int) -> None:
         if not 0 <= length <= self._filled[row]:
@@ -166,6 +170,13 @@ class TorchInference:
     def _check_room(self, row: int, count: int) -> None:
         if self._filled[row] + count > self._max_length:
             raise OptionError(f"the cache holds {self._max_length} tokens a row; row {row} cannot take {count} more")
+
+    def _slices(self, rows: slice) -> list[tuple[Tensor, Tensor]]:
+        return [(key[rows], value[rows]) for key, value in self._cache]
+
+    def _store(self, rows: slice, present: list[tuple[Tensor, Tensor]]) -> None:
+        for (key, value), (new_key, new_value) in zip(self._cache, present, strict=True):
+            key[rows], value[rows] = new_key, new_value
 
     def _run(
         self, embeds: Tensor, filled: npt.NDArray[np.int64], asked: Tensor, past: list[tuple[Tensor, Tensor]]

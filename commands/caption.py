@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
-from itertools import chain
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,39 +16,54 @@ from ..errors import MediaError, OptionError
 from . import BAD_INPUT, options
 
 if TYPE_CHECKING:
-    from ..runtime.captioner import Caption
+    from ..runtime.caption import Caption, CaptionStream
+    from ..runtime.captioner import Captioner, PreparedClip
     from ..runtime.decoding import Decoding
 
 
 @click.command(short_help="Caption videos, images and sounds with a bundle.")
 @click.argument("bundle", type=options.PATH)
 @click.argument("media", type=options.PATH, nargs=-1, required=True)
-@options.prompt
+@click.option(
+    "--prompt",
+    "prompts",
+    metavar="TEXT",
+    multiple=True,
+    help="Instruction to the captioner; several share one encoding.  [default: the family's own]",
+)
 @options.no_audio
+@click.option("--start", type=float, metavar="SECONDS", help="Caption from here on.  [default: the beginning]")
+@click.option("--end", type=float, metavar="SECONDS", help="Caption up to here.  [default: the end]")
+@options.viewing_options
 @options.decoding_options
+@click.option(
+    "--n-best", type=click.IntRange(1), default=1, help="Captions of each clip, likeliest first.  [default: 1]"
+)
 @options.device_options
 @click.option("--stream", is_flag=True, help="Print text as it is generated.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a file: text, tokens, timings, notes.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a caption: text, tokens, timings, notes.")
 @click.option("--srt", type=options.PATH, metavar="FILE", help="Also write the caption as a subtitle file (one clip).")
 @options.quiet
 @options.debug
 def caption(
     bundle: Path,
     media: tuple[Path, ...],
-    prompt: str | None,
-    no_audio: bool,
+    prompts: tuple[str, ...],
     decoding: Decoding,
+    n_best: int,
     device: str,
     threads: int | None,
     stream: bool,
     as_json: bool,
     srt: Path | None,
     quiet: bool,
+    no_audio: bool,
+    **viewing: Any,
 ) -> None:
     """Caption MEDIA (videos, images, folders of images, sound files) with BUNDLE.
 
-    One file gives its caption; several give a line each, the file's name, a tab and the caption. A file that cannot
-    be captioned does not stop the others.
+    One file gives its caption; several give a line each, the file's name, a tab and the caption (so do several
+    instructions: the instruction, a tab and the caption). A file that cannot be captioned does not stop the others.
 
     \b
     Example: intertitle caption captioner clip.mp4 --max-new-tokens 128 --json
@@ -57,19 +72,21 @@ def caption(
 
     if stream and as_json:
         raise OptionError("--stream and --json exclude each other")
+    if n_best > 1 and (stream or srt is not None):
+        raise OptionError("--n-best goes neither with --stream nor with --srt")
     if srt is not None:
-        if len(media) > 1:
-            raise OptionError("--srt takes one clip")
+        if len(media) > 1 or len(prompts) > 1:
+            raise OptionError("--srt takes one clip and one instruction")
         check_savable(srt)
     with ProgressDisplay(quiet) as progress:
         captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress)
-    failed, several = False, len(media) > 1
+    asked = _Asked(captioner, prompts, decoding, n_best, {"audio": not no_audio, **viewing})
+    failed, result = False, None
     for path in media:
-        name = f"{one_line(path)}\t" if several else ""
+        show = _Show(path, len(media) > 1, len(prompts) > 1, as_json)
         try:
-            with ProgressDisplay(quiet, str(path)) as progress:
-                pieces = captioner.stream(path, prompt=prompt, audio=not no_audio, decoding=decoding, progress=progress)
-                first = next(pieces, "") if stream else "".join(pieces)
+            for prompt, pieces in asked.answers(path, quiet, stream):
+                result = show(prompt, pieces)
         except MediaError as error:
             # One bad file does not cost the others their captions.
             report(error, click.get_current_context().ensure_object(dict))
@@ -77,32 +94,81 @@ def caption(
             continue
         except OptionError as error:
             raise OptionError(f"{path}: {error}") from error
-        if stream:
-            click.echo(name, nl=False)
-            for piece in chain([first], pieces):
-                click.echo(_without_breaks(piece) if several else piece, nl=False)
-            click.echo()
-        result = pieces.caption
-        assert result is not None
-        for note in result.notes:
-            say(f"{path}: {note}", prefix="")
-        if as_json:
-            click.echo(_caption_json(path, result))
-        elif not stream:
-            click.echo(name + (_without_breaks(result.text) if several else result.text))
-        if srt is not None:
+        if srt is not None and result is not None:
             _save_srt(srt, path, result)
     if failed:
         raise click.exceptions.Exit(BAD_INPUT)
 
 
-def _without_breaks(text: str) -> str:
-    """Fit for one line of several."""
-    return text.replace("\r", " ").replace("\n", " ")
+@dataclass(frozen=True)
+class _Asked:
+    """What is wanted of each clip."""
+
+    captioner: Captioner
+    prompts: tuple[str, ...]
+    decoding: Decoding
+    n_best: int
+    viewing: dict[str, Any]
+
+    def answers(self, path: Path, quiet: bool, stream: bool) -> Iterator[tuple[str | None, CaptionStream | Caption]]:
+        """Each instruction with its caption, or (``stream``) with one whose first piece of text is there."""
+        source: Path | PreparedClip = path
+        viewing = self.viewing
+        if len(self.prompts) > 1:
+            with ProgressDisplay(quiet, str(path)) as progress:
+                source, viewing = self.captioner.prepare(path, progress=progress, **viewing), {}
+        for prompt in self.prompts or (None,):
+            with ProgressDisplay(quiet, str(path)) as progress:
+                how: dict[str, Any] = {"prompt": prompt, "decoding": self.decoding, "progress": progress, **viewing}
+                if self.n_best > 1:
+                    found: list[Any] = self.captioner.candidates(source, self.n_best, **how)
+                elif stream:
+                    found = [self.captioner.stream(source, **how)]
+                    found[0].peek()
+                else:
+                    found = [self.captioner.caption(source, **how)]
+            yield from ((prompt, one) for one in found)
 
 
-def _caption_json(path: Path, result: Caption) -> str:
-    record = {"file": str(path), **asdict(result), "mean_logprob": result.mean_logprob}
+@dataclass(frozen=True)
+class _Show:
+    """Prints the captions of one file."""
+
+    path: Path
+    several_files: bool
+    several_prompts: bool
+    as_json: bool
+
+    def __call__(self, prompt: str | None, pieces: CaptionStream | Caption) -> Caption:
+        from ..runtime.caption import CaptionStream
+
+        if isinstance(pieces, CaptionStream):
+            click.echo(self._label(prompt), nl=False)
+            for piece in pieces:
+                click.echo(self._line(piece), nl=False)
+            click.echo()
+            assert pieces.caption is not None
+            result = pieces.caption
+        else:
+            result = pieces
+            line = _caption_json(self.path, prompt, result) if self.as_json else None
+            click.echo(line or self._label(prompt) + self._line(result.text))
+        for note in result.notes:
+            say(f"{self.path}: {note}", prefix="")
+        return result
+
+    def _label(self, prompt: str | None) -> str:
+        name = f"{one_line(self.path)}\t" if self.several_files else ""
+        return name + (f"{one_line(prompt)}\t" if self.several_prompts else "")
+
+    def _line(self, text: str) -> str:
+        """Fit for one line of several."""
+        alone = not self.several_files and not self.several_prompts
+        return text if alone else text.replace("\r", " ").replace("\n", " ")
+
+
+def _caption_json(path: Path, prompt: str | None, result: Caption) -> str:
+    record = {"file": str(path), "prompt": prompt, **asdict(result), "mean_logprob": result.mean_logprob}
     text = json.dumps(record, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding)

@@ -30,55 +30,102 @@ no_audio = click.option("--no-audio", is_flag=True, help="Do not listen to the s
 prompt = click.option("--prompt", metavar="TEXT", help="Instruction to the captioner.  [default: the family's own]")
 
 
+class VisualTokens(click.ParamType):
+    """A ratio (``0.5`` or ``50%``) as a float, or a number of tokens as an int."""
+
+    name = "visual tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        if isinstance(value, (int, float)):
+            return value
+        try:
+            if value.endswith("%"):
+                return float(value[:-1]) / 100
+            return int(value) if value.isdecimal() else float(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a ratio (0.5, 50%) nor a number of tokens (256)", param, ctx)
+
+
+def viewing_options(command: Command) -> Command:
+    """What of a clip the captioner looks at: ``visual_tokens`` and ``duplicates``."""
+    return _with_options(
+        command,
+        click.option(
+            "--visual-tokens",
+            type=VisualTokens(),
+            metavar="N|RATIO",
+            help="Merge the clip's visual tokens to so many, or to this share (0.5, 50%).  [default: all]",
+        ),
+        click.option(
+            "--drop-duplicates",
+            "duplicates",
+            type=click.FloatRange(min=0),
+            metavar="LEVELS",
+            help="Drop frames that differ from the last kept one by no more grey levels, e.g. 2.  [default: none]",
+        ),
+    )
+
+
 def decoding_options(command: Command) -> Command:
     """The options that say how a caption is generated. The command gets them as one ``Decoding``, ``decoding``."""
 
     @wraps(command)
-    def with_decoding(
-        *arguments: Any,
-        strategy: str,
-        max_new_tokens: int | None,
-        temperature: float | None,
-        top_p: float | None,
-        top_k: int | None,
-        seed: int,
-        stop: tuple[str, ...],
-        **others: Any,
-    ) -> Any:
+    def with_decoding(*arguments: Any, strategy: str, **others: Any) -> Any:
         from ..runtime.decoding import Decoding
 
-        decoding = Decoding(
-            strategy=strategy,  # type: ignore[arg-type]
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            stop=stop,
-            seed=seed,
-        )
-        if strategy == "greedy" and any(value is not None for value in (temperature, top_p, top_k)):
-            say("--temperature, --top-p and --top-k do nothing without --decoding sample")
-        return command(*arguments, decoding=decoding, **others)
+        given = {name: others.pop(name) for name in _DECODING if name in others}
+        if strategy == "contrastive":
+            strategy, given["contrast"] = "greedy", given["contrast"] or "temporal"
+        sampling = any(given[name] is not None for name in ("temperature", "top_p", "top_k")) or given["min_p"]
+        if strategy != "sample" and sampling:
+            say("--temperature, --top-p, --top-k and --min-p do nothing without --decoding sample")
+        return command(*arguments, decoding=Decoding(strategy=strategy, **given), **others)  # type: ignore[arg-type]
 
-    return _with_options(
-        with_decoding,
-        click.option(
-            "--decoding",
-            "strategy",
-            type=click.Choice(["greedy", "sample"]),
-            default="greedy",
-            show_default=True,
-            help="How tokens are chosen.",
-        ),
-        click.option("--max-new-tokens", type=int, help="Longest caption, in tokens.  [default: the checkpoint's]"),
-        click.option("--temperature", type=float, help="Sampling: temperature.  [default: the checkpoint's]"),
-        click.option("--top-p", type=float, help="Sampling: probability mass kept.  [default: the checkpoint's]"),
-        click.option("--top-k", type=int, help="Sampling: tokens kept, 0 for all.  [default: the checkpoint's]"),
-        click.option("--seed", type=int, default=0, show_default=True, help="Sampling: seed."),
-        click.option(
-            "--stop", metavar="TEXT", multiple=True, help="Text that ends a caption; repeatable.  [default: none]"
-        ),
+    made = [click.option(f"--{name.replace('_', '-')}", name, **how) for name, how in _DECODING.items()]
+    strategy = click.option(
+        "--decoding",
+        "strategy",
+        type=click.Choice(["greedy", "sample", "beam", "contrastive"]),
+        default="greedy",
+        show_default=True,
+        help="How tokens are chosen; contrastive is greedy with --contrast temporal.",
     )
+    return _with_options(with_decoding, strategy, *made)
+
+
+#: The fields of ``Decoding`` as options.
+_DECODING: dict[str, dict[str, Any]] = {
+    "max_new_tokens": {"type": int, "help": "Longest caption, in tokens.  [default: the checkpoint's]"},
+    "temperature": {"type": float, "help": "Sampling: temperature.  [default: the checkpoint's]"},
+    "top_p": {"type": float, "help": "Sampling: probability mass kept.  [default: the checkpoint's]"},
+    "top_k": {"type": int, "help": "Sampling: tokens kept, 0 for all.  [default: the checkpoint's]"},
+    "min_p": {"type": float, "default": 0.0, "help": "Sampling: least share of the likeliest token's probability."},
+    "seed": {"type": int, "default": 0, "show_default": True, "help": "Seed of sampling and noise."},
+    "num_beams": {"type": int, "default": 4, "show_default": True, "help": "Beam search: beams."},
+    "length_penalty": {
+        "type": float,
+        "default": 1.0,
+        "show_default": True,
+        "help": "Beam search: length's power.",
+    },
+    "repetition_penalty": {"type": float, "help": "Above 1: against repetition.  [default: the checkpoint's]"},
+    "no_repeat_ngram": {"type": int, "default": 0, "help": "No N tokens in a row twice.  [default: off]"},
+    "stop": {"metavar": "TEXT", "multiple": True, "help": "Text that ends a caption; repeatable.  [default: none]"},
+    "prefix": {"metavar": "TEXT", "default": "", "help": "Text that the caption begins with.  [default: none]"},
+    "contrast": {
+        "type": click.Choice(["temporal", "noise"]),
+        "help": "Subtract what is said without the evidence: of every third frame, or of noised ones.  [default: none]",
+    },
+    "contrast_alpha": {"type": float, "help": "Weight of the contrast.  [default: temporal 0.5, noise 1]"},
+    "contrast_beta": {"type": float, "help": "Least share of the likeliest token's probability.  [default: noise 0.1]"},
+    "noise_step": {"type": int, "default": 500, "show_default": True, "help": "Noise contrast: step of 1000."},
+    "retrospective": {"is_flag": True, "help": "Caption again with the first caption in the prompt."},
+    "confidence": {
+        "type": float,
+        "metavar": "LOGPROB",
+        "help": "Contrast and second pass only for captions whose mean token log-likelihood is below this, e.g. -1.5.",
+    },
+}
 
 
 def device_options(command: Command) -> Command:

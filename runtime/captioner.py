@@ -3,83 +3,65 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from ..errors import OptionError, TargetError
+from .batching import BatchItem, BatchResult, Pipeline, run_batch
 from .bundle import Bundle
+from .caption import Caption, CaptionStream
 from .clip import Clip, array_clip, read_clip
-from .decoding import Decoding, FinishReason, Token, generate, log_likelihoods, resolve
+from .decoding import Decoding, Scheduler, Token, TokenSearch, generate, log_likelihoods, resolve
 from .encoder import EncodedClip, Encoder
 from .inference import FloatArray, Inference
 from .ort import OrtDecoder
-from .text import IncrementalDecoder, StopStrings
+from .runner import Runner
+from .task import CaptionTask, Model
 from .timing import Progress, Stages
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Source = str | os.PathLike[str]
 
+#: Captions that ``caption_batch`` and ``candidates`` generate together unless told otherwise: beyond 8 rows the tokens
+#: per second hardly grow on a CPU (benchmarks/results).
+DEFAULT_ROWS = 8
+#: Rows are made a multiple of so many tokens long, so that the next clip, a little longer, finds them long enough.
+_LENGTH_STEP = 256
 
-@dataclass(frozen=True)
-class Caption:
-    """A caption and how it came about.
 
-    ``token_ids`` and ``token_logprobs`` (natural log, under the model's own distribution) include the end-of-sequence
-    token if one was generated. ``finish_reason``: ``stop`` (end of sequence), ``length`` or ``stop_string``.
-    ``timings``: seconds per stage. ``notes``: what was substituted for something the clip lacks. ``prompt_tokens``:
-    text, visual and audio tokens before the first generated one.
+class MediaOptions(TypedDict, total=False):
+    """What of a source is looked at and listened to, and in how many tokens.
+
+    ``audio=False`` leaves the sound out. ``frames`` uint8 ``[T, H, W, 3]`` RGB; ``waveform`` float (in [-1, 1]) or
+    int16, mono or with channels, at ``sample_rate`` Hz: in place of a file. ``start`` and ``end``: a span in seconds.
+    ``duplicates``: drop sampled frames that differ by no more grey levels than this from the last one kept.
+    ``visual_tokens``: a ratio (float up to 1) or a number (int) of visual tokens to keep of the clip.
     """
 
-    text: str
-    token_ids: list[int]
-    token_logprobs: list[float]
-    finish_reason: FinishReason
-    mode: str
-    prompt_tokens: int
-    timings: dict[str, float]
-    notes: list[str]
-    seconds: float | None
-    """Length of the clip; ``None`` for images and arrays of frames."""
-
-    @property
-    def mean_logprob(self) -> float:
-        """Mean token log-likelihood: the confidence that LeanPO uses as its reward (FACTS 3)."""
-        return float(np.mean(self.token_logprobs))
+    audio: bool
+    frames: npt.ArrayLike | None
+    waveform: npt.ArrayLike | None
+    sample_rate: int | None
+    start: float | None
+    end: float | None
+    duplicates: float | None
+    visual_tokens: int | float | None
 
 
-class CaptionStream:
-    """Pieces of text as they are generated; ``caption`` is there once the iteration has ended.
+@dataclass(frozen=True, eq=False)
+class PreparedClip:
+    """A clip that was read and encoded, for any number of captions with different instructions."""
 
-    Closing the stream (or leaving its ``with`` block) stops the generation.
-    """
-
-    def __init__(self, pieces: Iterator[str]) -> None:
-        self._pieces = pieces
-        self.caption: Caption | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    def __enter__(self) -> CaptionStream:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop generating."""
-        close = getattr(self._pieces, "close", None)
-        if close is not None:
-            close()
+    clip: Clip
+    encoded: EncodedClip
 
 
 class Captioner:
@@ -90,8 +72,10 @@ class Captioner:
         self.manifest = bundle.manifest
         self.tokenizer = Tokenizer.from_file(os.fspath(bundle.file("tokenizer.json")))
         self.encoder = Encoder(bundle, self.tokenizer, threads)
+        self._model = Model(bundle, self.tokenizer, self.encoder)
         self._threads = threads
         self._decoder: OrtDecoder | None = None
+        self._scheduler: Scheduler | None = None
 
     @classmethod
     def load(
@@ -117,33 +101,19 @@ class Captioner:
 
     def caption(
         self,
-        source: Source | None = None,
+        source: Source | PreparedClip | None = None,
         *,
         prompt: str | None = None,
-        audio: bool = True,
-        frames: npt.ArrayLike | None = None,
-        waveform: npt.ArrayLike | None = None,
-        sample_rate: int | None = None,
         decoding: Decoding | None = None,
         progress: Progress | None = None,
+        **media: Unpack[MediaOptions],
     ) -> Caption:
-        """Caption a file, a folder of images, or arrays.
+        """Caption a file, a folder of images, arrays, or what ``prepare`` gave; ``media`` as in ``MediaOptions``.
 
-        ``frames`` uint8 ``[T, H, W, 3]`` RGB; ``waveform`` float (in [-1, 1]) or int16, mono or with channels, at
-        ``sample_rate`` Hz. ``prompt=None`` is the family's default instruction. ``progress`` hears of every stage:
-        ``(name, done, total)``. Raises ``MediaError`` for a clip that cannot be read and ``OptionError`` for arguments
-        that do not go together.
+        ``prompt=None`` is the family's default instruction. ``progress`` hears of every stage: ``(name, done, total)``.
+        Raises ``MediaError`` for a clip that cannot be read and ``OptionError`` for arguments that do not go together.
         """
-        stream = self.stream(
-            source,
-            prompt=prompt,
-            audio=audio,
-            frames=frames,
-            waveform=waveform,
-            sample_rate=sample_rate,
-            decoding=decoding,
-            progress=progress,
-        )
+        stream = self.stream(source, prompt=prompt, decoding=decoding, progress=progress, **media)
         for _ in stream:
             pass
         assert stream.caption is not None
@@ -151,48 +121,137 @@ class Captioner:
 
     def stream(
         self,
-        source: Source | None = None,
+        source: Source | PreparedClip | None = None,
         *,
         prompt: str | None = None,
-        audio: bool = True,
-        frames: npt.ArrayLike | None = None,
-        waveform: npt.ArrayLike | None = None,
-        sample_rate: int | None = None,
         decoding: Decoding | None = None,
         progress: Progress | None = None,
+        **media: Unpack[MediaOptions],
     ) -> CaptionStream:
         """Like ``caption``, but text comes piece by piece, each piece complete UTF-8.
 
-        The clip is read and encoded before the first piece.
+        The clip is read and encoded before the first piece. Where a later pass may replace the text (a retrospective
+        one, or one that ``confidence`` decides on) it comes in one piece.
         """
         stages = Stages(progress)
-        clip = self.read(source, audio=audio, frames=frames, waveform=waveform, sample_rate=sample_rate, stages=stages)
-        encoded = self.encoder.encode(clip, stages)
+        task = self._task(source, prompt, decoding or Decoding(), stages, media)
         stream = CaptionStream(iter(()))
-        stream._pieces = self._generate(encoded, prompt, decoding or Decoding(), stages, clip, stream)
+        stream._pieces = self._pieces(task, stream)
         return stream
 
-    def score(
+    def candidates(
         self,
-        source: Source | None = None,
-        text: str = "",
+        source: Source | PreparedClip | None = None,
+        count: int = 2,
+        *,
+        prompt: str | None = None,
+        decoding: Decoding | None = None,
+        rows: int = DEFAULT_ROWS,
+        progress: Progress | None = None,
+        **media: Unpack[MediaOptions],
+    ) -> list[Caption]:
+        """``count`` captions of one clip from one encoding and one prefill, the likeliest (by mean token
+        log-likelihood) first.
+
+        Sampled ones have seeds of their own, the first that of ``decoding``; a beam search gives its best. ``rows``:
+        captions generated together. ``OptionError`` for a strategy that knows one caption only.
+        """
+        decoding = decoding or Decoding(strategy="sample")
+        if count < 1 or rows < 1:
+            raise OptionError(f"count and rows must be at least 1, not {count} and {rows}")
+        if count > 1 and decoding.strategy == "greedy":
+            raise OptionError("greedy decoding knows one caption only: several come of 'sample' or 'beam'")
+        if decoding.strategy == "beam" and decoding.num_beams < count:
+            raise OptionError(f"{count} captions need at least so many beams, not {decoding.num_beams}")
+        stages = Stages(progress)
+        encoded, clip = self._encoded(source, stages, media, decoding.contrast is not None)
+        if decoding.strategy == "beam":
+            tasks = [CaptionTask(self._model, encoded, prompt, decoding, stages, clip, num_results=count)]
+        else:
+            seeds = [decoding.seed, *np.random.SeedSequence(decoding.seed).generate_state(count - 1, np.uint64)]
+            tasks = [
+                CaptionTask(self._model, encoded, prompt, replace(decoding, seed=int(seed)), stages, clip)
+                for seed in seeds
+            ]
+        together = min(rows, len(tasks)) * tasks[0].rows
+        runner = Runner(self._idle_scheduler(together, max(task.max_length for task in tasks), stages))
+        for task in tasks:
+            runner.add(task)
+        while not runner.idle:
+            runner.step()
+        captions = [caption for task in tasks for caption in task.captions]
+        return sorted(captions, key=lambda caption: -caption.mean_logprob)
+
+    def caption_batch(
+        self,
+        items: Iterable[Source | BatchItem],
         *,
         prompt: str | None = None,
         audio: bool = True,
-        frames: npt.ArrayLike | None = None,
-        waveform: npt.ArrayLike | None = None,
-        sample_rate: int | None = None,
+        decoding: Decoding | None = None,
+        visual_tokens: int | float | None = None,
+        duplicates: float | None = None,
+        rows: int | None = None,
+        memory: int | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[BatchResult]:
+        """Caption many clips, several at once: each result as soon as it is complete, with the place of its item.
+
+        A caption is the same as alone, token by token, whatever else is under way. Items are taken as they are needed;
+        one that cannot be captioned gives a result with an ``error`` and does not stop the others. ``rows``: captions
+        generated together (8, or as many as fit into ``memory``: bytes of cache). ``OptionError`` when not even one
+        fits. ``progress`` hears ``("captions", done, 0)``. Beside the cache, what is held at once are the clips of
+        the rows and ``batching.READ_AHEAD`` more.
+        """
+        how = decoding or Decoding()
+        if rows is not None and rows < 1:
+            raise OptionError(f"rows must be at least 1, not {rows}")
+        per_caption = max(resolve(how, self.manifest.generation).rows, 1)
+
+        def read(item: BatchItem, stages: Stages) -> Clip:
+            return read_clip(
+                item.source,
+                self.manifest.preprocessing,
+                self.per_frame,
+                audio,
+                stages,
+                start=item.start,
+                end=item.end,
+                duplicates=duplicates,
+            )
+
+        def task(item: BatchItem, clip: Clip, stages: Stages) -> CaptionTask:
+            encoded = self.encoder.encode(clip, stages, visual_tokens=visual_tokens, keep_features=_contrasts(how))
+            asked = prompt if item.prompt is None else item.prompt
+            return CaptionTask(self._model, encoded, asked, how, stages, clip)
+
+        def open_scheduler(max_length: int) -> Scheduler:
+            count = self._rows_in(memory, _rounded(max_length, self.manifest.decoder.context_length), per_caption)
+            return self._idle_scheduler(min(rows or DEFAULT_ROWS, count) * per_caption, max_length, Stages())
+
+        wanted = (item if isinstance(item, BatchItem) else BatchItem(item) for item in items)
+        for done, result in enumerate(run_batch(Pipeline(read, task, open_scheduler), wanted), 1):
+            if progress is not None:
+                progress("captions", done, 0)
+            yield result
+
+    def score(
+        self,
+        source: Source | PreparedClip | None = None,
+        text: str = "",
+        *,
+        prompt: str | None = None,
+        **media: Unpack[MediaOptions],
     ) -> float:
         """Mean log-likelihood (natural log) per token of ``text``, its end-of-sequence token included, as a caption.
 
         This is LeanPO's reward without its factor (FACTS 3).
         """
-        stages = Stages()
-        clip = self.read(source, audio=audio, frames=frames, waveform=waveform, sample_rate=sample_rate, stages=stages)
-        encoded = self.encoder.encode(clip, stages)
+        encoded, _ = self._encoded(source, Stages(), media)
         token_ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         token_ids.append(self.manifest.generation.eos_token_ids[0])
-        embeds = self.encoder.prompt_embeds(encoded, self._instruction(prompt))
+        instruction = self.manifest.default_instruction if prompt is None else prompt
+        embeds = self.encoder.prompt_embeds(encoded, instruction)
         inference = self.open_inference(len(embeds) + len(token_ids) - 1)
         first = inference.prefill(0, embeds)
         values = log_likelihoods(first, token_ids[:1])
@@ -200,6 +259,16 @@ class Captioner:
             following = self.bundle.embed(np.array(token_ids[:-1], np.int64))
             values += log_likelihoods(inference.prefill(0, following, num_logits=len(following)), token_ids[1:])
         return float(np.mean(values))
+
+    def prepare(
+        self, source: Source | None = None, *, progress: Progress | None = None, **media: Unpack[MediaOptions]
+    ) -> PreparedClip:
+        """Read and encode a clip once, for any number of ``caption`` calls with different instructions.
+
+        What their prompts have in common, the clip above all, is also prefilled once while nothing else is captioned.
+        """
+        encoded, clip = self._encoded(source, Stages(progress), media, keep_features=True)
+        return PreparedClip(clip, encoded)
 
     def read(
         self,
@@ -209,6 +278,9 @@ class Captioner:
         frames: npt.ArrayLike | None = None,
         waveform: npt.ArrayLike | None = None,
         sample_rate: int | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        duplicates: float | None = None,
         stages: Stages | None = None,
     ) -> Clip:
         """The frames and the sound that the captioner would look at and listen to."""
@@ -217,84 +289,99 @@ class Captioner:
             raise OptionError("give either a file or arrays (frames=, waveform=), not both and not neither")
         spec = self.manifest.preprocessing
         if source is not None:
-            return read_clip(source, spec, self.per_frame, audio, stages or Stages())
-        return array_clip(frames, waveform if audio else None, sample_rate, spec, self.per_frame)
+            stages = stages or Stages()
+            return read_clip(source, spec, self.per_frame, audio, stages, start=start, end=end, duplicates=duplicates)
+        if start is not None or end is not None:
+            raise OptionError("start= and end= are for files, not for arrays")
+        heard = waveform if audio else None
+        return array_clip(frames, heard, sample_rate, spec, self.per_frame, duplicates=duplicates)
 
-    def open_inference(self, max_length: int, stages: Stages | None = None) -> Inference:
-        """A decoder with an empty cache for one sequence of ``max_length`` tokens."""
+    def open_inference(self, max_length: int, rows: int = 1, stages: Stages | None = None) -> Inference:
+        """A decoder with an empty cache for ``rows`` sequences of ``max_length`` tokens."""
         if self._decoder is None:
             with (stages or Stages()).measure("load"):
                 graph = self.bundle.file(self.manifest.components["decoder"].graph)
                 self._decoder = OrtDecoder(graph, self.manifest.decoder, self.bundle.embed, self._threads)
-        return self._decoder.open(rows=1, max_length=max_length)
+        return self._decoder.open(rows=rows, max_length=max_length)
 
-    def generate_tokens(self, embeds: FloatArray, decoding: Decoding, stages: Stages) -> Iterator[Token]:
-        """Tokens that follow a prompt given as embeddings ``[S, H]``. Time spent by the consumer is not counted."""
-        settings = resolve(decoding, self.manifest.generation)
-        context = self.manifest.decoder.context_length
-        room = context - len(embeds)
-        if room < 1:
-            raise OptionError(f"the prompt takes {len(embeds)} tokens, the decoder's context is {context}")
-        if decoding.max_new_tokens is None:
-            # The checkpoint's own limit is a wish that the context may cut short; the caller's is an order.
-            settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
-        inference = self.open_inference(len(embeds) + settings.max_new_tokens, stages)
-        with stages.measure("prefill"):
-            logits = inference.prefill(0, embeds, progress=lambda n: stages.report("prefill", n, len(embeds)))[0]
-        tokens, generated = generate(inference, logits, settings), 0
-        while True:
-            with stages.measure("decode"):
-                token = next(tokens, None)
-            if token is None:
-                return
-            generated += 1
-            stages.report("decode", generated, settings.max_new_tokens)
-            yield token
+    def generate_tokens(self, embeds: FloatArray, max_new_tokens: int) -> Iterator[Token]:
+        """Greedy tokens that follow a prompt given as embeddings ``[S, H]``."""
+        settings = resolve(Decoding(max_new_tokens=max_new_tokens), self.manifest.generation)
+        inference = self.open_inference(len(embeds) + max_new_tokens)
+        return generate(inference, inference.prefill(0, embeds)[0], TokenSearch(settings))
 
-    def _instruction(self, prompt: str | None) -> str:
-        return self.manifest.default_instruction if prompt is None else prompt
-
-    def _generate(
+    def _task(
         self,
-        encoded: EncodedClip,
+        source: Source | PreparedClip | None,
         prompt: str | None,
         decoding: Decoding,
         stages: Stages,
-        clip: Clip,
-        stream: CaptionStream,
-    ) -> Iterator[str]:
+        media: MediaOptions,
+    ) -> CaptionTask:
+        encoded, clip = self._encoded(source, stages, media, _contrasts(decoding))
+        return CaptionTask(self._model, encoded, prompt, decoding, stages, clip)
+
+    def _encoded(
+        self, source: Source | PreparedClip | None, stages: Stages, media: MediaOptions, keep_features: bool = False
+    ) -> tuple[EncodedClip, Clip]:
+        if isinstance(source, PreparedClip):
+            if media:
+                raise OptionError(f"the clip is prepared already: {', '.join(media)} cannot change it")
+            return source.encoded, source.clip
+        visual_tokens = media.get("visual_tokens")
+        options: dict[str, Any] = {name: value for name, value in media.items() if name != "visual_tokens"}
+        clip = self.read(source, **options, stages=stages)
+        encoded = self.encoder.encode(clip, stages, visual_tokens=visual_tokens, keep_features=keep_features)
+        return encoded, clip
+
+    def _pieces(self, task: CaptionTask, stream: CaptionStream) -> Iterator[str]:
         """Pieces of text; sets ``stream.caption`` at the end."""
-        embeds = self.encoder.prompt_embeds(encoded, self._instruction(prompt))
-        text, detokenizer, stops = "", IncrementalDecoder(self.tokenizer), StopStrings(decoding.stop)
-        tokens: list[Token] = []
-        reason: FinishReason = "length"
-        for token in self.generate_tokens(embeds, decoding, stages):
-            tokens.append(token)
-            if token.is_eos:
-                reason = "stop"
-                break
-            piece, stopped = stops.push(detokenizer.push(token.id))
-            text += piece
-            if piece:
-                yield piece
-            if stopped:
-                reason = "stop_string"
-                break
-        if reason != "stop_string":
-            piece, stopped = stops.push(detokenizer.finish())
-            piece += stops.finish()
-            text += piece
-            reason = "stop_string" if stopped else reason
-            if piece:
-                yield piece
-        stream.caption = Caption(
-            text=text,
-            token_ids=[token.id for token in tokens],
-            token_logprobs=[token.logprob for token in tokens],
-            finish_reason=reason,
-            mode=encoded.mode,
-            prompt_tokens=len(embeds),
-            timings=stages.seconds,
-            notes=list(clip.notes),
-            seconds=clip.seconds,
-        )
+        runner = Runner(self._idle_scheduler(task.rows, task.max_length, task.stages))
+        runner.add(task)
+        shown = 0
+        try:
+            while not runner.idle:
+                runner.step()
+                text = task.transcript.text
+                if task.is_last and len(text) > shown:
+                    yield text[shown:]
+                    shown = len(text)
+        finally:
+            runner.cancel(task)
+        stream.caption = task.captions[0]
+        if len(stream.caption.text) > shown:
+            yield stream.caption.text[shown:]
+
+    def _idle_scheduler(self, rows: int, max_length: int, stages: Stages) -> Scheduler:
+        """The captioner's scheduler, if it has the rows and nobody uses it, else a new one in its place.
+
+        What its rows hold is reused by prompts that begin alike.
+        """
+        kept = self._scheduler
+        if kept is None or not kept.idle or kept.inference.rows < rows or kept.inference.max_length < max_length:
+            self._scheduler = None  # free its cache before the next is made
+            length = _rounded(max_length, self.manifest.decoder.context_length)
+            kept = self._scheduler = Scheduler(self.open_inference(length, rows, stages))
+        return kept
+
+    def _rows_in(self, memory: int | None, max_length: int, per_caption: int) -> int:
+        """Captions whose cache fits into ``memory`` bytes."""
+        if memory is None:
+            return sys.maxsize
+        decoder = self.manifest.decoder
+        row = 2 * 4 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * max_length
+        count = memory // (row * per_caption)
+        if count < 1:
+            raise OptionError(
+                f"a caption takes {row * per_caption / 2**20:,.0f} MiB of cache, the limit is {memory / 2**20:,.0f} MiB"
+            )
+        return count
+
+
+def _contrasts(decoding: Decoding) -> bool:
+    """Whether per-frame features are worth keeping: another stream will be made of them."""
+    return decoding.contrast == "temporal"
+
+
+def _rounded(max_length: int, context: int) -> int:
+    return min(-(-max_length // _LENGTH_STEP) * _LENGTH_STEP, max(context, max_length))

@@ -1,12 +1,12 @@
 """The seam between decoding strategies and whatever runs the decoder.
 
-A strategy sees four methods over a static key/value cache of a few rows; ONNX Runtime, TensorRT and PyTorch are
+A strategy sees a few methods over a static key/value cache of some rows; ONNX Runtime, TensorRT and PyTorch are
 implementations of it, so that every strategy is written once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +16,11 @@ FloatArray = npt.NDArray[np.float32]
 
 
 class Inference(Protocol):
-    """A decoder with its cache: ``rows`` sequences of at most ``max_length`` tokens each, of different lengths."""
+    """A decoder with its cache: ``rows`` sequences of at most ``max_length`` tokens each, of different lengths.
+
+    What a row computes does not depend on the other rows, not even in the last bit: a caption is the same alone and in
+    a batch.
+    """
 
     @property
     def rows(self) -> int: ...
@@ -35,14 +39,17 @@ class Inference(Protocol):
         ...
 
     def step(self, token_ids: npt.NDArray[np.int64]) -> FloatArray:
-        """Append one token to every row (``[rows]``) and return their logits ``[rows, V]``.
+        """Append one token to each of the first n rows (``[n]``) and return their logits ``[n, V]``.
 
         The returned array is a view that the next call overwrites.
         """
         ...
 
-    def rearrange(self, sources: Sequence[int]) -> None:
-        """Row i continues as a copy of row ``sources[i]`` (beams, several captions from one prefill)."""
+    def rearrange(self, sources: Mapping[int, int], start: int = 0, stop: int | None = None) -> None:
+        """Row ``t`` continues as a copy of row ``sources[t]``, all at once (beams, shared prefixes, moved rows).
+
+        Their first ``start`` tokens are equal already and stay; ``stop`` keeps no more than the first ``stop`` tokens.
+        """
         ...
 
     def truncate(self, row: int, length: int) -> None:

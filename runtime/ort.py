@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class OrtInference:
         names = [f"{layer}.{part}" for layer in range(spec.num_layers) for part in ("key", "value")]
         self._cache = {name: np.zeros(shape, np.float32) for name in names}
         self._filled = np.zeros(rows, np.int64)
-        self._step = self._bind(slice(0, rows), length=1, asked=1)
+        self._steps: dict[int, _Bound] = {}
 
     @property
     def rows(self) -> int:
@@ -141,24 +141,37 @@ class OrtInference:
         return collected[0] if len(collected) == 1 else np.concatenate(collected)
 
     def step(self, token_ids: npt.NDArray[np.int64]) -> FloatArray:
-        bound = self._step
-        for row in range(self._rows):
+        count = len(token_ids)
+        if not 1 <= count <= self._rows:
+            raise ValueError(f"{count} tokens for {self._rows} rows")
+        for row in range(count):
             self._check_room(row, 1)
+        if count not in self._steps:
+            self._steps[count] = self._bind(slice(0, count), length=1, asked=1)
+        bound, filled = self._steps[count], self._filled[:count]
         bound.embeds[:, 0] = self._embed(token_ids)
-        bound.lengths[:] = self._filled
-        self._filled += 1
-        bound.total_length[...] = self._filled.max()
+        bound.lengths[:] = filled
+        filled += 1
+        bound.total_length[...] = filled.max()
         self._session.run_with_iobinding(bound.binding)
         return bound.logits[:, 0]
 
-    def rearrange(self, sources: Sequence[int]) -> None:
-        index = np.asarray(sources)
-        if np.array_equal(index, np.arange(self._rows)):
-            return
-        filled = int(self._filled[index].max())
-        for buffer in self._cache.values():
-            buffer[:, :, :filled] = buffer[index, :, :filled]
-        self._filled = self._filled[index]
+    def rearrange(self, sources: Mapping[int, int], start: int = 0, stop: int | None = None) -> None:
+        moves = {target: source for target, source in sources.items() if target != source}
+        if moves:
+            targets, origins = list(moves), list(moves.values())
+            filled = self._filled[origins] if stop is None else np.minimum(self._filled[origins], stop)
+            longest = int(filled.max())
+            for buffer in self._cache.values():
+                if len(targets) == 1:
+                    buffer[targets[0], :, start:longest] = buffer[origins[0], :, start:longest]
+                else:
+                    # The right side is copied out whole before anything is overwritten.
+                    buffer[targets, :, start:longest] = buffer[origins, :, start:longest]
+            self._filled[targets] = filled
+        if stop is not None:
+            for row in set(sources) - set(moves):
+                self._filled[row] = min(self._filled[row], stop)
 
     def truncate(self, row: int, length: int) -> None:
         if not 0 <= length <= self._filled[row]:

@@ -27,7 +27,11 @@ class Stages:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            self.add(name, time.perf_counter() - started)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Count time that was measured elsewhere: the share of a step that many captions took together."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def report(self, name: str, done: int, total: int) -> None:
         if self._progress is not None:

@@ -160,7 +160,7 @@ def test_prefill_in_pieces_truncate_and_rearrange(opened):
     pieces.prefill(1, prompt[:9])
     assert relative_error(pieces.prefill(1, prompt[9:], num_logits=3, progress=heard.append), whole[9:]) < 1e-5
     assert heard == [3]
-    pieces.rearrange([1, 1])
+    pieces.rearrange({0: 1})
     pieces.truncate(0, 11)
     assert relative_error(pieces.prefill(0, prompt[11:])[0], whole[11]) < 1e-5
     after = pieces.step(np.array([5, 5]))

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from intertitle.calibration.reference import Reference
+from intertitle.export.compile import compile_bundle
+from intertitle.export.components import (
+    component_graph,
+    connector_signature,
+    frame_connector_signature,
+    slot_signature,
+)
+from intertitle.export.graph_writer import WeightReader, serialize, write_weights
+from intertitle.export.targets import get_target
 from intertitle.models import open_checkpoint
-from intertitle.runtime.bundle import Bundle
-from intertitle.runtime.decoding import Decoding, generate, resolve
+from intertitle.models.config import ConnectorConfig
+from intertitle.models.connectors import SpatialTemporalConnector, build_connector
+from intertitle.runtime.bundle import Bundle, VisualSpec
+from intertitle.runtime.decoding import Decoding, TokenSearch, generate, resolve
+from intertitle.runtime.encoder import Encoder
 from intertitle.runtime.ort import OrtComponent, OrtDecoder
+from intertitle.runtime.timing import Stages
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 ALL = ["av-qwen2", "clip-mistral", "clip-mistral-lora", "auroracap", "auroracap-keep"]
 MODES = {
@@ -39,14 +58,17 @@ def test_encoders(variant, compiled, expected):
     keep = {"auroracap": ".keep1.0", "auroracap-keep": ".keep0.4"}.get(variant, "")
     features = numbers[f"vision_features{keep}"]
     tokens = numbers["video_tokens"][np.newaxis] if not keep else numbers[f"visual_tokens{keep}"]
+    encoder = Encoder(bundle, Tokenizer.from_file(str(bundle.file("tokenizer.json"))))
+    mine = encoder.connect(encoder.frame_tokens(features, Stages()), np.arange(len(features)), Stages())
     if variant != "clip-mistral-lora":
         assert relative_error(component(bundle, "vision")(numbers["pixel_values"]), features) < 1e-4
-        assert relative_error(component(bundle, "connector")(features), tokens) < 1e-4
+        assert relative_error(encoder.features(numbers["pixel_values"], Stages()), features) < 1e-4
+        assert relative_error(mine, tokens) < 1e-4
     else:
         # The adapter's folder replaces the connector's tensors; its prompt holds the tokens that come out.
         start = int(np.argmin(numbers["prompt_ids"]))
         embeds = numbers["video.inputs_embeds"][start : start + tokens.shape[1]]
-        assert relative_error(component(bundle, "connector")(features)[0], embeds) < 1e-4
+        assert relative_error(mine[0], embeds) < 1e-4
         assert relative_error(embeds, tokens[0]) > 1e-2
 
 
@@ -55,6 +77,68 @@ def test_vision_does_not_depend_on_the_batch(compiled, expected):
     tower = component(Bundle.open(compiled("auroracap-keep")), "vision")
     together, alone = tower(pixels), np.concatenate([tower(pixels[i : i + 1]) for i in range(len(pixels))])
     assert relative_error(together, alone) < 1e-5
+
+
+def test_ratios_of_merging_share_the_weights(tmp_path, data_dir, expected):
+    """Two graphs over one data file, each with the numbers of the original implementation."""
+    compiled = compile_bundle(data_dir / "auroracap", tmp_path / "bundle", weights="fp32", visual_tokens=(0.4, 1.0))
+    bundle, numbers = Bundle.open(compiled.path), expected("auroracap")
+    visual = bundle.manifest.visual
+    assert [(r.keep, r.graph, r.tokens_per_block) for r in visual.ratios] == [
+        (0.4, "vision.onnx", 37),
+        (1.0, "vision.keep1.0.onnx", 64),
+    ]
+    assert sorted(name for name in bundle.manifest.files if name.startswith("vision")) == [
+        "vision.keep1.0.onnx",
+        "vision.onnx",
+        "vision.onnx.data",
+    ]
+    # Nothing of the second graph was added to the weights.
+    single = Bundle.open(compile_bundle(data_dir / "auroracap", tmp_path / "one", visual_tokens=0.4).path)
+    data = "vision.onnx.data"
+    assert bundle.manifest.files[data] == single.manifest.files[data]
+    for ratio in visual.ratios:
+        graph, keep = OrtComponent(bundle.file(ratio.graph)), f"keep{ratio.keep}"
+        features = graph(numbers["pixel_values"])
+        assert relative_error(features, numbers[f"vision_features.{keep}"]) < 1e-4
+        tokens = component(bundle, "connector")(features)
+        assert relative_error(tokens, numbers[f"visual_tokens.{keep}"]) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["stc_connector", "stp_connector", "spatial_conv", "spatial_pool", "mlp2x_gelu"])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [0, 0, 0, 0], [2, 0, 0, 1, 3]])
+def test_every_kind_of_connector_over_repeated_frames(kind, order, tmp_path):
+    """Parts traced one by one and run on distinct frames and windows, against the whole module in PyTorch."""
+    torch.manual_seed(0)
+    config = ConnectorConfig(kind, 8, 8, grid=5, num_frames=4)
+    connector = build_connector(config).eval().requires_grad_(False)
+    state = {name: torch.randn_like(value) * 0.3 for name, value in connector.state_dict().items()}
+    connector.load_state_dict(state)
+    with torch.device("meta"):
+        module = build_connector(config).eval().requires_grad_(False)
+    if isinstance(module, SpatialTemporalConnector):
+        parts = {"connector": (module.slot_part(), slot_signature(config, 25, module.time_kernel))}
+        if (framewise := module.frame_part()) is not None:
+            parts["frame_connector"] = (framewise, frame_connector_signature(config, 25))
+        visual = VisualSpec(
+            blocks=1, tokens_per_block=1, time_kernel=module.time_kernel, time_padding=module.time_padding
+        )
+    else:
+        parts = {"connector": (module, connector_signature(config, 25))}
+        visual = VisualSpec(blocks=1, tokens_per_block=1, pooled=True)
+    for name, (part, signature) in parts.items():
+        graph = component_graph(name, part, signature, get_target("cpu"), "fp32").traced
+        with (tmp_path / f"{name}.data").open("wb") as file:
+            list(write_weights(graph, file, f"{name}.data", WeightReader(state.__getitem__, 32)))
+        (tmp_path / name).write_bytes(serialize(graph))
+    # As much of a bundle as the encoder looks at.
+    records = {name: SimpleNamespace(graph=name) for name in parts}
+    bundle: Any = SimpleNamespace(
+        manifest=SimpleNamespace(visual=visual, components=records), file=lambda name: tmp_path / name
+    )
+    encoder, features = Encoder(bundle, Tokenizer(BPE())), torch.randn(4, 25, 8)
+    mine = encoder.connect(encoder.frame_tokens(features.numpy(), Stages()), np.array(order), Stages())
+    assert relative_error(mine, connector(features[order]).numpy()) < 1e-5
 
 
 def test_audio(compiled, expected):
@@ -71,7 +155,7 @@ def test_greedy_tokens(variant, mode, compiled, expected):
     logits = inference.prefill(0, embeds)[0]
     assert relative_error(logits, numbers[f"{mode}last_logits"]) < 1e-4
     settings = resolve(Decoding(max_new_tokens=48), bundle.manifest.generation)
-    assert [token.id for token in generate(inference, logits, settings)] == tokens
+    assert [token.id for token in generate(inference, logits, TokenSearch(settings))] == tokens
 
 
 @pytest.mark.parametrize("variant", ["av-qwen2", "clip-mistral", "auroracap"])
@@ -128,7 +212,7 @@ def test_truncate_and_rearrange(compiled):
     prompt = random.standard_normal((20, 128)).astype(np.float32)
     inference = opened.open(2, 40)
     inference.prefill(0, prompt)
-    inference.rearrange([0, 0])
+    inference.rearrange({1: 0})
     first = inference.step(np.array([5, 9])).copy()
     inference.truncate(0, 20)
     inference.truncate(1, 20)

@@ -1,6 +1,8 @@
-"""Decoding strategies over a table in place of a decoder; transformers' processors and warpers as oracle."""
+"""Options, scores and token-by-token strategies over a table in place of a decoder; transformers as oracle."""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import pytest
@@ -9,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from intertitle.errors import OptionError
 from intertitle.runtime.bundle import GenerationSpec
-from intertitle.runtime.decoding import Decoding, Settings, _cut, generate, log_likelihoods, penalty_applied, resolve
+from intertitle.runtime.decoding import Decoding, Settings, TokenSearch, generate, log_likelihoods, resolve
+from intertitle.runtime.decoding.scores import Combination, cut, penalty_applied, repeated_ngram_tokens
 from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -49,7 +54,7 @@ def settings(**changes) -> Settings:
 
 
 def run(table: np.ndarray, first: int, how: Settings) -> list:
-    return list(generate(Table(table), table[first], how))  # type: ignore[arg-type]
+    return list(generate(Table(table), table[first], TokenSearch(how)))  # type: ignore[arg-type]
 
 
 def test_greedy_follows_the_largest_logit_and_ends_with_eos():
@@ -91,19 +96,63 @@ def test_penalty_sees_generated_tokens_only():
     assert penalized_run[1].logprob == pytest.approx(1.95 - np.log(2 + np.exp(2.0) + np.exp(1.95)), rel=1e-5)
 
 
-@given(st.integers(0, 2**31), st.floats(0.1, 3), st.integers(0, 40), st.floats(0.05, 1), st.sampled_from([31, 5, 1]))
-def test_sampling_cuts_equal_transformers(seed, temperature, top_k, top_p, size):
+@given(
+    st.integers(0, 2**31),
+    st.floats(0.1, 3),
+    st.integers(0, 40),
+    st.floats(0.05, 1),
+    st.floats(0, 0.9),
+    st.sampled_from([31, 5, 1]),
+)
+def test_sampling_cuts_equal_transformers(seed, temperature, top_k, top_p, min_p, size):
     scores = np.random.default_rng(seed).standard_normal(size).astype(np.float32) * 2
     wide = TemperatureLogitsWarper(temperature)(None, torch.from_numpy(scores).double()[None])
     if top_k:
         wide = TopKLogitsWarper(top_k)(None, wide)
     if top_p < 1:
         wide = TopPLogitsWarper(top_p)(None, wide)
+    if min_p:
+        wide = MinPLogitsWarper(min_p)(None, wide)
     theirs = torch.softmax(wide[0], -1).numpy()
-    index, probabilities = _cut(scores, temperature, top_k, top_p)
+    index, probabilities = cut(scores, settings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p))
     mine = np.zeros(size)
     mine[index] = probabilities / probabilities.sum()
     np.testing.assert_allclose(mine, theirs, atol=1e-6)
+
+
+@given(st.lists(st.integers(0, 3), max_size=14), st.integers(1, 5))
+def test_repeated_ngrams_equal_transformers(seen, size):
+    scores = torch.zeros(1, 4)
+    theirs = NoRepeatNGramLogitsProcessor(size)(torch.tensor([seen], dtype=torch.int64), scores)[0]
+    assert repeated_ngram_tokens(seen, size) == torch.nonzero(torch.isinf(theirs)).flatten().tolist()
+
+
+def test_no_ngram_comes_twice():
+    table = np.random.default_rng(3).standard_normal((6, 6)).astype(np.float32)
+    before = table.copy()
+    ids = [token.id for token in run(table, 0, settings(max_new_tokens=20, no_repeat_ngram=2, eos_token_ids=()))]
+    pairs = list(itertools.pairwise(ids))
+    assert len(set(pairs)) == len(pairs) == 19
+    np.testing.assert_array_equal(table, before)
+
+
+def test_contrast_combines_two_streams_as_computed_by_hand():
+    full, other = np.array([2.0, 1.8, -1.0], np.float32), np.array([3.0, 1.0, -9.0], np.float32)
+    # (1 + 0.5) * full - 0.5 * other = [1.5, 2.2, 3.0].
+    np.testing.assert_allclose(Combination(0.5, None)(full, other), [1.5, 2.2, 3.0], rtol=1e-6)
+    # Token 2 has exp(-3) = 0.0498 of the likeliest one's probability in the full stream.
+    np.testing.assert_allclose(Combination(0.5, 0.06)(full, other), [1.5, 2.2, -np.inf], rtol=1e-6)
+    np.testing.assert_allclose(Combination(0.5, 0.04)(full, other), [1.5, 2.2, 3.0], rtol=1e-6)
+    turn = TokenSearch(settings(contrast=(0.5, 0.06))).start([full, other])
+    assert (list(turn.next_ids), turn.tokens[0].id) == ([1, 1], 1)
+    assert turn.tokens[0].logprob == pytest.approx(1.8 - np.log(np.exp(2) + np.exp(1.8) + np.exp(-1)), rel=1e-6)
+    assert turn.tokens[0].contrast_logprob == pytest.approx(2.2 - np.log(np.exp(1.5) + np.exp(2.2)), rel=1e-6)
+
+
+def test_forced_tokens_count_as_generated_for_the_penalty():
+    row = np.array([1.0, 0.99, 0.0], np.float32)
+    assert TokenSearch(settings(repetition_penalty=1.5)).start([row], forced=[0]).tokens[0].id == 1
+    assert TokenSearch(settings(repetition_penalty=1.5)).start([row]).tokens[0].id == 0
 
 
 def test_sampling_is_reproducible_and_follows_the_distribution():
@@ -144,8 +193,39 @@ def test_open_values_come_from_the_checkpoint():
         ("top_p", 1.5),
         ("top_k", -1),
         ("seed", -1),
+        ("min_p", 1.5),
+        ("no_repeat_ngram", -1),
+        ("num_beams", 0),
+        ("length_penalty", float("inf")),
+        ("contrast", "moral"),
+        ("contrast_alpha", 1.0),
+        ("confidence", 0.5),
+        ("confidence", -1.0),
+        ("noise_step", 1000),
     ],
 )
 def test_impossible_options_are_refused_by_name(option, value):
     with pytest.raises(OptionError, match=option.split("_")[0]):
         Decoding(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"contrast": "temporal", "strategy": "beam"}, "beams"),
+        ({"contrast": "temporal", "contrast_alpha": -1.0}, "contrast_alpha"),
+        ({"contrast": "noise", "contrast_beta": 2.0}, "contrast_beta"),
+        ({"retrospective": True, "retrospective_template": "again"}, "{caption}"),
+    ],
+)
+def test_options_that_do_not_go_together(options, words):
+    with pytest.raises(OptionError, match=words):
+        Decoding(**options)
+
+
+def test_contrast_defaults_are_those_of_the_papers():
+    assert resolve(Decoding(contrast="temporal"), DEFAULTS).contrast == (0.5, None)
+    assert resolve(Decoding(contrast="noise"), DEFAULTS).contrast == (1.0, 0.1)
+    assert resolve(Decoding(contrast="noise", contrast_alpha=2.0), DEFAULTS).contrast == (2.0, 0.1)
+    assert resolve(Decoding(contrast="noise"), DEFAULTS, contrast=False).contrast is None
+    assert [resolve(Decoding(contrast=c), DEFAULTS).rows for c in (None, "temporal")] == [1, 2]  # type: ignore[arg-type]
