@@ -149,7 +149,8 @@ class CaptionTask:
         if self.decoding.retrospective:
             around = self._prompt_segments(self._encoded, self._retrospective(""))
             # The first caption in the prompt may take some more tokens than it took to generate.
-            length += sum(map(len, around)) - self._prompt_tokens + 2 * self.max_new_tokens
+            caption = len(self._forced) + 2 * self.max_new_tokens
+            length += sum(map(len, around)) - self._prompt_tokens + caption
         return min(length, self._model.bundle.manifest.decoder.context_length)
 
     def _room(self, instruction: str) -> int:
