@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,22 +15,16 @@ from torch import Tensor
 from .._version import __version__
 from ..errors import OptionError
 from ..models import CaptionerCheckpoint, open_checkpoint
-from ..models.config import CaptionerConfig
+from ..models.config import CaptionerConfig, VisionConfig
+from ..models.connectors import SpatialTemporalConnector
+from ..models.vision import VisionTower
 from ..runtime import bundle as schema
 from ..runtime.preprocess.image import ImageSpec
 from ..runtime.text import PromptSpec
-from .components import (
-    ComponentGraph,
-    audio_signature,
-    component_graph,
-    connector_signature,
-    decoder_signature,
-    vision_signature,
-)
-from .graph_writer import WeightReader, payload_size, serialize, write_weights
+from .components import ComponentGraph, captioner_parts, component_graph, vision_signature
+from .graph_writer import DataFile, WeightReader, payload_size, serialize, write_weights
 from .targets import Target, get_target
 from .tokenizer import collect_tokenizer
-from .trace import Signature
 from .writer import BundleWriter
 
 #: ``(what is being done, bytes done, bytes in all)``; bytes in all are 0 until every component is traced.
@@ -38,6 +32,10 @@ Progress = Callable[[str, int, int], None]
 
 #: The sound that the audio tower hears at once (FACTS 1.4).
 _SAMPLE_RATE, _SOUND_SECONDS = 16000, 30
+
+#: AuroraCap's ratios of merging that are compiled unless others are asked for. Each further one took 40 s of tracing
+#: at the released size (32 layers, 378 pixels, 2 busy cores); the weights are there once.
+DEFAULT_RATIOS = (1.0, 0.5, 0.25, 0.1)
 
 _EMBEDDING_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _EMBEDDING_ROWS = 8192
@@ -59,16 +57,17 @@ def compile_bundle(
     adapter: str | os.PathLike[str] | None = None,
     target: str = "cpu",
     weights: str | None = None,
-    visual_tokens: float | None = None,
+    visual_tokens: float | Sequence[float] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> CompileResult:
     """Compile a checkpoint in its released layout into a bundle.
 
     ``adapter``: a LoRA adapter (PEFT layout), merged in fp32. ``weights``: the decoder's format, the target's default
-    when ``None``. ``visual_tokens``: the ratio of visual tokens that AuroraCap's merging keeps. ``overwrite``: replace
-    a bundle that is there already. The bundle appears under ``output`` whole or not at all. Raises
-    ``CheckpointError``, ``OptionError`` or ``TargetError``, and ``IntertitleError`` for a full disk.
+    when ``None``. ``visual_tokens``: the ratio of visual tokens that AuroraCap's merging keeps, or several of which
+    the first is the default at run time (``DEFAULT_RATIOS`` when ``None``); they share the weights on disk.
+    ``overwrite``: replace a bundle that is there already. The bundle appears under ``output`` whole or not at all.
+    Raises ``CheckpointError``, ``OptionError`` or ``TargetError``, and ``IntertitleError`` for a full disk.
     """
     record = get_target(target)
     weights = record.decoder_weights[0] if weights is None else weights
@@ -77,16 +76,22 @@ def compile_bundle(
     BundleWriter(output, overwrite=overwrite).check_place()
     report = progress or (lambda *_: None)
     report("reading the checkpoint", 0, 0)
-    source = open_checkpoint(Path(checkpoint), None if adapter is None else Path(adapter), visual_tokens)
+    source, towers = _open(Path(checkpoint), None if adapter is None else Path(adapter), visual_tokens)
     tokenizer = collect_tokenizer(source.path).to_str().encode()
-    shapes = _visual_shapes(source)
-    graphs = []
-    for name, signature in _signatures(source.config, shapes).items():
-        report(f"tracing {name}", 0, 0)
-        form = weights if name == "decoder" else "fp32"
-        graphs.append(component_graph(name, source.module(name), signature, record, form))
+    visual, tokens_per_frame = _visual_spec(source, towers)
+    graphs: list[ComponentGraph] = []
+    for part in captioner_parts(source, tokens_per_frame):
+        report(f"tracing {part.name}", 0, 0)
+        form = weights if part.name == "decoder" else "fp32"
+        graphs.append(component_graph(part.name, part.module, part.signature, record, form, part.source))
+    merging: list[tuple[str, ComponentGraph]] = []
+    for ratio, tower in zip(visual.ratios[1:], towers[1:], strict=True):
+        report(f"tracing vision, ratio {ratio.keep:g}", 0, 0)
+        graph = component_graph("vision", _tower(tower), vision_signature(tower), record, "fp32")
+        merging.append((ratio.graph, graph))
     embedding = source.embedding()
     total = sum(payload_size(graph.traced) for graph in graphs) + embedding.nbytes + len(tokenizer)
+    total += sum(payload_size(graph.traced, shared=True) for _, graph in merging)
     with BundleWriter(output, overwrite=overwrite, expected_bytes=total) as writer:
         # First, and then let go: at the released size a gigabyte that would add to the peak of all that follows.
         report("writing embedding", 0, total)
@@ -97,62 +102,96 @@ def compile_bundle(
         for graph in graphs:
             before, label = writer.written, f"writing {graph.name}"
             components[graph.name] = _write_component(
-                graph, source, record, writer, lambda label=label: report(label, min(writer.written, total), total)
+                graph,
+                merging if graph.name == "vision" else [],
+                source,
+                record,
+                writer,
+                lambda label=label: report(label, min(writer.written, total), total),
             )
             sizes[graph.name] = writer.written - before
         writer.add_bytes(schema.TOKENIZER_FILE, tokenizer)
         report("closing", total, total)
-        path = writer.commit(_manifest(source, record, weights, components, embedding_spec, shapes))
+        path = writer.commit(_manifest(source, record, weights, components, embedding_spec, visual))
     sizes |= {"embedding": embedding_bytes, "tokenizer": len(tokenizer)}
     manifest = schema.parse_manifest((path / schema.MANIFEST_FILE).read_bytes(), str(path))
     return CompileResult(path, manifest, sizes)
 
 
-@dataclass(frozen=True)
-class _VisualShapes:
-    """Tokens that leave the tower for one frame; blocks, and tokens per block, that the connector makes of a clip."""
+def _open(
+    path: Path, adapter: Path | None, visual_tokens: float | Sequence[float] | None
+) -> tuple[CaptionerCheckpoint, list[VisionConfig]]:
+    """The checkpoint, and its tower with each of the asked ratios of merging (one where it does not merge)."""
+    asked = (visual_tokens,) if isinstance(visual_tokens, float | int) else visual_tokens
+    if asked is not None and not asked:
+        raise OptionError("no ratio of visual tokens was given")
+    source = open_checkpoint(path, adapter, None if asked is None else asked[0])
+    if source.config.vision.keep is None:
+        for ratio in asked or ():
+            open_checkpoint(path, adapter, ratio)  # refuses it
+        return source, [source.config.vision]
+    ratios = DEFAULT_RATIOS if asked is None else asked
+    for ratio in ratios:
+        if not 0 < ratio <= 1:
+            raise OptionError(f"the ratio of visual tokens must be above 0 and at most 1, not {ratio:g}")
+    return source, [replace(source.config.vision, keep=float(ratio)) for ratio in dict.fromkeys(ratios)]
 
-    per_frame: int
-    blocks: int
-    per_block: int
+
+def _tower(config: VisionConfig) -> VisionTower:
+    with torch.device("meta"):
+        return VisionTower(config).eval().requires_grad_(False)
 
 
-def _visual_shapes(source: CaptionerCheckpoint) -> _VisualShapes:
-    """Found by running the modules on the meta device, so that no connector and no token merging needs a formula."""
-    vision, connector = source.config.vision, source.config.connector
+def _visual_spec(source: CaptionerCheckpoint, towers: Sequence[VisionConfig]) -> tuple[schema.VisualSpec, int]:
+    """What the connector gives for a clip, and the tokens that leave the (first) tower for one frame.
+
+    Found by running the modules on the meta device, so that no connector and no token merging needs a formula.
+    """
+    spec, connector = source.config.connector, source.module("connector")
     with torch.no_grad(), torch.device("meta"):
-        features = source.module("vision").to("meta")(torch.zeros(1, 3, vision.image_size, vision.image_size))
-        clip = torch.zeros(connector.num_frames, features.shape[1], connector.in_size)
-        tokens = source.module("connector").to("meta")(clip)
-    return _VisualShapes(features.shape[1], tokens.shape[0], tokens.shape[1])
-
-
-def _signatures(config: CaptionerConfig, shapes: _VisualShapes) -> dict[str, Signature]:
-    """By component, in the order in which data passes them."""
-    signatures = {
-        "vision": vision_signature(config.vision),
-        "connector": connector_signature(config.connector, shapes.per_frame),
-    }
-    if config.audio is not None:
-        signatures["audio"] = audio_signature(config.audio)
-    return signatures | {"decoder": decoder_signature(config.decoder)}
+        per_frame = [_tower(tower)(torch.zeros(1, 3, tower.image_size, tower.image_size)).shape[1] for tower in towers]
+        clip = torch.zeros(spec.num_frames, per_frame[0], spec.in_size)
+        blocks, tokens = connector.to("meta")(clip).shape[:2]
+    windows = isinstance(connector, SpatialTemporalConnector)
+    ratios = [
+        schema.MergingRatio(
+            keep=tower.keep, graph=f"vision.keep{tower.keep}.onnx" if index else "vision.onnx", tokens_per_block=count
+        )
+        for index, (tower, count) in enumerate(zip(towers, per_frame, strict=True))
+        if tower.keep is not None
+    ]
+    visual = schema.VisualSpec(
+        blocks=blocks,
+        tokens_per_block=tokens,
+        per_frame=spec.per_frame,
+        pooled=not spec.per_frame and not windows,
+        time_kernel=connector.time_kernel if windows else 1,
+        time_padding=connector.time_padding if windows else 0,
+        ratios=ratios,
+    )
+    return visual, per_frame[0]
 
 
 def _write_component(
     graph: ComponentGraph,
+    further: Sequence[tuple[str, ComponentGraph]],
     source: CaptionerCheckpoint,
     target: Target,
     writer: BundleWriter,
     report: Callable[[], None],
 ) -> schema.Component:
+    """One component; ``further`` graphs of the same weights go beside it, by the names of their files."""
     graph_file = f"decoder.{target.dialect}.onnx" if graph.name == "decoder" else f"{graph.name}.onnx"
     data_file = f"{graph_file}.data"
-    reader = WeightReader(lambda entry: source.tensor(graph.name, entry), target.block_size)
+    reader = WeightReader(lambda entry: source.tensor(graph.source, entry), target.block_size)
+    files, held = [(graph_file, graph), *further], DataFile()
     report()
     with writer.create(data_file) as file:
-        for _ in write_weights(graph.traced, file, data_file, reader):
-            report()
-    writer.add_bytes(graph_file, serialize(graph.traced))
+        for _, each in files:
+            for _ in write_weights(each.traced, file, data_file, reader, held):
+                report()
+    for name, each in files:
+        writer.add_bytes(name, serialize(each.traced))
     return schema.Component(
         graph=graph_file,
         data=data_file,
@@ -184,7 +223,7 @@ def _manifest(
     weights: str,
     components: dict[str, schema.Component],
     embedding: schema.Embedding,
-    shapes: _VisualShapes,
+    visual: schema.VisualSpec,
 ) -> schema.Manifest:
     config, decoder = source.config, source.config.decoder
     return schema.Manifest(
@@ -207,12 +246,7 @@ def _manifest(
         prompts={mode: PromptSpec(**asdict(template)) for mode, template in config.prompts.items()},
         default_instruction=config.default_instruction,
         generation=schema.GenerationSpec(**asdict(config.generation)),
-        visual=schema.VisualSpec(
-            blocks=shapes.blocks,
-            tokens_per_block=shapes.per_block,
-            per_frame=config.connector.per_frame,
-            keep=config.vision.keep,
-        ),
+        visual=visual,
         provenance=_provenance(source),
     )
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from ..models import CaptionerCheckpoint
 from ..models.config import AudioConfig, ConnectorConfig, DecoderConfig, VisionConfig
+from ..models.connectors import SpatialTemporalConnector
 from ..models.decoder import Decoder, RMSNorm
 from .dialects import ort
 from .targets import Target
@@ -19,14 +21,26 @@ from .trace import Signature, TracedGraph, trace
 class ComponentGraph:
     """One traced component: its graph, the format of its weights and the number of its parameters.
 
-    The entries of ``traced.weights`` are those of the component's own state dict, where a layer that was lowered to
-    int4 has ``qweight`` and ``scales`` in place of ``weight``.
+    The entries of ``traced.weights`` are those of the state dict of the checkpoint's component ``source`` (the
+    connector becomes two graphs), where a layer that was lowered to int4 has ``qweight`` and ``scales`` in place of
+    ``weight``.
     """
 
     name: str
     traced: TracedGraph
     weights: str
     parameters: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component to be traced: a module on the meta device, how it is called, and where its weights come from."""
+
+    name: str
+    source: str
+    module: nn.Module
+    signature: Signature
 
 
 class _DecoderGraph(nn.Module):
@@ -51,10 +65,26 @@ def vision_signature(config: VisionConfig) -> Signature:
 
 
 def connector_signature(config: ConnectorConfig, tokens_per_frame: int) -> Signature:
-    """``features [T, P, D]`` to ``visual_tokens [blocks, tokens, H]``; T varies where frames do not mix."""
-    axes = {0: "frames"} if config.per_frame else {}
-    example = torch.zeros(config.num_frames, tokens_per_frame, config.in_size)
+    """``features [T, P, D]`` to ``visual_tokens [blocks, tokens, H]``, any T.
+
+    P varies too where each frame is a block, so that one graph serves every ratio of merging.
+    """
+    axes = {0: "frames", 1: "tokens"} if config.per_frame else {0: "frames"}
+    # Example sizes above 1: torch.export would take a 1 for a constant.
+    example = torch.zeros(max(2, config.num_frames), max(2, tokens_per_frame), config.in_size)
     return Signature((example,), (axes,), ("features",), ("visual_tokens",))
+
+
+def frame_connector_signature(config: ConnectorConfig, tokens_per_frame: int) -> Signature:
+    """``features [T, P, D]`` to ``frame_tokens [T, P, C]``, any T."""
+    example = torch.zeros(2, tokens_per_frame, config.in_size)
+    return Signature((example,), ({0: "frames"},), ("features",), ("frame_tokens",))
+
+
+def slot_signature(config: ConnectorConfig, tokens_per_frame: int, time_kernel: int) -> Signature:
+    """``windows [S, kt, P, C]`` to ``visual_tokens [S, tokens, H]``, any S."""
+    example = torch.zeros(2, time_kernel, tokens_per_frame, config.out_size)
+    return Signature((example,), ({0: "slots"},), ("windows",), ("visual_tokens",))
 
 
 def audio_signature(config: AudioConfig) -> Signature:
@@ -91,6 +121,25 @@ def decoder_signature(config: DecoderConfig) -> Signature:
     )
 
 
+def captioner_parts(source: CaptionerCheckpoint, tokens_per_frame: int) -> Iterator[Part]:
+    """The components of a captioner in the order in which data passes them; the tower gives ``tokens_per_frame``."""
+    config = source.config
+    yield Part("vision", "vision", source.module("vision"), vision_signature(config.vision))
+    connector, spec = source.module("connector"), config.connector
+    if not isinstance(connector, SpatialTemporalConnector):
+        yield Part("connector", "connector", connector, connector_signature(spec, tokens_per_frame))
+    else:
+        framewise = connector.frame_part()
+        if framewise is not None:
+            signature = frame_connector_signature(spec, tokens_per_frame)
+            yield Part("frame_connector", "connector", framewise, signature)
+        signature = slot_signature(spec, tokens_per_frame, connector.time_kernel)
+        yield Part("connector", "connector", connector.slot_part(), signature)
+    if config.audio is not None:
+        yield Part("audio", "audio", source.module("audio"), audio_signature(config.audio))
+    yield Part("decoder", "decoder", source.module("decoder"), decoder_signature(config.decoder))
+
+
 #: What stands in for a module of a type while it is traced.
 Rules = Mapping[type[nn.Module], Callable[..., nn.Module]]
 
@@ -106,21 +155,26 @@ def lower(module: nn.Module, rules: Rules) -> nn.Module:
     return module
 
 
-def component_graph(name: str, module: nn.Module, signature: Signature, target: Target, weights: str) -> ComponentGraph:
+def component_graph(
+    name: str, module: nn.Module, signature: Signature, target: Target, weights: str, source: str | None = None
+) -> ComponentGraph:
     """Lower a component (on the meta device) to the target's dialect and trace it.
 
-    ``weights`` ``"int4"`` turns its linear layers into MatMulNBits. The module is not usable afterwards.
+    ``weights`` ``"int4"`` turns its linear layers into MatMulNBits. ``source``: the checkpoint's component that the
+    weights are of, where its name is another. The module is not usable afterwards.
     """
+    source = name if source is None else source
     parameters = sum(parameter.numel() for parameter in module.parameters())
     rules: dict[type[nn.Module], Callable[..., nn.Module]] = {RMSNorm: ort.RMSNormalization}
     if weights == "int4":
         rules[nn.Linear] = lambda linear: ort.MatMulNBits(linear, target.block_size)
     lowered = lower(module, rules)
     if not isinstance(lowered, Decoder):
-        return ComponentGraph(name, trace(lowered, signature, ort.OrtAttention(), ort.OPSET), weights, parameters)
+        traced = trace(lowered, signature, ort.OrtAttention(), ort.OPSET)
+        return ComponentGraph(name, traced, weights, parameters, source)
     traced = trace(_DecoderGraph(lowered), signature, ort.OrtAttention(), ort.OPSET)
     entries = {
         initializer: replace(weight, entry=weight.entry.removeprefix("decoder."))
         for initializer, weight in traced.weights.items()
     }
-    return ComponentGraph(name, TracedGraph(traced.model, entries), weights, parameters)
+    return ComponentGraph(name, TracedGraph(traced.model, entries), weights, parameters, source)

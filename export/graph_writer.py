@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -44,33 +45,57 @@ class WeightReader:
         return self._quantized[1][0 if leaf == "qweight" else 1]
 
 
-def payload_size(graph: TracedGraph) -> int:
-    """Upper bound of the bytes that ``write_weights`` will write, from shapes alone."""
-    sizes = [math.prod(weight.shape) * weight.dtype.itemsize for weight in graph.weights.values()]
+@dataclass
+class DataFile:
+    """What an external data file holds so far: its length, and where each weight lies in it (offset, bytes)."""
+
+    size: int = 0
+    spans: dict[Weight, tuple[int, int]] = field(default_factory=dict)
+
+
+def payload_size(graph: TracedGraph, shared: bool = False) -> int:
+    """Upper bound of the bytes that ``write_weights`` will write, from shapes alone; ``shared``: no weights again."""
+    weights = () if shared else graph.weights.values()
+    sizes = [math.prod(weight.shape) * weight.dtype.itemsize for weight in weights]
     sizes += [value.nbytes for value in _computed(graph).values()]
     return math.ceil(sum(size + _PAGE for size in sizes))
 
 
-def write_weights(graph: TracedGraph, file: BinaryFile, location: str, reader: WeightReader) -> Iterator[int]:
+def write_weights(
+    graph: TracedGraph, file: BinaryFile, location: str, reader: WeightReader, held: DataFile | None = None
+) -> Iterator[int]:
     """Write the weights, and what the trace computed beyond a page, into ``file``, and point the initializers there.
 
-    ``location`` is the name of the file beside the graph. Yields the bytes written after each tensor (progress).
+    ``location`` is the name of the file beside the graph. ``held``: what earlier graphs have put into the same file;
+    their weights are used again. Yields the bytes written after each tensor (progress).
     Peak memory is a few times the largest single tensor. Raises ``CheckpointError`` for a tensor with a NaN.
     """
-    offset = 0
-    for name, data in _tensors(graph, reader):
-        raw = data.reshape(-1).view(np.uint8).data
-        padding = -offset % (_PAGE if len(raw) >= _PAGE else _LINE)
-        file.write(memoryview(bytes(padding)))
-        file.write(raw)
-        offset += padding
+    held = DataFile() if held is None else held
+
+    def place(name: str, span: tuple[int, int]) -> None:
         value = graph.model.graph.initializers[name]
         assert value.dtype is not None
-        value.const_value = ir.ExternalTensor(
-            location, offset, len(raw), value.dtype, shape=ir.Shape(data.shape), name=name
-        )
-        offset += len(raw)
-        yield padding + len(raw)
+        assert value.shape is not None
+        value.const_value = ir.ExternalTensor(location, *span, value.dtype, shape=value.shape, name=name)
+
+    def append(data: np.ndarray) -> tuple[int, int]:
+        raw = data.reshape(-1).view(np.uint8).data
+        padding = -held.size % (_PAGE if len(raw) >= _PAGE else _LINE)
+        file.write(memoryview(bytes(padding)))
+        file.write(raw)
+        held.size += padding + len(raw)
+        return held.size - len(raw), len(raw)
+
+    for name, weight in graph.weights.items():
+        before = held.size
+        if weight not in held.spans:
+            held.spans[weight] = append(_as_stored(reader.read(weight.entry), weight))
+        place(name, held.spans[weight])
+        yield held.size - before
+    for name, value in _computed(graph).items():
+        before = held.size
+        place(name, append(np.ascontiguousarray(value.numpy())))
+        yield held.size - before
 
 
 def serialize(graph: TracedGraph) -> bytes:
@@ -88,13 +113,6 @@ def _computed(graph: TracedGraph) -> dict[str, ir.TensorProtocol]:
         for name, value in graph.model.graph.initializers.items()
         if name not in graph.weights and value.const_value is not None and value.const_value.nbytes >= _PAGE
     }
-
-
-def _tensors(graph: TracedGraph, reader: WeightReader) -> Iterator[tuple[str, np.ndarray]]:
-    for name, weight in graph.weights.items():
-        yield name, _as_stored(reader.read(weight.entry), weight)
-    for name, value in _computed(graph).items():
-        yield name, np.ascontiguousarray(value.numpy())
 
 
 def _as_stored(tensor: Tensor, weight: Weight) -> np.ndarray:

@@ -25,7 +25,7 @@ from .integrity import FileState, Progress
 from .preprocess.image import ImageSpec
 from .text import PromptSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "bundle.json"
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -108,16 +108,39 @@ class GenerationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     max_new_tokens: Positive
 
 
-class VisualSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the connector gives for a clip: one block for the clip, or (``per_frame``) one for each frame.
+class MergingRatio(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A vision graph that merges tokens: ``keep`` as AuroraCap counts it, what it gives for a frame.
 
-    ``keep``: the ratio of visual tokens that was compiled in, for a tower that merges them.
+    The graphs of all ratios share the external data of the component ``vision``.
+    """
+
+    keep: Annotated[float, Meta(gt=0, le=1)]
+    graph: str
+    tokens_per_block: Positive
+
+
+class VisualSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the connector gives for a clip of all frames, and how its graphs are called.
+
+    ``per_frame``: a block of tokens for each frame, the graph ``connector`` takes frames ``[N, P, D]``. ``pooled``: one
+    block from the mean of all frames, which it takes together. Otherwise one block of time slots: it takes windows
+    ``[S, time_kernel, P, C]`` of what ``frame_connector`` (where there is one) gives for each frame, with
+    ``time_padding`` zero frames in front of and behind the clip; frames that fill no window are left out.
+    ``ratios``: the compiled ratios of a tower that merges tokens, the default first.
     """
 
     blocks: Positive
     tokens_per_block: Positive
     per_frame: bool = False
-    keep: float | None = None
+    pooled: bool = False
+    time_kernel: Positive = 1
+    time_padding: NonNegative = 0
+    ratios: list[MergingRatio] = []
+
+    @property
+    def keep(self) -> float | None:
+        """The default ratio, for a tower that merges tokens."""
+        return self.ratios[0].keep if self.ratios else None
 
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -273,13 +296,16 @@ def _inconsistency(manifest: Manifest) -> str | None:
     names = set(manifest.components)
     audio = manifest.preprocessing.audio is not None
     expected = {"vision", "connector", "decoder"} | ({"audio"} if audio else set())
-    if names != expected:
+    if names - {"frame_connector"} != expected:
         return f"components are {_listed(sorted(names))}, expected {_listed(sorted(expected))}"
+    problem = _visual_inconsistency(manifest)
+    if problem is not None:
+        return problem
     modes = {"video", "audio", "audiovideo"} if audio else {"video"}
     if not modes <= set(manifest.prompts):
         return f"no prompt for {_listed(sorted(modes - set(manifest.prompts)))}"
 
-    roles = [TOKENIZER_FILE, manifest.embedding.file]
+    roles = [TOKENIZER_FILE, manifest.embedding.file, *(ratio.graph for ratio in manifest.visual.ratios[1:])]
     for name, component in manifest.components.items():
         graph = f"decoder.{manifest.dialect}.onnx" if name == "decoder" else f"{name}.onnx"
         if component.graph != graph:
@@ -324,6 +350,30 @@ def _inconsistency(manifest: Manifest) -> str | None:
     bos = [prompt.bos_token_id for prompt in manifest.prompts.values() if prompt.bos_token_id is not None]
     if not all(0 <= token < decoder.vocab_size for token in (*bos, *manifest.generation.eos_token_ids)):
         return f"a BOS or EOS token id is outside the vocabulary of {decoder.vocab_size}"
+    return None
+
+
+def _visual_inconsistency(manifest: Manifest) -> str | None:
+    visual, frames = manifest.visual, manifest.preprocessing.num_frames
+    if visual.per_frame or visual.pooled:
+        if visual.per_frame and visual.pooled:
+            return "visual: per_frame and pooled exclude each other"
+        if "frame_connector" in manifest.components or (visual.time_kernel, visual.time_padding) != (1, 0):
+            return "visual: windows of time where the connector takes frames"
+    elif frames + 2 * visual.time_padding < visual.time_kernel:
+        return f"visual: {frames} frames fill no window of {visual.time_kernel}"
+    for index, ratio in enumerate(visual.ratios):
+        graph = f"vision.keep{ratio.keep}.onnx" if index else "vision.onnx"
+        if ratio.graph != graph:
+            return f"the graph of the merging ratio {ratio.keep:g} is {_quoted(ratio.graph)}, expected '{graph}'"
+    if visual.ratios and not visual.per_frame:
+        return "visual: merging ratios where frames are not blocks of their own"
+    if visual.ratios and visual.ratios[0].tokens_per_block != visual.tokens_per_block:
+        return (
+            f"visual: {visual.tokens_per_block} tokens a block, {visual.ratios[0].tokens_per_block} by its first ratio"
+        )
+    if len({ratio.keep for ratio in visual.ratios}) != len(visual.ratios):
+        return "visual: a merging ratio is there twice"
     return None
 
 

@@ -56,7 +56,7 @@ def manifest_json() -> dict[str, Any]:
 
     prompt = {"prefix": "USER: ", "suffix": "{instruction}", "separator": "", "bos_token_id": 1, "sentinel": -200}
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "name": "tiny",
         "family": "videollama2",
         "target": "cpu",

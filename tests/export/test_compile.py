@@ -91,7 +91,11 @@ def test_manifest_of_a_captioner_that_listens(compiled, data_dir):
     manifest = manifest_of(compiled("av-qwen2", "int4"))
     assert (manifest.name, manifest.family) == ("av-qwen2", "videollama2")
     assert (manifest.target, manifest.dialect, manifest.weights) == ("cpu", "ort", "int4")
-    assert list(manifest.components) == ["vision", "connector", "audio", "decoder"]
+    assert list(manifest.components) == ["vision", "frame_connector", "connector", "audio", "decoder"]
+    visual = manifest.visual
+    assert (visual.time_kernel, visual.time_padding, visual.pooled, visual.ratios) == (2, 0, False, [])
+    # Of clip-mistral the connector is an stc_connector, which pads.
+    assert manifest_of(compiled("clip-mistral")).visual.time_padding == 1
     config = json.loads((data_dir / "av-qwen2" / "config.json").read_text())
     decoder = manifest.decoder
     assert decoder.num_layers == config["num_hidden_layers"] == LAYERS
@@ -120,6 +124,7 @@ def test_components_say_what_they_hold(weights, compiled, data_dir):
     components = manifest_of(bundle).components
     assert [(name, part.weights, part.block_size) for name, part in components.items()] == [
         ("vision", "fp32", None),
+        ("frame_connector", "fp32", None),
         ("connector", "fp32", None),
         ("audio", "fp32", None),
         ("decoder", weights, 32 if weights == "int4" else None),
@@ -134,6 +139,11 @@ def test_components_say_what_they_hold(weights, compiled, data_dir):
             shapes = [[dim.dim_param or dim.dim_value for dim in v.type.tensor_type.shape.dim] for v in theirs]
             assert [list(value.shape) for value in ours] == shapes, name
     assert components["vision"].inputs[0].shape == ["frames", 3, 70, 70]
+    assert components["frame_connector"].outputs[0].shape == ["frames", 25, 128]
+    assert components["connector"].inputs[0].shape == ["slots", 2, 25, 128]
+    connector = [name for name in tensors if name.startswith("model.mm_projector.")]
+    parts = components["frame_connector"].parameters + components["connector"].parameters
+    assert parts == sum(tensors[name].numel() for name in connector)
     past = [value for value in components["decoder"].inputs if value.name.startswith("past.")]
     assert len(past) == 2 * LAYERS
     assert all(value.shape == ["rows", 2, "max_length", 32] for value in past)
@@ -167,9 +177,9 @@ def test_what_is_said_while_and_after_compiling(tmp_path):
     assert sum(result.component_bytes.values()) == sum(on_disk.values())
     decoder = on_disk["decoder.ort.onnx"] + on_disk["decoder.ort.onnx.data"]
     assert result.component_bytes["decoder"] == decoder
-    assert list(result.component_bytes) == ["vision", "connector", "audio", "decoder", "embedding", "tokenizer"]
+    names = ["vision", "frame_connector", "connector", "audio", "decoder"]
+    assert list(result.component_bytes) == [*names, "embedding", "tokenizer"]
     labels = list(dict.fromkeys(label for label, _, _ in steps))
-    names = ["vision", "connector", "audio", "decoder"]
     assert labels == [
         "reading the checkpoint",
         *(f"tracing {name}" for name in names),
@@ -333,6 +343,8 @@ def test_a_bfloat16_checkpoint_with_tied_embeddings(tmp_path, data_dir):
         ({"weights": ""}, OptionError, "not ''"),
         ({"target": "toaster"}, TargetError, "unknown target 'toaster'; known: cpu"),
         ({"visual_tokens": 0.5}, OptionError, "no token merging"),
+        ({"visual_tokens": (1.0, 0.5)}, OptionError, "no token merging"),
+        ({"visual_tokens": ()}, OptionError, "no ratio"),
         ({"adapter": "nowhere"}, CheckpointError, "nowhere"),
     ],
 )
@@ -342,7 +354,7 @@ def test_what_cannot_be_asked_for(options, kind, message, tmp_path, data_dir):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("ratio", [0.0, -1.0, 1.5, float("nan")])
+@pytest.mark.parametrize("ratio", [0.0, -1.0, 1.5, float("nan"), (0.5, 0.0), (1, float("nan"))])
 def test_a_ratio_that_cannot_be(ratio, tmp_path, data_dir):
     with pytest.raises(OptionError, match="ratio of visual tokens"):
         compile_bundle(data_dir / "auroracap", tmp_path / "bundle", visual_tokens=ratio)

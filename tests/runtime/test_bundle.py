@@ -182,11 +182,11 @@ STRUCTURAL: dict[str, tuple[Callable[[Path], Any], str]] = {
         "not a bundle manifest",
     ),
     "a value not in UTF-8": (
-        lambda b: replace(b / "bundle.json", b'{"schema_version": 1, "name": "\xff"}'),
+        lambda b: replace(b / "bundle.json", b'{"schema_version": 2, "name": "\xff"}'),
         "not a bundle manifest",
     ),
     "manifest nested deeply": (
-        lambda b: replace(b / "bundle.json", b'{"schema_version": 1, "name":' + b"[" * 100_000),
+        lambda b: replace(b / "bundle.json", b'{"schema_version": 2, "name":' + b"[" * 100_000),
         "not a bundle manifest",
     ),
 }
@@ -256,12 +256,12 @@ def manifest_refusal(tree: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("version", "remedy"), [(0, "compile the checkpoint again"), (2, "use a newer intertitle"), (99, "version 99")]
+    ("version", "remedy"), [(1, "compile the checkpoint again"), (3, "use a newer intertitle"), (99, "version 99")]
 )
 def test_other_schema_versions(whole: dict[str, Any], version: int, remedy: str):
     message = manifest_refusal({"schema_version": version, "whatever": 1})
     assert remedy in message
-    assert "reads version 1" in message
+    assert "reads version 2" in message
 
 
 def test_unknown_fields_are_refused_at_every_level(whole: dict[str, Any]):
@@ -283,6 +283,10 @@ def test_fields_without_a_default_are_required(whole: dict[str, Any]):
             del at(tree, path[:-1])[path[-1]]
             manifest_refusal(tree)
 
+
+VISUAL: dict[str, Any] = {"blocks": 1, "tokens_per_block": 5}
+PER_FRAME: dict[str, Any] = {"blocks": 8, "tokens_per_block": 5, "per_frame": True}
+RATIO: dict[str, Any] = {"keep": 1, "graph": "vision.onnx", "tokens_per_block": 5}
 
 CONTRADICTIONS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "no decoder": (("components", "decoder"), None, "not a bundle manifest"),
@@ -320,6 +324,31 @@ CONTRADICTIONS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     ),
     "std of zero": (("preprocessing", "image", "std"), [1, 0, 1], "std [1.0, 0.0, 1.0]"),
     "sentinel that is a token": (("prompts", "video", "sentinel"), 5, "sentinel"),
+    "windows without frames": (("visual", "time_kernel"), 9, "8 frames fill no window of 9"),
+    "windows of pooled frames": (("visual",), VISUAL | {"pooled": True, "time_kernel": 2}, "windows of time"),
+    "pooled and per frame": (("visual",), VISUAL | {"pooled": True, "per_frame": True}, "exclude each other"),
+    "ratios of a clip": (("visual", "ratios"), [RATIO], "frames are not blocks"),
+    "ratio of nothing": (("visual",), PER_FRAME | {"ratios": [RATIO | {"keep": 0}]}, "keep"),
+    "ratio of other tokens": (
+        ("visual",),
+        PER_FRAME | {"ratios": [RATIO | {"tokens_per_block": 4}]},
+        "4 by its first ratio",
+    ),
+    "ratio of another graph": (
+        ("visual",),
+        PER_FRAME | {"ratios": [RATIO | {"graph": "audio.onnx"}]},
+        "merging ratio 1",
+    ),
+    "ratio whose graph is not there": (
+        ("visual",),
+        PER_FRAME | {"ratios": [RATIO, RATIO | {"keep": 0.5, "graph": "vision.keep0.5.onnx"}]},
+        "'vision.keep0.5.onnx' is not listed",
+    ),
+    "ratio of another name": (
+        ("visual",),
+        PER_FRAME | {"ratios": [RATIO, RATIO | {"keep": 0.5, "graph": "../x.onnx"}]},
+        "expected 'vision.keep0.5.onnx'",
+    ),
     "frame rule": (("preprocessing", "frame_rule"), "random", "random"),
 }
 

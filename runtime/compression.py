@@ -1,0 +1,76 @@
+"""Fewer visual tokens without training: the most alike ones of a clip are merged between connector and decoder.
+
+Bipartite soft matching as in Bolya et al., "Token Merging: Your ViT But Faster" (2023), applied once to the tokens that
+leave the connector instead of in every layer of a tower. Shapes: N tokens of a clip, M tokens wanted, H their width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import OptionError
+from .inference import FloatArray
+
+#: Rows of the similarity matrix that are held at once.
+_CHUNK = 512
+
+
+def check_visual_tokens(value: object) -> None:
+    """``OptionError`` unless ``value`` is a ratio in (0, 1] (a float), a number of tokens (a whole number), or None."""
+    if value is None:
+        return
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return
+    if isinstance(value, float) and 0 < value <= 1:
+        return
+    raise OptionError(f"visual_tokens must be a ratio (above 0.0, at most 1.0) or a number from 1 on, not {value!r}")
+
+
+def wanted_tokens(setting: int | float | None, available: int) -> int:
+    """The number M of tokens, 1 to ``available``, that a setting asks for of what is there; a ratio is rounded."""
+    if setting is None:
+        return available
+    count = round(setting * available) if isinstance(setting, float) else setting
+    return min(available, max(1, count))
+
+
+def merge_tokens(tokens: FloatArray, count: int) -> tuple[FloatArray, npt.NDArray[np.int64]]:
+    """Merge ``tokens [N, H]`` to ``[count, H]``; also how many of the N each stands for, int64 ``[count]``.
+
+    In rounds: the tokens at even places (A) each look for the most alike one (cosine) at the odd places (B); the best
+    pairs, no more than are needed, become one token in B's place, the mean weighted by what they stand for. The order
+    of the places is kept. Ties go to the earlier token. ``ValueError`` for a count outside 1 to N.
+    """
+    if not 1 <= count <= len(tokens):
+        raise ValueError(f"{len(tokens)} tokens cannot become {count}")
+    values, sizes = tokens.astype(np.float32), np.ones(len(tokens), np.int64)
+    while len(values) > count:
+        values, sizes = _merge_round(values, sizes, len(values) - count)
+    return values, sizes
+
+
+def _merge_round(
+    values: FloatArray, sizes: npt.NDArray[np.int64], surplus: int
+) -> tuple[FloatArray, npt.NDArray[np.int64]]:
+    """One round that merges ``surplus`` pairs, or every token of A where that is fewer."""
+    directions = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    a, b = directions[::2], directions[1::2]
+    best, partner = np.empty(len(a), np.float32), np.empty(len(a), np.int64)
+    for start in range(0, len(a), _CHUNK):
+        similarity = a[start : start + _CHUNK] @ b.T
+        found = similarity.argmax(axis=1)
+        partner[start : start + _CHUNK] = found
+        best[start : start + _CHUNK] = similarity[np.arange(len(found)), found]
+    chosen = np.argsort(-best, kind="stable")[:surplus]
+    source, target = 2 * chosen, 2 * partner[chosen] + 1
+    totals = values * sizes[:, np.newaxis].astype(np.float32)
+    merged = values.copy()
+    for place in np.unique(target):
+        members = [place, *source[target == place]]
+        merged[place] = totals[members].sum(axis=0) / np.float32(sizes[members].sum())
+    counts = sizes.copy()
+    np.add.at(counts, target, sizes[source])
+    left = np.ones(len(values), bool)
+    left[source] = False
+    return merged[left], counts[left]
