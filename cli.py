@@ -13,6 +13,7 @@ import click
 
 from ._version import __version__
 from .commands import BAD_INPUT, BROKEN_PIPE, DEMO_CLIP, INTERRUPTED, options
+from .commands.batch import batch
 from .commands.caption import caption
 from .commands.compile import compile_command
 from .commands.demo import demo
@@ -63,7 +64,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _command in (compile_command, caption, verify, info, demo):
+for _command in (compile_command, caption, batch, verify, info, demo):
     cli.add_command(_command)
 
 

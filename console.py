@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +23,7 @@ from .errors import OptionError
 
 if TYPE_CHECKING:
     from .export.compile import CompileResult
+    from .runtime.batch import Tally
     from .runtime.bundle import Manifest, TensorSpec
 
 #: What the numbers of a stage count. Those of other stages are bytes, shown once both are known, or nothing.
@@ -181,6 +184,101 @@ class ProgressDisplay:
     @staticmethod
     def _say(text: str) -> None:
         click.echo(text, err=True)
+
+
+class BatchDisplay:
+    """Shows how far a batch is while its ``with`` block lasts: a bar on a terminal, elsewhere a line now and then.
+
+    Speed and time left follow the last minute. ``quiet`` shows nothing but the summary.
+    """
+
+    #: Seconds between plain lines, and the seconds of which the speed is the mean.
+    INTERVAL, WINDOW = 10.0, 60.0
+
+    def __init__(self, inputs: int, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._inputs, self._quiet = inputs, quiet
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._began = self._said = time.monotonic()
+        #: When, inputs that were worked on until then, captions and failures until then.
+        self._history: deque[tuple[float, int, int]] = deque([(self._began, 0, 0)])
+        self._seen = self._free = 0
+
+    def __enter__(self) -> BatchDisplay:
+        if self.console.is_terminal and not self._quiet:
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[count]}", markup=False),
+                TimeElapsedColumn(),
+            )
+            self._bar = Progress(
+                *columns, console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False
+            )
+            self._task = self._bar.add_task("captioning", total=self._inputs, count=f"0/{self._inputs}")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, tally: Tally) -> None:
+        """Take a report."""
+        if self._quiet:
+            return
+        now, worked = time.monotonic(), tally.captioned + tally.failed
+        if worked == self._history[-1][2]:
+            # Nothing was made for it: what an earlier run did says nothing about the speed of this one.
+            self._free += tally.finished - self._seen
+        self._seen = tally.finished
+        self._history.append((now, tally.finished - self._free, worked))
+        while len(self._history) > 2 and now - self._history[0][0] > self.WINDOW:
+            self._history.popleft()
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=tally.finished, count=self.state(tally))
+        elif self._bar is None and now - self._said >= self.INTERVAL:
+            self._said = now
+            click.echo(self.state(tally), err=True)
+
+    def state(self, tally: Tally) -> str:
+        """``12/80, 31.0 clips/min, 1 failed, 2:11 left``."""
+        (then, inputs, worked), (now, inputs_now, worked_now) = self._history[0], self._history[-1]
+        parts = [f"{tally.finished}/{tally.inputs}"]
+        passed = now - then
+        if passed > 0 and worked_now > worked:
+            parts.append(f"{60 * (worked_now - worked) / passed:.1f} clips/min")
+        if tally.failures:
+            parts.append(f"{tally.failures} failed")
+        if passed > 0 and inputs_now > inputs:
+            left = (tally.inputs - tally.finished) * passed / (inputs_now - inputs)
+            parts.append(f"{_duration(left)} left")
+        return ", ".join(parts)
+
+    def summary(self, tally: Tally) -> None:
+        """One line on stderr: what was done, what had been, and how fast."""
+        passed = time.monotonic() - self._began
+        speed = f"{60 * tally.captioned / passed:.1f} clips/min, " if tally.captioned and passed > 0 else ""
+        before = f" ({tally.already_failed} of them before)" if tally.already_failed else ""
+        click.echo(
+            f"{tally.captioned} captioned, {tally.already} already done, {tally.copied} copied, "
+            f"{tally.failures} failed{before}; {speed}{_duration(passed)} in all",
+            err=True,
+        )
+
+
+def _duration(seconds: float) -> str:
+    """``M:SS``, or ``H:MM:SS`` from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _count(stage: str, done: int, total: int) -> str:

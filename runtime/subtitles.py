@@ -1,4 +1,4 @@
-"""SubRip subtitles."""
+"""SubRip and WebVTT subtitles."""
 
 from __future__ import annotations
 
@@ -22,16 +22,35 @@ def format_srt(cues: Iterable[Cue]) -> str:
     """
     blocks: list[str] = []
     for cue in cues:
-        lines = [line.strip() for line in cue.text.splitlines() if line.strip()]
-        if lines:
-            text = "\n".join(lines)
-            blocks.append(f"{len(blocks) + 1}\n{_stamp(cue.start)} --> {_stamp(cue.end)}\n{text}\n")
+        text = _text(cue)
+        if text:
+            blocks.append(f"{len(blocks) + 1}\n{_stamp(cue.start, ',')} --> {_stamp(cue.end, ',')}\n{text}\n")
     return "\n".join(blocks)
 
 
-def _stamp(seconds: float) -> str:
-    """``HH:MM:SS,mmm``, to the nearest millisecond."""
+def format_vtt(cues: Iterable[Cue]) -> str:
+    """The contents of a WebVTT file (W3C, WebVTT: The Web Video Text Tracks Format). Cues without text are left out.
+
+    ``&``, ``<`` and ``>`` are markup there and written as references, which also keeps ``-->`` out of the text.
+    """
+    blocks = ["WEBVTT\n"]
+    for cue in cues:
+        # A NUL would be read as U+FFFD by a player; written as such it reads the same everywhere.
+        text = _text(cue).replace("\0", "\ufffd")
+        if text:
+            for character, reference in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
+                text = text.replace(character, reference)
+            blocks.append(f"{_stamp(cue.start, '.')} --> {_stamp(cue.end, '.')}\n{text}\n")
+    return "\n".join(blocks)
+
+
+def _text(cue: Cue) -> str:
+    return "\n".join(line.strip() for line in cue.text.splitlines() if line.strip())
+
+
+def _stamp(seconds: float, point: str) -> str:
+    """``HH:MM:SS,mmm`` with either decimal sign, to the nearest millisecond."""
     milliseconds = round(seconds * 1000)
     hours, rest = divmod(milliseconds, 3_600_000)
     minutes, rest = divmod(rest, 60_000)
-    return f"{hours:02}:{minutes:02}:{rest // 1000:02},{rest % 1000:03}"
+    return f"{hours:02}:{minutes:02}:{rest // 1000:02}{point}{rest % 1000:03}"

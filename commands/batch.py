@@ -1,0 +1,223 @@
+"""``intertitle batch``: many clips into one file of records, to be stopped and started again at will."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..console import BatchDisplay, ProgressDisplay, check_savable, save, say
+from ..errors import OptionError
+from . import FAILED, options
+
+if TYPE_CHECKING:
+    from ..runtime.batch import Entry, RecordFile, RecordStream, Settings, SubtitleWriter
+    from ..runtime.decoding import Decoding
+
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+class _Bytes(click.ParamType):
+    """A number of bytes: ``2GiB``, ``512M``, ``1000000``. Units are powers of 1024."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:ib|b)?", value.strip(), re.IGNORECASE)
+        if found is None:
+            self.fail(f"{value!r} is not a number of bytes (2GiB, 512MiB)", param, ctx)
+        return int(float(found[1]) * 2 ** _UNITS[found[2].upper()])
+
+
+class _Segments(click.ParamType):
+    """A length in seconds, or ``scenes``."""
+
+    name = "segments"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        if value == "scenes" or isinstance(value, float):
+            return value
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = 0.0
+        if not 0.1 <= seconds < float("inf"):
+            self.fail(f"{value!r} is neither a length in seconds (0.1 or more) nor 'scenes'", param, ctx)
+        return seconds
+
+
+@click.command(short_help="Caption many files into one file of records; resumable.")
+@click.argument("bundle", type=options.PATH)
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("-o", "--output", metavar="FILE", required=True, help="JSONL file of the captions; - for stdout.")
+@options.prompt
+@options.no_audio
+@options.viewing_options
+@options.decoding_options
+@options.device_options
+@click.option("--rows", type=click.IntRange(1), help="Captions generated together.  [default: 8, or what fits]")
+@click.option("--memory", type=_Bytes(), metavar="SIZE", help="Cache at most so large: 2GiB.  [default: what is there]")
+@click.option(
+    "--segments",
+    type=_Segments(),
+    metavar="SECONDS|scenes",
+    help="Cut videos: a caption for each piece, or for each scene.  [default: whole]",
+)
+@click.option("--srt", is_flag=True, help="A SubRip file beside each clip.")
+@click.option("--vtt", is_flag=True, help="A WebVTT file beside each clip.")
+@click.option(
+    "--subtitles-dir", type=options.PATH, metavar="DIR", help="Subtitle files go there.  [default: beside the clip]"
+)
+@click.option("--retry-failed", is_flag=True, help="Try again what failed in an earlier run.")
+@click.option("--overwrite", is_flag=True, help="Begin afresh where the output is there already.")
+@options.quiet
+@options.debug
+def batch(
+    bundle: Path,
+    inputs: tuple[str, ...],
+    output: str,
+    prompt: str | None,
+    no_audio: bool,
+    visual_tokens: int | float | None,
+    duplicates: float | None,
+    decoding: Decoding,
+    device: str,
+    threads: int | None,
+    rows: int | None,
+    memory: int | None,
+    segments: float | str | None,
+    srt: bool,
+    vtt: bool,
+    subtitles_dir: Path | None,
+    retry_failed: bool,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Caption INPUTS with BUNDLE, many at once, into one JSONL file.
+
+    INPUTS are files, folders (searched for media files), patterns in quotes ('clips/**/*.mp4') and manifests: .jsonl
+    with an object a line, or .csv with a header, with the fields file, prompt, start, end (seconds) and id. Paths in a
+    manifest are relative to it.
+
+    Stopped or killed, the same command goes on where it was. What cannot be captioned becomes a record with its
+    reason, and the exit code is then 1.
+
+    \b
+    Example: intertitle batch captioner holiday/ -o captions.jsonl --max-new-tokens 128
+    """
+    from ..runtime.batch import Entry, Job, read_inputs
+
+    target = None if output == "-" else Path(output)
+    if target is None and (srt or vtt or retry_failed or overwrite):
+        raise OptionError("--srt, --vtt, --retry-failed and --overwrite need an output file, not -o -")
+    if retry_failed and overwrite:
+        raise OptionError("--retry-failed and --overwrite exclude each other")
+    if subtitles_dir is not None and not (srt or vtt):
+        raise OptionError("--subtitles-dir goes with --srt or --vtt")
+    if segments == "scenes" and find_spec("scenedetect") is None:
+        raise OptionError("cutting at scenes needs PySceneDetect: pip install 'intertitle[scenes]'")
+    if target is not None:
+        check_savable(target)
+        if target.exists() and not target.is_file():
+            raise OptionError(f"{target}: is a pipe or a device; use -o - and send stdout there")
+    entries = read_inputs(inputs)
+    files = [entry for entry in entries if isinstance(entry, Entry)]
+    subtitles = _subtitles(files, srt, vtt, subtitles_dir)
+    from ..runtime.captioner import Captioner
+
+    with ProgressDisplay(quiet) as progress:
+        captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress)
+    settings = _settings(
+        bundle,
+        decoding,
+        prompt=prompt,
+        audio=not no_audio,
+        visual_tokens=visual_tokens,
+        drop_duplicates=duplicates,
+        segments=segments,
+    )
+    with (
+        _open_output(target, settings, overwrite=overwrite, retry_failed=retry_failed) as records,
+        BatchDisplay(len(entries), quiet) as display,
+    ):
+        job = Job(
+            entries,
+            records,
+            segments=segments,  # type: ignore[arg-type]
+            subtitles=subtitles,
+            watch=display,
+            options={
+                "prompt": prompt,
+                "audio": not no_audio,
+                "decoding": decoding,
+                "visual_tokens": visual_tokens,
+                "duplicates": duplicates,
+                "rows": rows,
+                "memory": memory,
+            },
+        )
+        try:
+            tally = job.run(captioner)
+        except KeyboardInterrupt:
+            display.stop()
+            if target is not None:
+                say(f"{target}: what is done is kept; the same command goes on from there", prefix="")
+            raise
+    display.summary(tally)
+    if tally.failures:
+        raise click.exceptions.Exit(FAILED)
+
+
+def _settings(bundle: Path, decoding: Decoding, **viewing: Any) -> Settings:
+    """What the records of this run depend on. How many are made together, and on what device, is not of it."""
+    from ..runtime.batch import Settings
+    from ..runtime.decoding import Decoding
+
+    usual = {
+        "prompt": None,
+        "audio": True,
+        "visual_tokens": None,
+        "drop_duplicates": None,
+        "segments": None,
+        **asdict(Decoding()),
+    }
+    values = {name: value for name, value in {**viewing, **asdict(decoding)}.items() if value != usual[name]}
+    # The manifest names every file of the bundle with its hash.
+    values["bundle"] = hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()
+    # As they are read back: tuples are lists there.
+    return Settings(json.loads(json.dumps(values)))
+
+
+def _open_output(target: Path | None, settings: Settings, **how: bool) -> RecordFile | RecordStream:
+    from ..runtime.batch import RecordFile, RecordStream
+
+    if target is not None:
+        return RecordFile(target, settings, **how)
+
+    def write(line: str) -> None:
+        click.echo(line, nl=False)
+        sys.stdout.flush()
+
+    return RecordStream(write, settings)
+
+
+def _subtitles(entries: list[Entry], srt: bool, vtt: bool, directory: Path | None) -> SubtitleWriter | None:
+    from ..runtime.batch import SubtitleWriter
+
+    formats = [name for name, wanted in (("srt", srt), ("vtt", vtt)) if wanted]
+    if not formats:
+        return None
+    if directory is not None and not directory.is_dir():
+        raise OptionError(f"{directory}: there is no such directory")
+    return SubtitleWriter(
+        (entry.file for entry in entries), formats, save, lambda text: say(text, prefix=""), directory
+    )

@@ -1,0 +1,237 @@
+"""What a batch captions: files, folders, globs and manifests as one list without repetitions."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ...errors import OptionError
+
+#: What a folder or a glob is searched for. What a file is, its content says once it is opened.
+VIDEO = "mp4 m4v mov mkv webm avi mpg mpeg m2ts mts ts wmv flv ogv 3gp y4m gif"
+SOUND = "wav mp3 m4a aac flac ogg oga opus wma aif aiff"
+IMAGE = "jpg jpeg png bmp tif tiff webp avif"
+EXTENSIONS = frozenset(f".{name}" for name in f"{VIDEO} {SOUND} {IMAGE}".split())
+MANIFESTS = frozenset({".jsonl", ".csv"})
+COLUMNS = ("file", "prompt", "start", "end", "id")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file to caption, with its own instruction (``None``: the run's) and span in seconds (``None``: all of it).
+
+    ``id`` names its record: a manifest's own, or one that follows from the path, the instruction and the span.
+    ``manifest`` and ``line`` say where it was listed.
+    """
+
+    file: str
+    prompt: str | None = None
+    start: float | None = None
+    end: float | None = None
+    own_id: str | None = None
+    manifest: str = ""
+    line: int = 0
+
+    @property
+    def path(self) -> str:
+        """Absolute; symlinks are kept."""
+        return os.path.abspath(self.file)  # noqa: PTH100 (Path.absolute keeps '..')
+
+    @property
+    def id(self) -> str:
+        if self.own_id is not None:
+            return self.own_id
+        named = json.dumps([os.path.normpath(self.file), self.prompt, self.start, self.end])
+        return hashlib.sha256(named.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line of a manifest that says nothing usable, and why."""
+
+    manifest: str
+    line: int
+    reason: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.manifest}:{self.line}"
+
+
+class _Row(msgspec.Struct, forbid_unknown_fields=True):
+    """A line of a manifest, as JSON writes it."""
+
+    file: str
+    prompt: str | None = None
+    start: float | None = None
+    end: float | None = None
+    id: str | int | None = None
+
+
+def read_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[Entry | BadLine]:
+    """Everything that ``inputs`` stand for, in their order, each once.
+
+    A folder stands for the media files below it (by extension; hidden ones are passed over) in sorted order, a pattern
+    with ``*``, ``?`` or ``[`` for what it matches, a ``.jsonl`` or ``.csv`` file for its lines, whose paths are
+    relative to it. A line that cannot be used becomes a ``BadLine``. ``OptionError`` for an input that does not exist,
+    a folder or pattern without media files and a manifest without a usable line.
+    """
+    found: list[Entry | BadLine] = []
+    seen: set[tuple[object, ...]] = set()
+    ids: dict[str, Entry] = {}
+    for given in inputs:
+        for entry in _expand(os.fspath(given)):
+            if isinstance(entry, Entry):
+                key = (entry.path, entry.prompt, entry.start, entry.end, entry.own_id)
+                if key in seen:
+                    continue
+                seen.add(key)
+                ids.setdefault(entry.id, entry)
+            found.append(entry)
+    return [_unless_taken(entry, ids) for entry in found]
+
+
+def _unless_taken(entry: Entry | BadLine, ids: dict[str, Entry]) -> Entry | BadLine:
+    """Two records under one name could not be told apart."""
+    if isinstance(entry, BadLine) or ids[entry.id] is entry:
+        return entry
+    return BadLine(entry.manifest, entry.line, f"the id '{entry.id}' is already that of {ids[entry.id].file}")
+
+
+def _expand(given: str) -> Iterator[Entry | BadLine]:
+    path = Path(given)
+    if path.is_dir():
+        files = list(_walk(given))
+        if not files:
+            raise OptionError(f"{given}: the folder holds no video, sound or image files")
+    elif path.exists():
+        if path.suffix.lower() in MANIFESTS:
+            yield from _read_manifest(path)
+            return
+        files = [given]
+    elif glob.has_magic(given):
+        files = sorted(_matches(given))
+        if not files:
+            raise OptionError(f"{given}: matches no video, sound or image files")
+    else:
+        raise OptionError(f"{given}: no such file or folder")
+    yield from map(Entry, files)
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Media files below ``folder``. A folder that links lead to twice is entered once."""
+    entered: set[tuple[int, int]] = set()
+
+    def fail(error: OSError) -> None:
+        raise OptionError(f"{error.filename}: cannot be read: {error.strerror}")
+
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+        status = Path(parent).stat()
+        if (status.st_dev, status.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = os.path.join(parent, name)  # noqa: PTH118 (as the user wrote it)
+            if _is_media(path):
+                yield path
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """Files that a pattern names, and media files of folders that it names. ``**`` goes through folders."""
+    for name in glob.iglob(pattern, recursive=True):  # noqa: PTH207 (as the user wrote it)
+        # A pattern that spells the extension out means it, whatever it is.
+        if Path(name).is_file() and (_is_media(name) or Path(pattern).suffix == Path(name).suffix):
+            yield name
+
+
+def _is_media(path: str) -> bool:
+    name = Path(path)
+    return not name.name.startswith(".") and name.suffix.lower() in EXTENSIONS and name.is_file()
+
+
+def _read_manifest(path: Path) -> Iterator[Entry | BadLine]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise OptionError(f"{path}: cannot be read: {error.strerror}") from error
+    entries = list((_csv_rows if path.suffix.lower() == ".csv" else _json_rows)(path, content))
+    if not any(isinstance(entry, Entry) for entry in entries):
+        reason = f": line {entries[0].line}: {entries[0].reason}" if entries else ""  # type: ignore[union-attr]
+        raise OptionError(f"{path}: the manifest holds no usable line{reason}")
+    yield from entries
+
+
+def _json_rows(path: Path, content: bytes) -> Iterator[Entry | BadLine]:
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = msgspec.json.decode(line, type=_Row)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            yield BadLine(str(path), number, str(error))
+        else:
+            yield _entry(path, number, row)
+
+
+def _csv_rows(path: Path, content: bytes) -> Iterator[Entry | BadLine]:
+    try:
+        reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+        header = [name.strip() for name in next(reader, [])]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise OptionError(f"{path}: is not a CSV file in UTF-8 ({error})") from error
+    unknown = [name for name in header if name not in COLUMNS]
+    if "file" not in header or unknown or len(set(header)) < len(header):
+        what = f"not '{unknown[0]}'" if unknown else "with 'file' and no name twice"
+        raise OptionError(f"{path}: the first line names the columns: {', '.join(COLUMNS)}, {what}")
+    while True:
+        number = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            yield BadLine(str(path), number, str(error))
+            continue
+        if cells is None:
+            return
+        if not any(cell.strip() for cell in cells):
+            continue
+        if len(cells) > len(header):
+            yield BadLine(str(path), number, f"{len(cells)} cells under {len(header)} columns")
+            continue
+        values: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=False) if cell != ""}
+        try:
+            for name in ("start", "end"):
+                if name in values:
+                    values[name] = float(values[name])
+            row = msgspec.convert(values, _Row)
+        except ValueError as error:  # msgspec's is one
+            yield BadLine(str(path), number, str(error))
+        else:
+            yield _entry(path, number, row)
+
+
+def _entry(manifest: Path, line: int, row: _Row) -> Entry | BadLine:
+    """A row as an entry, its file looked for beside the manifest."""
+    for name, time in (("start", row.start), ("end", row.end)):
+        if time is not None and not (math.isfinite(time) and time >= 0):
+            return BadLine(str(manifest), line, f"{name} is seconds from 0 on, not {time}")
+    if row.end is not None and row.end <= (row.start or 0):
+        return BadLine(str(manifest), line, f"end {row.end:g} is not after start {row.start or 0:g}")
+    if not row.file or "\0" in row.file:
+        return BadLine(str(manifest), line, "file names nothing")
+    own = None if row.id is None else str(row.id)
+    if own == "":
+        return BadLine(str(manifest), line, "id is empty")
+    return Entry(str(manifest.parent / row.file), row.prompt, row.start, row.end, own, str(manifest), line)

@@ -1,0 +1,349 @@
+"""The output of a batch: one JSON record a line, appended and on disk before the next item is taken for done.
+
+A process that is killed leaves whole lines and at most one torn one, which the next run removes. Nothing else is kept
+beside the file: the records say with which settings they were made and what their files held.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from ...errors import OptionError
+from .content import Identity
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs on one output are not noticed there
+    fcntl = None
+
+Record = dict[str, Any]
+
+#: How every record begins, so that no other file is ever taken for an output and cut or replaced.
+_BEGINNING = b'{"id": "'
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a caption besides the clip: the bundle and every setting that is not at its default, by name."""
+
+    values: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        text = json.dumps(self.values, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def record(self) -> Record:
+        """Their part of a record."""
+        return {"run": self.fingerprint, "settings": dict(self.values)}
+
+    def differences(self, other: Mapping[str, Any]) -> str:
+        """``name: there VALUE, now VALUE`` for each setting in which ``other`` (there) is not this one (now)."""
+        names = sorted({*self.values, *other})
+        return "; ".join(
+            f"{name}: there {_shown(other, name)}, now {_shown(self.values, name)}"
+            for name in names
+            if self.values.get(name) != other.get(name)
+        )
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is remembered of a record that is in the file: where it is, and what it was made of.
+
+    ``asked``: instruction, start and end. ``base``: the input that it is of.
+    """
+
+    offset: int
+    length: int
+    failed: bool
+    file: str
+    identity: Identity | None
+    sha256: str | None
+    asked: tuple[object, ...]
+    content: tuple[object, ...] | None
+    segments: int | None
+    base: str
+
+
+def content_key(record: Mapping[str, Any]) -> tuple[object, ...] | None:
+    """Records with the same one have the same caption, under the same settings."""
+    if record.get("sha256") is None or "text" not in record:
+        return None
+    return record["sha256"], record.get("prompt"), record.get("start"), record.get("end")
+
+
+class RecordFile:
+    """A JSONL file of records that is open for one run, under a lock that ends with the process.
+
+    Opening removes a torn last line, and with ``retry_failed`` the records of failures; ``overwrite`` begins afresh.
+    ``OptionError`` when another run has the file open, when it is not a file of records, when its records were made
+    with other settings, and when it cannot be written.
+    """
+
+    def __init__(self, path: Path, settings: Settings, *, overwrite: bool = False, retry_failed: bool = False) -> None:
+        self.path = path
+        self.settings = settings
+        self.known: dict[str, Known] = {}
+        self._by_content: dict[tuple[object, ...], str] = {}
+        self._created = not path.exists()
+        try:
+            self._file = _open_locked(path)
+        except OSError as error:
+            raise OptionError(f"{path}: cannot be written: {error.strerror}") from error
+        try:
+            self._load(overwrite)
+            if retry_failed and any(known.failed for known in self.known.values()):
+                self._rewrite([name for name, known in self.known.items() if not known.failed])
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                raise OptionError(f"{path}: cannot be written: {error.strerror}") from error
+            raise
+
+    def append(self, record: Record) -> None:
+        """Put a record on disk. ``OptionError`` when that fails; what was there before stays whole."""
+        line = encode({"id": record["id"], **record, **self.settings.record})
+        try:
+            written = 0
+            while written < len(line):
+                written += os.pwrite(self._file.fileno(), line[written:], self._end + written)
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(self._end)
+            raise OptionError(f"{self.path}: cannot be written: {error.strerror}") from error
+        self._remember(record, self._end, len(line))
+        self._end += len(line)
+
+    def read(self, name: str) -> Record:
+        """The record of an item."""
+        known = self.known[name]
+        return json.loads(os.pread(self._file.fileno(), known.length, known.offset))
+
+    def captioned_like(self, key: tuple[object, ...]) -> Record | None:
+        """A caption of the same content, instruction and span."""
+        name = self._by_content.get(key)
+        if name is None or self.known[name].content != key:
+            return None
+        return self.read(name)
+
+    def finish(self, order: Sequence[str], bases: Collection[str] = ()) -> None:
+        """Put the records of ``order`` first, in this order, those of earlier inputs behind them.
+
+        Records of ``bases`` (inputs) that are not in ``order`` are of segments that there no longer are: they go.
+        """
+        wanted = [name for name in order if name in self.known]
+        first, gone = set(wanted), set(bases)
+        wanted += [name for name, known in self.known.items() if name not in first and known.base not in gone]
+        places = [self.known[name] for name in wanted]
+        gapless = all(a.offset + a.length == b.offset for a, b in itertools.pairwise(places))
+        if gapless and sum(known.length for known in places) == self._end:
+            return
+        try:
+            self._rewrite(wanted)
+        except OSError as error:
+            raise OptionError(f"{self.path}: cannot be put in order: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Give up the lock; a file that this run made and put nothing into goes."""
+        if not self._file.closed:
+            if self._created and os.fstat(self._file.fileno()).st_size == 0:
+                self.path.unlink(missing_ok=True)
+            self._file.close()
+
+    def __enter__(self) -> RecordFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _load(self, overwrite: bool) -> None:
+        self._end = 0
+        _partial(self.path.resolve()).unlink(missing_ok=True)
+        with open(self._file.fileno(), "rb", closefd=False) as file:
+            file.seek(0)
+            if overwrite:
+                if not _could_begin(file.read(len(_BEGINNING))):
+                    raise OptionError(f"{self.path}: is not an output of batch, so it is not overwritten")
+                self._file.truncate(0)
+                return
+            for number, line in enumerate(file, 1):
+                if not self._take(line, number):
+                    break
+        if os.fstat(self._file.fileno()).st_size > self._end:
+            self._file.truncate(self._end)
+            os.fsync(self._file.fileno())
+
+    def _take(self, line: bytes, number: int) -> bool:
+        """Remember a line that was found in the file; ``False`` if it is torn."""
+        try:
+            record = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            record = None
+        if record is None and not line.endswith(b"\n") and _could_begin(line):
+            return False
+        if not isinstance(record, dict) or not isinstance(record.get("id"), str) or "settings" not in record:
+            raise OptionError(
+                f"{self.path}: line {number} is not a record of batch; choose another output (or mend the line)"
+            )
+        different = self.settings.differences(record["settings"])
+        if different:
+            raise OptionError(f"{self.path}: was written with other settings ({different}); --overwrite starts afresh")
+        self._remember(record, self._end, len(line))
+        self._end += len(line)
+        return True
+
+    def _remember(self, record: Record, offset: int, length: int) -> None:
+        size, time = record.get("size"), record.get("mtime_ns")
+        key = content_key(record)
+        name = record["id"]
+        self.known.pop(name, None)  # a later record of an item stands for it, at its own place
+        self.known[name] = Known(
+            offset,
+            length,
+            "error" in record,
+            record.get("file") or "",
+            None if size is None or time is None else Identity(size, time),
+            record.get("sha256"),
+            (record.get("prompt"), record.get("start"), record.get("end")),
+            key,
+            record.get("segments"),
+            record.get("part_of", name),
+        )
+        if key is not None:
+            self._by_content[key] = name
+
+    def _rewrite(self, names: Sequence[str]) -> None:
+        """The file with these records only, in this order: the new one or the old one is there at any moment."""
+        target = self.path.resolve()
+        partial = _partial(target)
+        file = open(partial, "w+b", buffering=0)  # noqa: PTH123, SIM115
+        try:
+            _lock(file)
+            with suppress(OSError):
+                partial.chmod(os.fstat(self._file.fileno()).st_mode & 0o777)
+            with open(file.fileno(), "wb", closefd=False) as buffered:
+                for line in self._lines(names):
+                    buffered.write(line)
+            os.fsync(file.fileno())
+            partial.replace(target)
+        except BaseException:
+            file.close()
+            partial.unlink(missing_ok=True)
+            raise
+        _sync_directory(target.parent)
+        self._file.close()
+        self._file = file
+        offset, before, self.known = 0, self.known, {}
+        for name in names:
+            known = before[name]
+            self.known[name] = Known(**{**known.__dict__, "offset": offset})
+            offset += known.length
+        self._by_content = {known.content: name for name, known in self.known.items() if known.content is not None}
+        self._end = offset
+
+    def _lines(self, names: Sequence[str]) -> Iterator[bytes]:
+        for name in names:
+            yield os.pread(self._file.fileno(), self.known[name].length, self.known[name].offset)
+
+
+class RecordStream:
+    """Records written to a stream, where nothing can be looked up or resumed."""
+
+    def __init__(self, write: Callable[[str], object], settings: Settings) -> None:
+        self.settings = settings
+        self.known: dict[str, Known] = {}
+        self._write = write
+
+    def append(self, record: Record) -> None:
+        """Write a record as a line."""
+        self._write(encode({**record, **self.settings.record}).decode())
+
+    def read(self, name: str) -> Record:
+        raise KeyError(name)
+
+    def captioned_like(self, key: tuple[object, ...]) -> Record | None:
+        """Nothing: what was written is gone."""
+        return None
+
+    def finish(self, order: Sequence[str], bases: Collection[str] = ()) -> None:
+        """Nothing to do: records stay in the order in which they were complete."""
+
+    def __enter__(self) -> RecordStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to close."""
+
+
+def encode(record: Mapping[str, Any]) -> bytes:
+    """A record as a line of JSON in UTF-8; what is no text (odd file names) as escapes, what is no number as null."""
+    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
+    try:
+        return (json.dumps(finite, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(finite) + "\n").encode()
+
+
+def _partial(target: Path) -> Path:
+    """Where the new file is written that will take the place of ``target``. Only the holder of the lock does that."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def _could_begin(data: bytes) -> bool:
+    """Whether this is a record, or the beginning of one."""
+    return data[: len(_BEGINNING)] == _BEGINNING[: len(data)]
+
+
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    if name not in values:
+        return "the default"
+    text = str(values[name])
+    return text if len(text) <= 40 else f"{text[:12]}…" if " " not in text else f"{text[:37]}…"
+
+
+def _open_locked(path: Path) -> IO[bytes]:
+    """``path`` opened for reading and writing, made if it is missing, locked. Locks belong to a file, not to a name."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        file = open(descriptor, "r+b", buffering=0)  # noqa: PTH123, SIM115 (a descriptor)
+        try:
+            _lock(file)
+            # Another run may have put a new file in its place between the opening and the lock.
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return file
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            file.close()
+            raise OptionError(f"{path}: another run is writing it") from None
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _lock(file: IO[bytes]) -> None:
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _sync_directory(folder: Path) -> None:
+    """A rename is on disk once its folder is."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
