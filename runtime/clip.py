@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -13,7 +14,8 @@ from .bundle import AudioSpec, Preprocessing
 from .inference import FloatArray
 from .media import Media, as_frames, as_waveform, open_media
 from .preprocess.audio import audio_policy, resample, video_policy
-from .preprocess.frames import sample_indices
+from .preprocess.duplicates import check_threshold, distinct_frames
+from .preprocess.frames import sample_indices, span_frames
 from .timing import Stages
 
 
@@ -22,9 +24,10 @@ class Clip:
     """What is left of a source after sampling.
 
     ``frames`` uint8 ``[U, H, W, 3]``, each distinct sampled frame once; ``order`` ``[T]`` says which of them stands at
-    each of the T places the model looks at (short clips and images repeat frames). ``sound`` float32 ``[n]`` in
-    [-1, 1] at the bundle's sample rate, after the audio policy. Either may be missing, not both. ``notes`` says in
-    words what was substituted, ``seconds`` how long the source lasts, where it has a duration.
+    each of the T places the model looks at (short clips, images and dropped near-duplicates repeat frames). ``sound``
+    float32 ``[n]`` in [-1, 1] at the bundle's sample rate, after the audio policy. Either may be missing, not both.
+    ``notes`` says in words what was substituted, ``seconds`` how long the source lasts, or the span of it that was
+    taken, where it has a duration; ``start`` where in the source that span begins, in seconds.
     """
 
     frames: npt.NDArray[np.uint8] | None = None
@@ -32,6 +35,7 @@ class Clip:
     sound: FloatArray | None = None
     notes: list[str] = field(default_factory=list)
     seconds: float | None = None
+    start: float = 0.0
 
     @property
     def mode(self) -> str:
@@ -41,27 +45,73 @@ class Clip:
         return "video" if self.sound is None else "audiovideo"
 
 
+@dataclass(frozen=True)
+class _Span:
+    """What is asked of a source's time, in seconds; ``None``: from its beginning, to its end."""
+
+    start: float | None
+    end: float | None
+
+    @property
+    def whole(self) -> bool:
+        return self.start is None and self.end is None
+
+    @property
+    def offset(self) -> float:
+        return self.start or 0.0
+
+    @property
+    def length(self) -> float | None:
+        return None if self.end is None else self.end - self.offset
+
+    def check(self) -> None:
+        """``OptionError`` for times that make no span."""
+        for name, time in (("start", self.start), ("end", self.end)):
+            if time is not None and not (math.isfinite(time) and time >= 0):
+                raise OptionError(f"{name} of a span is seconds from 0 on, not {time}")
+        if self.end is not None and self.end <= self.offset:
+            raise OptionError(f"a span ends after it starts, not at {self.end:g} s when it starts at {self.offset:g} s")
+
+
 def read_clip(
-    source: str | os.PathLike[str], spec: Preprocessing, per_frame: bool, audio: bool, stages: Stages
+    source: str | os.PathLike[str],
+    spec: Preprocessing,
+    per_frame: bool,
+    audio: bool,
+    stages: Stages,
+    *,
+    start: float | None = None,
+    end: float | None = None,
+    duplicates: float | None = None,
 ) -> Clip:
     """Open a file or folder and keep what the model needs of it.
 
     ``per_frame``: one block of tokens a frame (an image is then one frame; else it is repeated ``num_frames`` times,
-    as VideoLLaMA2's ``process_image`` does). ``audio=False`` leaves the sound out. ``MediaError`` when nothing is left.
+    as VideoLLaMA2's ``process_image`` does). ``audio=False`` leaves the sound out. ``start`` and ``end`` (seconds) take
+    only that span of the pictures and the sound, as if it were the whole source. ``duplicates`` drops sampled frames
+    that differ by no more than so many grey levels from the last kept one (``distinct_frames``): their places show the
+    kept one, or with ``per_frame`` are dropped too. ``MediaError`` when nothing is left or the source ends before
+    ``start``, ``OptionError`` for a span of images and for times or a threshold that cannot be.
     """
     name = os.fspath(source)
+    span = _Span(start, end)
+    span.check()
+    if duplicates is not None:
+        check_threshold(duplicates)
     with stages.measure("open"):
         media = open_media(source)
     with media:
-        clip = Clip(seconds=media.duration or None)
+        clip = Clip(seconds=media.duration or None, start=span.offset)
+        if not span.whole:
+            clip.seconds = _span_seconds(media, span)
         if media.has_video:
             with stages.measure("read_frames"):
-                _take_frames(clip, media, spec, per_frame)
+                _take_frames(clip, media, spec, per_frame, span)
         listens = spec.audio is not None and audio
         if media.has_audio and listens:
             assert spec.audio is not None
             with stages.measure("read_audio"):
-                _take_sound(clip, media, spec.audio)
+                _take_sound(clip, media, spec.audio, span)
         elif media.kind == "video" and listens:
             clip.notes.append("no audio track: captioned from the pictures alone")
         if clip.frames is None and clip.sound is None:
@@ -70,6 +120,8 @@ def read_clip(
             why = "sound was switched off" if spec.audio is not None else "this captioner has no audio branch"
             raise MediaError(f"{name}: holds only sound, and {why}")
         clip.notes.extend(media.notes)
+    if duplicates is not None:
+        _drop_duplicates(clip, duplicates, per_frame)
     return clip
 
 
@@ -79,6 +131,8 @@ def array_clip(
     sample_rate: int | None,
     spec: Preprocessing,
     per_frame: bool,
+    *,
+    duplicates: float | None = None,
 ) -> Clip:
     """The same from arrays: frames ``[T, H, W, 3]`` uint8, waveform float or int16 mono or with channels.
 
@@ -103,30 +157,68 @@ def array_clip(
             clip.sound = audio_policy(sound.samples, sample_rate)
         else:
             clip.sound = video_policy(resample(sound.samples, sample_rate, spec.audio.sample_rate))
+    if duplicates is not None:
+        _drop_duplicates(clip, duplicates, per_frame)
     return clip
 
 
-def _take_frames(clip: Clip, media: Media, spec: Preprocessing, per_frame: bool) -> None:
-    order = _order(media.num_frames, spec, media.kind == "image" and per_frame)
+def _span_seconds(media: Media, span: _Span) -> float | None:
+    """How long the span lasts in this source, which may end before it does."""
+    name = media.path
+    if media.kind == "image" or name.is_dir():
+        raise OptionError(f"{name}: images have no time, so no span can be taken from them")
+    if not media.duration:
+        return span.length
+    if span.offset >= media.duration:
+        raise MediaError(f"{name}: lasts {media.duration:.2f} s, the span starts at {span.offset:g} s")
+    end = media.duration if span.end is None else min(span.end, media.duration)
+    return end - span.offset
+
+
+def _take_frames(clip: Clip, media: Media, spec: Preprocessing, per_frame: bool, span: _Span) -> None:
+    try:
+        first, last = span_frames(media.num_frames, media.fps, span.start, span.end, spec.frame_rule)
+    except MediaError as error:
+        raise MediaError(f"{media.path}: {error}") from None
+    total = last - first + 1
+    order = _order(total, spec, media.kind == "image" and per_frame)
     unique, clip.order = np.unique(order, return_inverse=True)
-    clip.frames = media.read_frames(unique)
-    if 1 < media.num_frames < len(order):
-        clip.notes.append(f"only {media.num_frames} frames for {len(order)} places: frames were repeated")
+    clip.frames = media.read_frames(first + unique)
+    if total < len(order) and media.num_frames > 1:
+        clip.notes.append(f"only {total} frames for {len(order)} places: frames were repeated")
+
+
+def _drop_duplicates(clip: Clip, threshold: float, per_frame: bool) -> None:
+    if clip.frames is None or clip.order is None:
+        return
+    stands = distinct_frames(clip.frames, threshold)
+    kept, places = np.unique(stands, return_inverse=True)
+    dropped = len(stands) - len(kept)
+    clip.frames = clip.frames[kept]
+    clip.order = places[clip.order]
+    if per_frame:
+        # A frame that a short clip repeats is its own duplicate.
+        dropped = len(clip.order) - len(kept)
+        clip.order = np.arange(len(kept))
+    if dropped:
+        what = "dropped" if per_frame else "replaced by the one before"
+        clip.notes.append(f"{dropped} near-duplicate frames were {what}")
 
 
 def _order(total: int, spec: Preprocessing, single: bool) -> npt.NDArray[np.int64]:
     return np.zeros(1, np.int64) if single else sample_indices(total, spec.num_frames, spec.frame_rule)
 
 
-def _take_sound(clip: Clip, media: Media, spec: AudioSpec) -> None:
+def _take_sound(clip: Clip, media: Media, spec: AudioSpec, span: _Span) -> None:
     if media.kind == "audio":
-        _note_crop(clip, media.duration, spec)
-        seconds = spec.num_samples / spec.sample_rate
-        sound = media.read_audio(seconds=seconds)
+        _note_crop(clip, clip.seconds or 0.0, spec)
+        limit = spec.num_samples / spec.sample_rate
+        seconds = limit if span.length is None else min(limit, span.length)
+        sound = media.read_audio(seconds=seconds, start=span.offset)
         clip.sound = audio_policy(sound.samples, sound.sample_rate)
         return
     try:
-        clip.sound = video_policy(media.read_audio(spec.sample_rate).samples)
+        clip.sound = video_policy(media.read_audio(spec.sample_rate, span.length, span.offset).samples)
     except MediaError as error:
         # The reference hears 30 s of silence here; the pictures alone say as much, at half the tokens.
         clip.notes.append(f"the sound cannot be used ({error}): captioned from the pictures alone")

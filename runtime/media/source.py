@@ -68,7 +68,7 @@ class SoundReader(Protocol):
     duration: float
     notes: list[str]
 
-    def read(self, rate: int | None = None, seconds: float | None = None) -> Waveform:
+    def read(self, rate: int | None = None, seconds: float | None = None, start: float = 0.0) -> Waveform:
         """See ``Media.read_audio``."""
         ...
 
@@ -129,15 +129,17 @@ class Media:
             frames[places == np.searchsorted(unique, index)] = frame
         return np.empty((0, self.height, self.width, 3), np.uint8) if frames is None else frames
 
-    def read_audio(self, rate: int | None = None, seconds: float | None = None) -> Waveform:
+    def read_audio(self, rate: int | None = None, seconds: float | None = None, start: float = 0.0) -> Waveform:
         """The sound: as stored (float32 ``[channels, n]`` at its own rate), or mono ``[n]`` at ``rate`` Hz.
 
         With a ``rate`` the samples are the 16-bit ones that ``ffmpeg -ac 1 -ar RATE -f s16le`` writes, over 2**15 (the
-        reference's way for video files). ``seconds`` stops after so much of it. ``MediaError`` without sound.
+        reference's way for video files). ``start`` (seconds) leaves out what comes before, ``seconds`` stops after so
+        much: the samples are those of a slice of the whole sound, little more than which is decoded. ``MediaError``
+        without sound, or when it ends before ``start``.
         """
         if self._sound is None:
             raise MediaError(f"{self.path}: has no sound")
-        return self._sound.read(rate, seconds)
+        return self._sound.read(rate, seconds, start)
 
     def close(self) -> None:
         if self._frames:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -28,3 +29,28 @@ def sample_indices(total: int, count: int, rule: FrameRule) -> npt.NDArray[np.in
     if rule == "linspace":
         return np.linspace(0, total - 1, count, dtype=np.int64)
     raise OptionError(f'unknown frame rule "{rule}": expected "centered" or "linspace"')
+
+
+def span_frames(total: int, fps: float, start: float | None, end: float | None, rule: FrameRule) -> tuple[int, int]:
+    """The first and the last of ``total`` frames in the span from ``start`` to ``end`` (seconds, checked before).
+
+    For ``"centered"`` VideoLLaMA 2's rule (mm_utils.py ``process_video``): from ``max(int(start fps) - 1, 0)`` to
+    ``min(int(end fps) - 1, total - 1)``, so that a span begins with the frame before its start. AuroraCap has none; the
+    first place of its ``"linspace"`` is always the first frame, so there the span holds the frames that are shown first
+    at ``start`` or later and before ``end``. Never less than one frame. ``MediaError`` for a clip without a frame rate,
+    or when it ends before ``start``.
+    """
+    if start is None and end is None:
+        return 0, total - 1
+    if not fps > 0:
+        raise MediaError("the video has no frame rate: no span of seconds can be taken from it")
+    if rule == "centered":
+        first = 0 if start is None else max(int(start * fps) - 1, 0)
+        last = total - 1 if end is None else min(int(end * fps) - 1, total - 1)
+    else:
+        # A start that was written with 3 decimals is still that of its frame.
+        first = 0 if start is None else math.ceil(start * fps - 0.05)
+        last = total - 1 if end is None else min(math.ceil(end * fps - 0.05) - 1, total - 1)
+    if first >= total:
+        raise MediaError(f"the video ends before {start:g} s")
+    return first, max(first, last)

@@ -1,0 +1,115 @@
+"""Cutting a long video into spans that are captioned one by one: by length, or where the scene changes."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from av.error import FFmpegError
+
+from ...errors import MediaError, OptionError
+from .container import open_input, video_stream
+import itertools
+
+Span = tuple[float, float]
+
+#: The shortest piece that is cut, in seconds.
+SHORTEST = 0.1
+#: Scene detection looks at frames of about this width; PySceneDetect's own ``auto_downscale`` aims at 256.
+_WIDTH = 256
+
+
+def fixed_spans(duration: float, seconds: float) -> list[Span]:
+    """``(start, end)`` in seconds of the pieces of ``seconds`` that ``duration`` is cut into, end to end.
+
+    What is left over is a piece of its own, or, when shorter than a quarter of ``seconds``, joins the piece before.
+    ``OptionError`` for pieces of less than 0.1 s, ``MediaError`` for a source that has no duration.
+    """
+    if not (math.isfinite(seconds) and seconds >= SHORTEST):
+        raise OptionError(f"segments are {SHORTEST} s or longer, not {seconds:g} s")
+    if not (math.isfinite(duration) and duration > 0):
+        raise MediaError("a source without a duration cannot be cut into segments")
+    whole = int(duration / seconds)
+    # Of ten pieces of 0.1 s nothing is left, whatever the rounding of their sum.
+    left = duration - whole * seconds
+    count = max(whole + (left >= seconds / 4), 1)
+    bounds = [piece * seconds for piece in range(count)] + [duration]
+    return list(itertools.pairwise(bounds))
+
+
+def scene_spans(path: str | os.PathLike[str], threshold: float = 27.0, min_seconds: float = 1.0) -> list[Span]:
+    """``(start, end)`` in seconds of the scenes of a video, end to end; one span where there is no cut.
+
+    By PySceneDetect's ``ContentDetector``: a cut is where hue, saturation and brightness of one frame differ from the
+    last by ``threshold`` (0 to 255, its default 27) on average; scenes shorter than ``min_seconds`` are joined. Decodes
+    the whole video. ``OptionError`` without the library or for settings that cannot be, ``MediaError`` for a file
+    without video.
+    """
+    if not 0 < threshold <= 255:
+        raise OptionError(f"the threshold for a cut is more than 0 and up to 255, not {threshold:g}")
+    if not (math.isfinite(min_seconds) and min_seconds >= 0):
+        raise OptionError(f"scenes last 0 s or longer, not {min_seconds:g} s")
+    detector, timecode = _detector(threshold, min_seconds)
+    path = Path(path)
+    if not path.is_file():
+        raise MediaError(f"{path}: no such file" if not path.exists() else f"{path}: is no video file")
+    first, end = None, 0.0
+    cuts: list[float] = []
+    for time, duration, image in _small_frames(path):
+        first = time if first is None else first
+        end = time - first + duration
+        # Cuts are told by the true time of a frame, not by counting at an average rate.
+        cuts += [cut.seconds for cut in detector.process_frame(timecode(time - first), image)]
+    if first is None:
+        raise MediaError(f"{path}: no frame of the video can be decoded")
+    bounds = [0.0, *cuts, end]
+    return list(itertools.pairwise(bounds))
+
+
+def _detector(threshold: float, min_seconds: float) -> tuple[Any, Any]:
+    """A ``ContentDetector``, and what makes its time of a number of seconds."""
+    try:
+        from scenedetect import FrameTimecode
+        from scenedetect.detectors import ContentDetector
+    except ImportError as error:
+        raise OptionError(
+            f"cutting at scenes needs PySceneDetect ({error}): pip install 'intertitle[scenes]'"
+        ) from None
+    # In milliseconds, finer than any frame rate: what counts is when a frame is shown.
+    return ContentDetector(threshold, float(min_seconds)), lambda seconds: FrameTimecode(round(seconds * 1000), 1000.0)
+
+
+def _small_frames(path: Path) -> Iterator[tuple[float, float, np.ndarray]]:
+    """Seconds, duration and BGR uint8 ``[H, W, 3]`` of each frame that can be decoded, scaled down."""
+    with open_input(path) as container:
+        stream = video_stream(container)
+        if stream is None:
+            raise MediaError(f"{path}: holds no video that can be cut into scenes")
+        stream.thread_type = "AUTO"
+        base = stream.time_base or Fraction(1, 1000)
+        usual = float(1 / stream.average_rate) if stream.average_rate else 0.0
+        packets = container.demux(stream)
+        count = 0
+        while True:
+            try:
+                packet = next(packets, None)
+            except FFmpegError:
+                return
+            if packet is None:
+                return
+            try:
+                frames = stream.codec_context.decode(packet if packet.size else None)
+            except FFmpegError:
+                continue
+            for frame in frames:
+                width = min(frame.width, _WIDTH)
+                height = max(frame.height * width // frame.width, 1)
+                image = frame.to_ndarray(format="bgr24", width=width, height=height, interpolation="AREA")
+                time = float(frame.pts * base) if frame.pts is not None else count * usual
+                count += 1
+                yield time, float((frame.duration or 0) * base) or usual, image

@@ -1,0 +1,161 @@
+"""Spans of a source and near-duplicate frames, from files to what a captioner looks at and listens to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from intertitle.errors import MediaError, OptionError
+from intertitle.runtime.bundle import AudioSpec, ImageSpec, Preprocessing
+from intertitle.runtime.clip import Clip, array_clip, read_clip
+from intertitle.runtime.media import open_media
+from intertitle.runtime.preprocess.audio import audio_policy, video_policy
+from intertitle.runtime.preprocess.frames import sample_indices, span_frames
+from intertitle.runtime.timing import Stages
+
+IMAGE = ImageSpec("exact", 28, 28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+AUDIO = AudioSpec(sample_rate=16_000, num_samples=480_000, num_mel_bins=128, num_frames=2998, num_tokens=1496)
+SPEC = Preprocessing(num_frames=8, frame_rule="centered", image=IMAGE, audio=AUDIO)
+LINEAR = Preprocessing(num_frames=8, frame_rule="linspace", image=IMAGE)
+
+
+def read(source: Any, spec: Preprocessing = SPEC, per_frame: bool = False, **options: Any) -> Clip:
+    return read_clip(source, spec, per_frame, True, Stages(), **options)
+
+
+def test_span_frames_follow_the_reference_by_hand() -> None:
+    assert span_frames(250, 25.0, None, None, "centered") == (0, 249)
+    assert span_frames(250, 25.0, 2.0, 4.0, "centered") == (49, 99)
+    assert span_frames(250, 25.0, None, 4.0, "centered") == (0, 99)
+    assert span_frames(250, 25.0, 9.0, 99.0, "centered") == (224, 249)
+    assert span_frames(250, 25.0, 0.0, 0.01, "centered") == (0, 0)  # never empty
+    assert span_frames(250, 25.0, 2.0, 2.01, "centered") == (49, 49)
+    assert span_frames(250, 25.0, 2.0, 4.0, "linspace") == (50, 99)  # without the frame before the cut
+    assert span_frames(250, 30000 / 1001, 1.001, 2.002, "linspace") == (30, 59)
+    with pytest.raises(MediaError, match="ends before 20 s"):
+        span_frames(250, 25.0, 20.0, None, "centered")
+    with pytest.raises(MediaError, match="frame rate"):
+        span_frames(250, 0.0, 1.0, None, "centered")
+
+
+@pytest.mark.parametrize("spec", [SPEC, LINEAR])
+def test_a_span_of_a_video_with_sound(spec: Preprocessing, clips: Any) -> None:
+    path = clips.encode("clip.mp4", 200, options=clips.SHORT_GROUPS, tone=8.0)
+    clip = read(path, spec, start=3.0, end=6.0)
+    assert (clip.start, clip.seconds) == (3.0, 3.0)
+    first, last = (74, 149) if spec is SPEC else (75, 149)
+    with open_media(path) as media:
+        wanted = media.read_frames(first + sample_indices(last - first + 1, 8, spec.frame_rule))
+        heard = media.read_audio(16_000).samples
+    assert clip.frames is not None
+    np.testing.assert_array_equal(clip.frames[clip.order], wanted)
+    if spec.audio is None:
+        assert clip.sound is None
+    else:
+        np.testing.assert_allclose(clip.sound, video_policy(heard[48_000:96_000]), atol=1e-3)
+    assert clip.notes == []
+
+
+def test_spans_that_reach_an_end(clips: Any) -> None:
+    path = clips.encode("clip.mp4", 100, tone=4.0)
+    whole, to_end = read(path), read(path, start=0.0, end=99.0)
+    assert whole.seconds == to_end.seconds == pytest.approx(4.0)
+    for name in ("frames", "order", "sound"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(to_end, name))
+    tail = read(path, start=3.9)
+    assert tail.seconds == pytest.approx(0.1)
+    assert any("frames were repeated" in note for note in tail.notes)
+
+
+def test_pictures_without_sound_in_the_span(clips: Any) -> None:
+    clip = read(clips.encode("clip.mp4", 100, tone=1.0), start=2.0, end=3.0)
+    assert clip.mode == "video"
+    assert any("the sound cannot be used" in note and "ends before 2 s" in note for note in clip.notes)
+
+
+def test_a_span_of_a_sound_file(clips: Any) -> None:
+    samples = np.random.default_rng(0).integers(-9999, 9999, (22_050 * 50, 1)).astype(np.int16)
+    path = clips.wave("sound.wav", samples, 22_050)
+    stored = (samples.T / np.float32(1 << 15)).astype(np.float32)
+    clip = read(path, start=5.0, end=12.0)
+    assert (clip.start, clip.seconds, clip.notes) == (5.0, 7.0, [])
+    np.testing.assert_array_equal(clip.sound, audio_policy(stored[:, 5 * 22_050 : 12 * 22_050], 22_050))
+    clip = read(path, start=10.0)
+    assert clip.notes == ["the sound lasts 40 s: its first 30 s were heard"]
+    np.testing.assert_array_equal(clip.sound, audio_policy(stored[:, 10 * 22_050 :], 22_050))
+
+
+@pytest.mark.parametrize(
+    ("span", "reason"),
+    [
+        ({"start": -1.0}, "from 0 on"),
+        ({"start": float("nan")}, "from 0 on"),
+        ({"end": float("inf")}, "from 0 on"),
+        ({"end": 0.0}, "ends after it starts"),
+        ({"start": 3.0, "end": 3.0}, "ends after it starts"),
+        ({"start": 3.0, "end": 2.0}, "ends after it starts"),
+        ({"duplicates": -1.0}, "0 to 255"),
+    ],
+)
+def test_spans_that_cannot_be(span: dict[str, float], reason: str, clips: Any) -> None:
+    with pytest.raises(OptionError, match=reason) as caught:
+        read(clips.encode("clip.mp4", 3), **span)
+    assert str(caught.value).isprintable()
+
+
+def test_a_start_after_the_end(clips: Any) -> None:
+    for path in (clips.encode("clip.mp4", 25), clips.wave("a.wav", np.ones((8000, 1), np.int16), 8000)):
+        with pytest.raises(MediaError, match=rf"{path.name}: lasts 1.00 s, the span starts at 1.5 s"):
+            read(path, start=1.5)
+
+
+def test_images_have_no_time(clips: Any) -> None:
+    path = clips.image("a.png", clips.picture(0, 40, 30))
+    for source in (path, path.parent):
+        assert read(source).start == 0.0
+        with pytest.raises(OptionError, match="images have no time"):
+            read(source, start=0.0)
+
+
+# --- near-duplicates
+
+
+def levels(*values: int) -> np.ndarray:
+    return np.stack([np.full((20, 30, 3), value, np.uint8) for value in values])
+
+
+def test_the_place_of_a_dropped_frame_shows_the_kept_one() -> None:
+    frames = levels(10, 11, 50, 50, 51, 90, 90, 10)
+    clip = array_clip(frames, None, None, SPEC, False, duplicates=2.0)
+    assert clip.order is not None
+    assert clip.order.tolist() == [0, 0, 1, 1, 1, 2, 2, 3]
+    np.testing.assert_array_equal(clip.frames, levels(10, 50, 90, 10))
+    assert clip.notes == ["4 near-duplicate frames were replaced by the one before"]
+    clip = array_clip(frames, None, None, LINEAR, True, duplicates=2.0)
+    assert clip.order is not None
+    assert clip.order.tolist() == [0, 1, 2, 3]
+    assert clip.notes == ["4 near-duplicate frames were dropped"]
+    assert array_clip(frames, None, None, SPEC, False).notes == []
+
+
+def test_frames_that_a_short_clip_repeats() -> None:
+    clip = array_clip(levels(10, 60, 110), None, None, SPEC, False, duplicates=2.0)
+    assert clip.frames is not None
+    assert (len(clip.frames), len(clip.order), clip.notes) == (3, 8, [])  # type: ignore[arg-type]
+    clip = array_clip(levels(10, 60, 110), None, None, LINEAR, True, duplicates=2.0)
+    assert clip.order is not None
+    assert clip.order.tolist() == [0, 1, 2]
+
+
+def test_a_video_that_stands_still(clips: Any) -> None:
+    pictures = [clips.picture(index // 30, 96, 64) for index in range(60)]
+    folder = clips.folder / "still"
+    folder.mkdir()
+    for index, picture in enumerate(pictures):
+        clips.image(f"still/{index}.png", picture)
+    clip = read(folder, duplicates=1.0)
+    assert clip.frames is not None
+    np.testing.assert_array_equal(clip.frames, [pictures[0], pictures[59]])
+    assert clip.order.tolist() == [0] * 4 + [1] * 4  # type: ignore[union-attr]
+    assert "6 near-duplicate frames were replaced by the one before" in clip.notes
