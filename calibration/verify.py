@@ -12,19 +12,21 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from .._version import __version__
 from ..errors import OptionError
 from ..models import CaptionerCheckpoint, open_checkpoint
+from ..models.connectors import SpatialTemporalConnector
+from ..models.vision import VisionTower
 from ..runtime.bundle import Bundle, Manifest
 from ..runtime.captioner import Captioner
 from ..runtime.clip import Clip
-from ..runtime.decoding import Decoding
 from ..runtime.encoder import EncodedClip, splice_blocks
 from ..runtime.inference import FloatArray, Inference
 from ..runtime.preprocess.fbank import kaldi_fbank
@@ -108,7 +110,10 @@ def check_same_model(manifest: Manifest, reference: Reference) -> None:
     config = reference.config
     if manifest.family != config.family:
         raise OptionError(f"the bundle is a {manifest.family} captioner, the reference a {config.family} one")
-    vision = manifest.components["vision"]
+    vision, connector = manifest.components["vision"], reference.checkpoint.module("connector")
+    windows = (1, 0)
+    if isinstance(connector, SpatialTemporalConnector):
+        windows = (connector.time_kernel, connector.time_padding)
     shapes = {
         "decoder layers": (manifest.decoder.num_layers, config.decoder.num_layers),
         "decoder width": (manifest.decoder.hidden_size, config.decoder.hidden_size),
@@ -116,6 +121,7 @@ def check_same_model(manifest: Manifest, reference: Reference) -> None:
         "image size": (vision.inputs[0].shape[-1], config.vision.image_size),
         "tower width": (vision.outputs[0].shape[-1], config.vision.hidden_size),
         "number of frames": (manifest.preprocessing.num_frames, config.num_frames),
+        "frames that the connector joins": ((manifest.visual.time_kernel, manifest.visual.time_padding), windows),
         "audio branch": ("audio" in manifest.components, config.audio is not None),
     }
     for what, (mine, theirs) in shapes.items():
@@ -195,15 +201,37 @@ class _Check:
         return result
 
     def _visual(self, clip: Clip) -> FloatArray:
-        """Pixels, vision, connector; the reference's visual tokens ``[blocks, tokens, H]``."""
+        """Pixels, vision, both parts of the connector; the reference's visual tokens ``[blocks, tokens, H]``."""
         assert clip.frames is not None
         assert clip.order is not None
         pixels = self._reference.pixels(clip.frames)
         self._hold("pixels", preprocess_frames(clip.frames, self._captioner.manifest.preprocessing.image), pixels)
         features = self._reference.run("vision", pixels)
         self._hold("vision", self._encoder.features(pixels, self._stages), features)
+        self._merging(pixels[:2])
+        # The whole connector of the reference, which knows nothing of distinct frames and windows.
         tokens = self._reference.run("connector", features[clip.order])
-        self._hold("connector", self._encoder.connect(features[clip.order], self._stages), tokens)
+        frames = self._frame_tokens(features)
+        self._hold("connector", self._encoder.connect(frames, clip.order, self._stages), tokens)
+        return tokens
+
+    def _merging(self, pixels: FloatArray) -> None:
+        """The tower's further ratios of merging, on a few frames."""
+        for ratio in self._captioner.manifest.visual.ratios[1:]:
+            with torch.device("meta"):
+                tower = VisionTower(replace(self._reference.config.vision, keep=ratio.keep))
+            tower.load_state_dict(self._reference.module("vision").state_dict(), assign=True)
+            mine = self._encoder.features(pixels, self._stages, ratio)
+            self._hold(f"vision, ratio {ratio.keep:g}", mine, _forward(tower.eval(), pixels))
+
+    def _frame_tokens(self, features: FloatArray) -> FloatArray:
+        """The part of the connector that sees each frame alone; the reference's ``[N, P, C]``."""
+        connector = self._reference.module("connector")
+        part = connector.frame_part() if isinstance(connector, SpatialTemporalConnector) else None
+        if part is None:
+            return features
+        tokens = _forward(part, features)
+        self._hold("frame connector", self._encoder.frame_tokens(features, self._stages), tokens)
         return tokens
 
     def _audio(self, sound: FloatArray) -> FloatArray:
@@ -244,8 +272,7 @@ class _Check:
         self._say("greedy tokens")
         manifest = self._captioner.manifest
         prompt = self._encoder.prompt_embeds(self._encoder.encode(clip, self._stages), manifest.default_instruction)
-        decoding = Decoding(max_new_tokens=self._max_new_tokens)
-        mine = [token.id for token in self._captioner.generate_tokens(prompt, decoding, self._stages)]
+        mine = [token.id for token in self._captioner.generate_tokens(prompt, self._max_new_tokens)]
         penalty = self._reference.config.generation.repetition_penalty
         self._result.tokens = compare_tokens(mine, caption, penalty, manifest.weights)
         return mine
@@ -273,6 +300,11 @@ class _Check:
 
     def _say(self, text: str) -> None:
         self._report(f"{self._result.clip}: {text}")
+
+
+def _forward(module: torch.nn.Module, value: FloatArray) -> FloatArray:
+    with torch.no_grad():
+        return module(torch.from_numpy(value)).numpy()
 
 
 def _along(inference: Inference, prompt: FloatArray, caption: GreedyCaption) -> FloatArray:

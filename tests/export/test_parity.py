@@ -165,7 +165,8 @@ def test_int4_graph_is_the_rounded_model(variant, compiled, expected, data_dir):
     embeds = numbers[next(name for name in numbers if name.endswith("inputs_embeds"))]
     bundle = Bundle.open(compiled(variant, "int4"))
     mine = decoder(bundle).open(1, len(embeds)).prefill(0, embeds)
-    rounded = Reference(open_checkpoint(data_dir / variant), "int4").open(1, len(embeds)).prefill(0, embeds)
+    block = bundle.manifest.components["decoder"].block_size
+    rounded = Reference(open_checkpoint(data_dir / variant), "int4", block).open(1, len(embeds)).prefill(0, embeds)
     original = Reference(open_checkpoint(data_dir / variant)).open(1, len(embeds)).prefill(0, embeds)
     assert relative_error(mine, rounded) < 5e-2
     # Without this the line above could not tell a rounded model from the original.
