@@ -73,7 +73,7 @@ class ContainerSoundReader:
         return Waveform((samples[0] / np.float32(1 << 15)).astype(np.float32), rate)
 
     def _collect(self, rate: int | None, entry: int, first: int, skip: int, limit: int | None) -> np.ndarray:
-        """``[channels, n]``: decoded from packet ``entry``, converted from sample ``first`` on, less the first ``skip``."""
+        """``[channels, n]``: decoded from packet ``entry``, from sample ``first`` on, less the first ``skip``."""
         pieces: list[np.ndarray] = [np.zeros((1 if rate else self.num_channels, 0), np.int16 if rate else np.float32)]
         length = 0
         for piece in self._converted(rate, entry, first):
