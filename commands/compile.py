@@ -24,7 +24,9 @@ from . import options
     "--visual-tokens",
     type=float,
     metavar="RATIO",
-    help="Share of visual tokens that AuroraCap's merging keeps, up to 1.  [default: 1]",
+    multiple=True,
+    help="Share of visual tokens that AuroraCap's merging can keep; repeatable, the first is the default one at run "
+    "time.  [default: 1, 0.5, 0.25, 0.1]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is already there.")
 @options.quiet
@@ -35,7 +37,7 @@ def compile_command(
     adapter: Path | None,
     target: str,
     weights: str | None,
-    visual_tokens: float | None,
+    visual_tokens: tuple[float, ...],
     overwrite: bool,
     quiet: bool,
 ) -> None:
@@ -52,7 +54,7 @@ def compile_command(
             adapter=adapter,
             target=target,
             weights=weights,
-            visual_tokens=visual_tokens,
+            visual_tokens=visual_tokens or None,
             overwrite=overwrite,
             progress=progress,
         )

@@ -22,6 +22,7 @@ from ..runtime import bundle as schema
 from ..runtime.preprocess.image import ImageSpec
 from ..runtime.text import PromptSpec
 from .components import ComponentGraph, captioner_parts, component_graph, vision_signature
+from .dialects.fused import read_fused
 from .graph_writer import DataFile, WeightReader, payload_size, serialize, write_weights
 from .targets import Target, get_target
 from .tokenizer import collect_tokenizer
@@ -183,7 +184,7 @@ def _write_component(
     """One component; ``further`` graphs of the same weights go beside it, by the names of their files."""
     graph_file = f"decoder.{target.dialect}.onnx" if graph.name == "decoder" else f"{graph.name}.onnx"
     data_file = f"{graph_file}.data"
-    reader = WeightReader(lambda entry: source.tensor(graph.source, entry), target.block_size)
+    reader = WeightReader(read_fused(lambda entry: source.tensor(graph.source, entry)), target.block_size)
     files, held = [(graph_file, graph), *further], DataFile()
     report()
     with writer.create(data_file) as file:

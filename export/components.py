@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..models import CaptionerCheckpoint
 from ..models.config import AudioConfig, ConnectorConfig, DecoderConfig, VisionConfig
 from ..models.connectors import SpatialTemporalConnector
-from ..models.decoder import Decoder, RMSNorm
-from .dialects import ort
+from ..models.decoder import MLP, Decoder, RMSNorm, SelfAttention
+from .dialects import fused, ort
 from .targets import Target
 from .trace import Signature, TracedGraph, trace
 
@@ -167,7 +167,13 @@ def component_graph(
     parameters = sum(parameter.numel() for parameter in module.parameters())
     rules: dict[type[nn.Module], Callable[..., nn.Module]] = {RMSNorm: ort.RMSNormalization}
     if weights == "int4":
-        rules[nn.Linear] = lambda linear: ort.MatMulNBits(linear, target.block_size)
+
+        def product(linear: nn.Linear) -> nn.Module:
+            return ort.MatMulNBits(linear, target.block_size)
+
+        rules[nn.Linear] = product
+        rules[SelfAttention] = lambda original: fused.FusedSelfAttention(original, product)
+        rules[MLP] = lambda original: fused.FusedMLP(original, product)
     lowered = lower(module, rules)
     if not isinstance(lowered, Decoder):
         traced = trace(lowered, signature, ort.OrtAttention(), ort.OPSET)

@@ -12,7 +12,9 @@ class Target:
     """A device class that bundles are compiled for.
 
     ``dialect`` names the form of the graphs; ``decoder_weights`` the formats ``--weights`` may ask for, the default
-    first; ``block_size`` the input channels that share a scale in a quantized weight.
+    first; ``block_size`` the input channels that share a scale in a quantized weight. Blocks of 32 on a CPU: larger
+    ones are faster (a step at the 0.5 B shape takes 0.88 of the time with 64, 0.75 with 128), but there ONNX Runtime's
+    kernels for one row and for several round differently, and a caption would depend on what shares its batch.
     """
 
     name: str

@@ -136,7 +136,7 @@ def test_int4_is_the_rounded_model_and_tells_its_distance(check, compiled, data_
     assert report.verdict in ("PASS", "AMBIGUOUS")
     assert report.first_divergent is None
     assert report.weights == report.environment["weights"] == "int4"
-    assert (report.environment["block_size"], report.environment["accuracy_level"]) == (64, 4)
+    assert (report.environment["block_size"], report.environment["accuracy_level"]) == (32, 4)
     (clip,) = report.clips
     # With its products in float32 the graph is the rounded model as closely as an fp32 one is the original.
     assert all(stage.error < 1e-5 for stage in clip.stages)

@@ -205,12 +205,16 @@ def test_attention_is_one_operator_a_layer(variant, weights, compiled):
     for layer, node in enumerate(attention):
         assert node.domain == "com.microsoft"
         assert attributes(node)["do_rotary"] == 1
+        # int4: query, key and value come packed from one product.
+        assert [bool(name) for name in node.input[1:3]] == [weights == "fp32"] * 2
         assert list(node.input[3:7]) == [f"past.{layer}.key", f"past.{layer}.value", "lengths", "total_length"]
         assert list(node.output[1:]) == [f"present.{layer}.key", f"present.{layer}.value"]
     counts = Counter(node.op_type for node in graph.node)
     assert counts["RMSNormalization"] == 2 * LAYERS + 1
     # The cache is written by the operator: no copy of it anywhere, no mask, no rotary arithmetic.
-    assert not {"Softmax", "Split", "Slice", "Where", "Cos", "Sin", "Transpose", "ScatterND"} & set(counts)
+    assert not {"Softmax", "Slice", "Where", "Cos", "Sin", "Transpose", "ScatterND"} & set(counts)
+    # Gate and up are one int4 product, taken apart once.
+    assert counts["Split"] == (LAYERS if weights == "int4" else 0)
     touched = [node.op_type for node in graph.node if any(name.startswith("past.") for name in node.input)]
     assert touched == ["GroupQueryAttention"] * LAYERS
     # What is left outside the layers picks the asked positions: the same few nodes whatever the depth.
@@ -222,7 +226,8 @@ def test_attention_is_one_operator_a_layer(variant, weights, compiled):
 def test_every_product_of_an_int4_decoder_is_matmulnbits(variant, weights, compiled):
     graph = decoder_of(compiled(variant, weights))
     products = [node for node in graph.node if node.op_type == "MatMulNBits"]
-    assert len(products) == 7 * LAYERS + 1
+    # Query, key and value; output; gate and up; down: four a layer.
+    assert len(products) == 4 * LAYERS + 1
     assert "decoder.lm_head.qweight" in products[-1].input
     for node in products:
         found = attributes(node)
@@ -284,6 +289,21 @@ def test_graphs_are_valid_and_tell_nothing_of_the_machine(variant, weights, comp
             assert not model.functions
 
 
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def stored_int4(ours: dict, layer: str, theirs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of one of the checkpoint's layers: rows of a fused product, or a product of its own."""
+    parent, _, name = layer.rpartition(".")
+    for fused, parts in FUSED.items():
+        if name in parts:
+            sizes = [len(theirs[f"model.{parent}.{part}.weight"]) for part in parts]
+            start = sum(sizes[: parts.index(name)])
+            rows = slice(start, start + sizes[parts.index(name)])
+            return tuple(torch.from_numpy(ours[f"{parent}.{fused}.{part}"][rows]) for part in ("qweight", "scales"))
+    return tuple(torch.from_numpy(ours[f"{layer}.{part}"]) for part in ("qweight", "scales"))
+
+
 @pytest.mark.parametrize("weights", ["int4", "fp32"])
 def test_stored_weights_are_those_of_the_checkpoint(weights, compiled, data_dir):
     """Straight from the files: every linear layer of the decoder, the norms, and the embedding table."""
@@ -302,8 +322,7 @@ def test_stored_weights_are_those_of_the_checkpoint(weights, compiled, data_dir)
         elif weights == "fp32":
             assert np.array_equal(ours[f"{entry}.T"], value.numpy().T)
         else:
-            layer = entry.removesuffix(".weight")
-            codes, scales = (torch.from_numpy(ours[f"{layer}.{part}"]) for part in ("qweight", "scales"))
+            codes, scales = stored_int4(ours, entry.removesuffix(".weight"), theirs)
             rounded = dequantize_int4(codes, scales, value.shape[1])
             assert (rounded - value).abs().max() <= scales.abs().max()
             assert 0.05 < (rounded - value).norm() / value.norm() < 0.12

@@ -60,7 +60,7 @@ def block() -> TracedGraph:
 def run(graph: TracedGraph, state: dict[str, Tensor], tmp_path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     """Fill the graph with a state dict and run it."""
     with (tmp_path / "graph.data").open("wb") as file:
-        list(write_weights(graph, file, "graph.data", WeightReader(state.__getitem__, 32)))
+        list(write_weights(graph, file, "graph.data", WeightReader(state.__getitem__, get_target("cpu").block_size)))
     (tmp_path / "graph.onnx").write_bytes(serialize(graph))
     session = onnxruntime.InferenceSession(str(tmp_path / "graph.onnx"), providers=["CPUExecutionProvider"])
     return [np.asarray(value) for value in session.run(None, feeds)]

@@ -1,0 +1,93 @@
+"""Products of one input as one product: query, key and value; gate and up.
+
+A step of one row spends its time on reading weights and on handing work to threads. Fused, the decoder's layer
+quantizes its input once instead of three times, and has four products instead of seven. Rows of a matrix are quantized
+each on its own, so the codes of a fused matrix are those of its parts, one under the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.onnx import ops
+
+from ...models.attention import CacheState
+from ...models.decoder import MLP, SelfAttention
+from .ort import OPSET
+
+#: The parts of each fused layer, in the order of their rows.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+#: Makes the dialect's product of a linear layer.
+Product = Callable[[nn.Linear], nn.Module]
+
+
+def read_fused(tensor: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    """Entries of a state dict of unfused layers, by the names of a fused one (``X.qkv_proj.weight``) too."""
+
+    def read(entry: str) -> Tensor:
+        owner, _, leaf = entry.rpartition(".")
+        prefix, _, layer = owner.rpartition(".")
+        if layer not in FUSED:
+            return tensor(entry)
+        return torch.cat([tensor(f"{prefix}.{part}.{leaf}") for part in FUSED[layer]])
+
+    return read
+
+
+def _joined(*layers: nn.Linear) -> nn.Linear:
+    """A linear layer of the joint size on the meta device; its weights are read later, by name."""
+    outputs = sum(layer.out_features for layer in layers)
+    return nn.Linear(layers[0].in_features, outputs, bias=layers[0].bias is not None, device="meta")
+
+
+class FusedSelfAttention(nn.Module):
+    """``models.decoder.SelfAttention`` with one product for query, key and value, which the kernel takes packed."""
+
+    def __init__(self, original: SelfAttention, product: Product) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = original.num_heads, original.num_kv_heads
+        self.qkv_proj = product(_joined(original.q_proj, original.k_proj, original.v_proj))
+        self.o_proj = product(original.o_proj)
+        self.width = original.q_proj.out_features
+
+    def forward(
+        self, x: Tensor, past_key: Tensor, past_value: Tensor, state: CacheState
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        packed = self.qkv_proj(x)
+        out, present_key, present_value = ops.symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            (packed, None, None, past_key, past_value, state.lengths, state.total_length, state.cos, state.sin),
+            attrs={"num_heads": self.num_heads, "kv_num_heads": self.num_kv_heads, "do_rotary": 1},
+            dtypes=(x.dtype, past_key.dtype, past_value.dtype),
+            shapes=((*x.shape[:-1], self.width), past_key.shape, past_value.shape),
+            version=1,
+        )
+        return self.o_proj(out), present_key, present_value
+
+
+class FusedMLP(nn.Module):
+    """``models.decoder.MLP`` with one product for gate and up."""
+
+    def __init__(self, original: MLP, product: Product) -> None:
+        super().__init__()
+        self.gate_up_proj = product(_joined(original.gate_proj, original.up_proj))
+        self.down_proj = product(original.down_proj)
+        self.width = original.gate_proj.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.gate_up_proj(x)
+        shape = (*x.shape[:-1], self.width)
+        # ``chunk`` would be exported as a sequence, whose elements are copied once more.
+        gate, up = ops.symbolic_multi_out(
+            "Split",
+            (both,),
+            attrs={"axis": -1, "num_outputs": 2},
+            dtypes=(x.dtype, x.dtype),
+            shapes=(shape, shape),
+            version=OPSET,
+        )
+        return self.down_proj(F.silu(gate) * up)
