@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ from av.error import FFmpegError
 
 from ...errors import MediaError, OptionError
 from .container import open_input, video_stream
-import itertools
 
 Span = tuple[float, float]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from intertitle.errors import OptionError
 from intertitle.runtime.preprocess.duplicates import distinct_frames, thumbnail
-import itertools
 
 
 def grey(*levels: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from intertitle.errors import MediaError, OptionError
 from intertitle.runtime.media.segments import fixed_spans, scene_spans
-import itertools
 
 COLOURS = [(200, 30, 30), (30, 60, 200), (240, 240, 240), (20, 120, 20)]
 
