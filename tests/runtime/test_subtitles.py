@@ -1,4 +1,4 @@
-"""SubRip files against FFmpeg's reader of them."""
+"""SubRip and WebVTT files against FFmpeg's readers of them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import av
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from intertitle.runtime.subtitles import Cue, format_srt
+from intertitle.runtime.subtitles import Cue, format_srt, format_vtt
 
 
-def read(path: Path, text: str) -> list[tuple[int, int, str]]:
+def read(path: Path, text: str, kind: str = "srt") -> list[tuple[int, int, str]]:
     """Start and end in milliseconds, and the text, of each cue that FFmpeg finds."""
     path.write_text(text, encoding="utf-8")
-    with av.open(str(path), format="srt") as container:
+    with av.open(str(path), format=kind) as container:
         packets = [packet for packet in container.demux() if packet.size]
         assert all(packet.time_base is not None and packet.time_base.denominator == 1000 for packet in packets)
         return [(packet.pts, packet.pts + packet.duration, bytes(packet).decode()) for packet in packets]  # type: ignore[operator]
@@ -25,6 +25,19 @@ def test_a_file_by_hand():
     assert format_srt(cues) == (
         "1\n00:00:00,000 --> 00:00:02,666\nTwo dogs\nrun.\n\n2\n01:01:01,001 --> 100:00:00,000\nEnde: Ünïcödé 犬\n"
     )
+
+
+def test_webvtt_by_hand(tmp_path: Path):
+    cues = [Cue(0, 1.5, "a < b & c --> d\n\n e"), Cue(2, 3, " "), Cue(3600, 3601, "犬")]
+    text = format_vtt(cues)
+    assert text == (
+        "WEBVTT\n\n00:00:00.000 --> 00:00:01.500\na &lt; b &amp; c --&gt; d\ne\n\n01:00:00.000 --> 01:00:01.000\n犬\n"
+    )
+    assert read(tmp_path / "a.vtt", text, "webvtt") == [
+        (0, 1500, "a &lt; b &amp; c --&gt; d\ne"),
+        (3_600_000, 3_601_000, "犬"),
+    ]
+    assert format_vtt([]) == "WEBVTT\n"
 
 
 def test_empty_lines_would_end_a_cue(tmp_path: Path):

@@ -1,0 +1,254 @@
+"""What a job does with its inputs, with a captioner that only remembers what it was asked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from intertitle.console import save
+from intertitle.errors import MediaError
+from intertitle.runtime.batch import Entry, Job, RecordFile, Settings, SubtitleWriter, Tally, read_inputs
+from intertitle.runtime.batching import BatchItem, BatchResult
+from intertitle.runtime.caption import Caption
+
+
+class Fake:
+    """Says what is in a file; ``bad`` in it fails, ``bug`` in it is one. Holds two items before it gives the first."""
+
+    def __init__(self) -> None:
+        self.asked: list[BatchItem] = []
+
+    def caption_batch(self, items: Iterable[BatchItem], **_: Any) -> Iterator[BatchResult]:
+        held: list[tuple[int, BatchItem]] = []
+        for numbered in enumerate(items):
+            self.asked.append(numbered[1])
+            held.append(numbered)
+            if len(held) > 2:
+                yield self.result(*held.pop(1))
+        for numbered in reversed(held):
+            yield self.result(*numbered)
+
+    def result(self, index: int, item: BatchItem) -> BatchResult:
+        text = Path(item.source).read_text()
+        if "bug" in text:
+            raise ZeroDivisionError
+        if "bad" in text:
+            return BatchResult(index, item, error=MediaError(f"{item.source}: cannot be read"))
+        seconds = None if item.end is None else item.end - (item.start or 0)
+        caption = Caption(
+            text=f"{text}|{item.prompt}|{item.start}|{item.end}",
+            token_ids=[1],
+            token_logprobs=[-0.5],
+            finish_reason="stop",
+            mode="video",
+            prompt_tokens=3,
+            timings={},
+            notes=[],
+            seconds=seconds or 4.0,
+            passes=["greedy"],
+        )
+        return BatchResult(index, item, caption)
+
+
+Run = Callable[..., tuple[Tally, list[dict[str, Any]], list[str]]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run in a directory of its own: the tally, the records and the files that the captioner was given."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*inputs: str, retry_failed: bool = False, **options: Any) -> Any:
+        captioner = Fake()
+        with RecordFile(Path("out.jsonl"), Settings({"bundle": "b"}), retry_failed=retry_failed) as records:
+            tally = Job(read_inputs(inputs), records, **options).run(captioner)
+        found = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+        return tally, found, [os.fspath(item.source) for item in captioner.asked]
+
+    return call
+
+
+def write(**files: str) -> None:
+    for name, text in files.items():
+        Path(f"{name}.mp4").write_text(text)
+
+
+def test_once_each_in_the_order_of_the_inputs(run: Run):
+    write(c="C", a="A", b="bad", d="D")
+    tally, records, asked = run("c.mp4", "a.mp4", "b.mp4", "d.mp4")
+    assert asked == ["c.mp4", "a.mp4", "b.mp4", "d.mp4"]
+    assert [record["file"] for record in records] == asked
+    assert [record.get("text") for record in records] == [
+        "C|None|None|None",
+        "A|None|None|None",
+        None,
+        "D|None|None|None",
+    ]
+    assert records[2]["error"] == {"kind": "media", "reason": "b.mp4: cannot be read"}
+    assert records[0]["sha256"] == hashlib.sha256(b"C").hexdigest()
+    assert records[0]["mean_logprob"] == -0.5
+    assert (tally.inputs, tally.finished, tally.captioned, tally.failed) == (4, 4, 3, 1)
+
+    tally, again, asked = run("c.mp4", "a.mp4", "b.mp4", "d.mp4")
+    assert (asked, again) == ([], records)
+    assert (tally.finished, tally.captioned, tally.already, tally.failures) == (4, 0, 3, 1)
+    # Another order, fewer and more inputs: what was there before stays, behind.
+    write(e="E")
+    _, again, asked = run("e.mp4", "d.mp4", "c.mp4")
+    assert asked == ["e.mp4"]
+    assert [record["file"] for record in again] == ["e.mp4", "d.mp4", "c.mp4", "a.mp4", "b.mp4"]
+
+
+def test_failures_are_tried_again_when_asked(run: Run):
+    write(a="A", b="bad")
+    run("a.mp4", "b.mp4")
+    write(b="good")
+    os.utime("b.mp4", ns=(1, 1))
+    tally, records, asked = run("a.mp4", "b.mp4")
+    assert asked == ["b.mp4"]  # its content is another
+    assert (tally.captioned, tally.failures) == (1, 0)
+    write(b="bad again")
+    tally, records, _ = run("a.mp4", "b.mp4")
+    assert tally.failures == 1
+    tally, _, asked = run("a.mp4", "b.mp4", retry_failed=True)
+    assert asked == ["b.mp4"]
+    assert (tally.failed, tally.already_failed) == (1, 0)
+    assert [record["file"] for record in records] == ["a.mp4", "b.mp4"]
+
+
+def test_content_decides(run: Run):
+    """Touched, moved, copied: no work. Changed: work."""
+    write(a="A", b="B", same="A")
+    tally, records, asked = run("a.mp4", "b.mp4", "same.mp4")
+    assert asked == ["a.mp4", "b.mp4"]
+    assert (tally.captioned, tally.copied) == (2, 1)
+    assert records[2]["text"] == records[0]["text"]
+    assert records[2]["copied_from"] == records[0]["id"]
+    assert records[2]["file"] == "same.mp4"
+    os.utime("a.mp4", ns=(5, 5))
+    Path("b.mp4").rename("moved.mp4")
+    tally, records, asked = run("a.mp4", "moved.mp4")
+    assert asked == []
+    assert (tally.already, tally.copied) == (1, 1)
+    write(a="changed")
+    tally, records, asked = run("a.mp4", "moved.mp4")
+    assert asked == ["a.mp4"]
+    assert records[0]["text"].startswith("changed|")
+    assert len({record["id"] for record in records}) == len(records) == 4
+
+
+def test_the_same_content_fails_under_its_own_name(run: Run):
+    write(a="bad", b="bad")
+    tally, records, asked = run("a.mp4", "b.mp4")
+    assert asked == ["a.mp4"]
+    assert [record["error"]["reason"] for record in records] == ["a.mp4: cannot be read", "b.mp4: cannot be read"]
+    assert (tally.failed, tally.finished) == (2, 2)
+
+
+def test_a_manifest_with_holes(run: Run):
+    write(a="A")
+    Path("list.jsonl").write_text(
+        '{"file": "a.mp4", "id": "x", "prompt": "What?", "start": 1, "end": 2}\nnonsense\n{"file": "gone.mp4"}\n'
+    )
+    tally, records, _ = run("list.jsonl")
+    assert (records[0]["id"], records[0]["text"]) == ("x", "A|What?|1.0|2.0")
+    assert records[1]["line"] == 2
+    assert records[1]["error"]["kind"] == "manifest"
+    assert records[1]["error"]["reason"].startswith("line 2: ")
+    assert records[2]["error"] == {"kind": "media", "reason": "gone.mp4: no such file"}
+    tally, again, asked = run("list.jsonl")
+    assert (again, asked, tally.already_failed) == (records, [], 2)
+    # The same id with another instruction is another caption; a mended line takes the place of its failure.
+    write(gone="found", b="B")
+    Path("list.jsonl").write_text(
+        '{"file": "a.mp4", "id": "x", "prompt": "Who?"}\n{"file": "b.mp4"}\n{"file": "gone.mp4"}\n'
+    )
+    tally, records, asked = run("list.jsonl")
+    assert asked == ["a.mp4", "b.mp4", "gone.mp4"]
+    assert [record["text"] for record in records] == ["A|Who?|None|None", "B|None|None|None", "found|None|None|None"]
+
+
+def test_a_bug_is_no_record(run: Run):
+    write(a="A", b="bug", c="C", d="D")
+    with pytest.raises(ZeroDivisionError):
+        run("a.mp4", "b.mp4", "c.mp4", "d.mp4")
+    write(b="fixed")
+    tally, records, _ = run("a.mp4", "b.mp4", "c.mp4", "d.mp4")
+    assert [record["file"][0] for record in records] == list("abcd")
+    assert tally.failures == 0
+
+
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Files that were cut into thirds, as a plan says."""
+    planned: list[str] = []
+
+    def spans(self: Job, entry: Entry) -> list[tuple[float, float]]:
+        planned.append(entry.file)
+        if "unreadable" in Path(entry.file).read_text():
+            raise MediaError(f"{entry.file}: no")
+        return [(0.0, 1.0), (1.0, 2.0), (2.0, 3.0)]
+
+    monkeypatch.setattr(Job, "_spans", spans)
+    return planned
+
+
+def test_segments_and_their_subtitles(run: Run, cut: list[str], tmp_path: Path):
+    write(a="A", b="B", no="unreadable")
+    said: list[str] = []
+
+    def subtitles() -> SubtitleWriter:
+        files = ["a.mp4", "b.mp4", "no.mp4"]
+        return SubtitleWriter(files, ["srt", "vtt"], save, said.append)
+
+    tally, records, asked = run("a.mp4", "b.mp4", "no.mp4", segments=1.0, subtitles=subtitles())
+    assert asked == ["a.mp4"] * 3 + ["b.mp4"] * 3
+    assert [(record.get("segment"), record.get("segments")) for record in records] == [
+        *[(0, 3), (1, 3), (2, 3)] * 2,
+        (None, None),
+    ]
+    assert [(record["start"], record["end"]) for record in records[:3]] == [(0, 1), (1, 2), (2, 3)]
+    assert len({record["id"] for record in records}) == 7
+    assert (tally.captioned, tally.failed, tally.finished) == (6, 1, 3)
+    srt = Path("a.srt").read_text()
+    assert srt.split("\n\n")[1] == "2\n00:00:01,000 --> 00:00:02,000\nA|None|1.0|2.0"
+    assert Path("b.vtt").read_text().startswith("WEBVTT\n\n00:00:00.000 --> 00:00:01.000\nB|None")
+    assert not Path("no.srt").exists()
+
+    # Killed after the records and before the subtitles, in the middle of a file: the rest is made, once.
+    lines = Path("out.jsonl").read_text().splitlines(keepends=True)
+    Path("out.jsonl").write_text("".join([*lines[:4], *lines[5:6]]))
+    Path("a.srt").unlink()
+    Path("b.srt").unlink()
+    cut.clear()
+    tally, again, asked = run("a.mp4", "b.mp4", "no.mp4", segments=1.0, subtitles=subtitles())
+    assert asked == ["b.mp4"]
+    assert cut == ["b.mp4", "no.mp4"]
+    assert [record["id"] for record in again] == [record["id"] for record in records]
+    assert Path("a.srt").read_text() == srt
+    assert Path("b.srt").exists()
+    assert said == []
+    # A file of the user's under that name is not written over.
+    Path("a.srt").write_text("mine")
+    run("a.mp4", "b.mp4", "no.mp4", segments=1.0, subtitles=subtitles())
+    assert Path("a.srt").read_text() == "mine"
+    assert "a.srt says something else already" in said[0]
+
+
+def test_subtitles_of_files_that_share_a_name(tmp_path: Path):
+    def names(*files: str, directory: Path | None = None) -> set[str]:
+        written: list[Path] = []
+        writer = SubtitleWriter(files, ["srt"], lambda path, _: written.append(path), print, directory)
+        for file in files:
+            writer.write(file, [{"text": "x", "seconds": 2.0}])
+        return {path.name for path in written}
+
+    assert names("a.mp4", "a.mkv", "b.mp4") == {"a.mp4.srt", "a.mkv.srt", "b.srt"}
+    assert names("x/a.mp4", "y/b.mp4", directory=tmp_path) == {"a.srt", "b.srt"}
+    with pytest.raises(Exception, match="would have the same subtitle file"):
+        names("x/a.mp4", "y/a.mp4", directory=tmp_path)
