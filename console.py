@@ -322,8 +322,11 @@ def describe(manifest: Manifest) -> Iterator[Table | str]:
     decoder, visual, media = manifest.decoder, manifest.visual, manifest.preprocessing
     cache = 2 * 4 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim
     sound = f", {media.audio.num_tokens} audio tokens" if media.audio else ", no audio branch"
-    kept = "" if visual.keep in (None, 1) else f" (merging keeps {visual.keep:g})"
     tokens = visual.blocks * visual.tokens_per_block
+    kept = "" if visual.keep in (None, 1) else f" (merging keeps {visual.keep:g})"
+    if len(visual.ratios) > 1:
+        counts = (f"{ratio.keep:g} {visual.blocks * ratio.tokens_per_block}" for ratio in visual.ratios)
+        kept = f" (by ratio of merging: {', '.join(counts)})"
     yield f"sees {media.num_frames} frames ({media.frame_rule}): {tokens} visual tokens{kept}{sound}; modes: " + (
         ", ".join(manifest.prompts)
     )

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from intertitle.console import ProgressDisplay, check_savable, describe, one_line, save, show, table
 from intertitle.errors import OptionError
-from intertitle.runtime.bundle import Bundle
+from intertitle.runtime.bundle import Bundle, MergingRatio, VisualSpec
+from msgspec.structs import replace
 from rich.table import Table
 
 Capture = pytest.CaptureFixture[str]
@@ -133,6 +134,21 @@ def test_a_bundle_described(write_bundle: Callable[..., Path], tmp_path: Path):
     assert columns["component"] == ["vision", "connector", "audio", "decoder", "embedding"]
     assert columns["weights"] == ["fp32", "fp32", "fp32", "int4", "bfloat16"]
     assert columns["parameters"] == ["10", "10", "10", "10", "28"]
+
+
+def test_ratios_of_merging_described(write_bundle: Callable[..., Path], tmp_path: Path):
+    manifest = Bundle.open(write_bundle(tmp_path / "bundle")).manifest
+    ratios = [
+        MergingRatio(keep=1.0, graph="a", tokens_per_block=9),
+        MergingRatio(keep=0.1, graph="b", tokens_per_block=2),
+    ]
+    for count, said in (
+        (2, "72 visual tokens (by ratio of merging: 1 72, 0.1 16), 1496"),
+        (1, "72 visual tokens, 1496"),
+    ):
+        visual = VisualSpec(blocks=8, tokens_per_block=9, per_frame=True, ratios=ratios[:count])
+        text = [line for line in describe(replace(manifest, visual=visual)) if isinstance(line, str)]
+        assert said in text[1]
 
 
 def test_save_is_whole_or_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
