@@ -21,6 +21,13 @@ from . import options
 @click.option("--target", metavar="NAME", default="cpu", show_default=True, help="What the bundle is for: cpu.")
 @click.option("--weights", metavar="FORMAT", help="The decoder's weights: int4 or fp32.  [default: int4 for cpu]")
 @click.option(
+    "--block-size",
+    type=int,
+    metavar="N",
+    help="int4 weights that share a scale: 32, 64 or 128. Larger is faster and coarser, and a caption may come out "
+    "otherwise in a batch than alone.  [default: 32]",
+)
+@click.option(
     "--visual-tokens",
     type=float,
     metavar="RATIO",
@@ -37,6 +44,7 @@ def compile_command(
     adapter: Path | None,
     target: str,
     weights: str | None,
+    block_size: int | None,
     visual_tokens: tuple[float, ...],
     overwrite: bool,
     quiet: bool,
@@ -54,6 +62,7 @@ def compile_command(
             adapter=adapter,
             target=target,
             weights=weights,
+            block_size=block_size,
             visual_tokens=visual_tokens or None,
             overwrite=overwrite,
             progress=progress,

@@ -58,6 +58,7 @@ def compile_bundle(
     adapter: str | os.PathLike[str] | None = None,
     target: str = "cpu",
     weights: str | None = None,
+    block_size: int | None = None,
     visual_tokens: float | Sequence[float] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -65,8 +66,9 @@ def compile_bundle(
     """Compile a checkpoint in its released layout into a bundle.
 
     ``adapter``: a LoRA adapter (PEFT layout), merged in fp32. ``weights``: the decoder's format, the target's default
-    when ``None``. ``visual_tokens``: the ratio of visual tokens that AuroraCap's merging keeps, or several of which
-    the first is the default at run time (``DEFAULT_RATIOS`` when ``None``); they share the weights on disk.
+    when ``None``; ``block_size``: int4 weights that share a scale (larger: faster, coarser, and a caption may come out
+    otherwise in a batch than alone). ``visual_tokens``: the ratio of visual tokens that AuroraCap's merging keeps, or
+    several of which the first is the default at run time (``DEFAULT_RATIOS`` when ``None``); they share the weights.
     ``overwrite``: replace a bundle that is there already. The bundle appears under ``output`` whole or not at all.
     Raises ``CheckpointError``, ``OptionError`` or ``TargetError``, and ``IntertitleError`` for a full disk.
     """
@@ -74,6 +76,11 @@ def compile_bundle(
     weights = record.decoder_weights[0] if weights is None else weights
     if weights not in record.decoder_weights:
         raise OptionError(f"target '{target}' takes weights {' or '.join(record.decoder_weights)}, not '{weights}'")
+    if block_size is not None:
+        if weights != "int4" or block_size not in record.block_sizes:
+            sizes = ", ".join(map(str, record.block_sizes))
+            raise OptionError(f"a block size is for int4 weights, one of {sizes}: not {block_size} for {weights}")
+        record = replace(record, block_size=block_size)
     BundleWriter(output, overwrite=overwrite).check_place()
     report = progress or (lambda *_: None)
     report("reading the checkpoint", 0, 0)

@@ -15,12 +15,14 @@ class Target:
     first; ``block_size`` the input channels that share a scale in a quantized weight. Blocks of 32 on a CPU: larger
     ones are faster (a step at the 0.5 B shape takes 0.88 of the time with 64, 0.75 with 128), but there ONNX Runtime's
     kernels for one row and for several round differently, and a caption would depend on what shares its batch.
+    ``block_sizes`` are those that may be asked for.
     """
 
     name: str
     dialect: str
     decoder_weights: tuple[str, ...]
     block_size: int
+    block_sizes: tuple[int, ...] = (32, 64, 128)
 
 
 TARGETS = {

@@ -27,6 +27,7 @@ from intertitle.export.graph_writer import WeightReader, payload_size, serialize
 from intertitle.export.trace import TracedGraph, Weight
 from intertitle.models import random_checkpoint
 from intertitle.runtime.bundle import Bundle, Manifest
+from intertitle.runtime.ort import OrtDecoder
 from intertitle.runtime.text import build_prompt, prompt_ids
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
@@ -532,3 +533,24 @@ def test_peak_memory_does_not_grow_with_depth(weights, tmp_path, monkeypatch):
     added = size[24] - size[4]
     assert added > 450e6
     assert peak[24] - peak[4] < added / 4
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_a_larger_block_size_is_stored_and_runs(block_size, tmp_path, data_dir):
+    bundle = compile_bundle(data_dir / "clip-mistral", tmp_path / "b", weights="int4", block_size=block_size).path
+    assert manifest_of(bundle).components["decoder"].block_size == block_size
+    products = [node for node in decoder_of(bundle).node if node.op_type == "MatMulNBits"]
+    assert {attributes(node)["block_size"] for node in products} == {block_size}
+    opened = Bundle.open(bundle)
+    decoder = OrtDecoder(opened.file("decoder.ort.onnx"), opened.manifest.decoder, opened.embed)
+    logits = decoder.open(1, 8).prefill(0, np.ones((8, 128), np.float32))
+    exact = Bundle.open(compile_bundle(data_dir / "clip-mistral", tmp_path / "f", weights="fp32").path)
+    reference = OrtDecoder(exact.file("decoder.ort.onnx"), exact.manifest.decoder, exact.embed)
+    theirs = reference.open(1, 8).prefill(0, np.ones((8, 128), np.float32))
+    assert 1e-3 < np.abs(logits - theirs).max() / np.abs(theirs).max() < 0.6
+
+
+@pytest.mark.parametrize(("weights", "block_size"), [("fp32", 32), ("int4", 48)])
+def test_block_sizes_that_cannot_be(weights, block_size, tmp_path, data_dir):
+    with pytest.raises(OptionError, match="block size"):
+        compile_bundle(data_dir / "clip-mistral", tmp_path / "b", weights=weights, block_size=block_size)
