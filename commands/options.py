@@ -76,10 +76,11 @@ def decoding_options(command: Command) -> Command:
         given = {name: others.pop(name) for name in _DECODING if name in others}
         if strategy == "contrastive":
             strategy, given["contrast"] = "greedy", given["contrast"] or "temporal"
+        decoding = Decoding(strategy=strategy, **given)  # type: ignore[arg-type]
         sampling = any(given[name] is not None for name in ("temperature", "top_p", "top_k")) or given["min_p"]
         if strategy != "sample" and sampling:
             say("--temperature, --top-p, --top-k and --min-p do nothing without --decoding sample")
-        return command(*arguments, decoding=Decoding(strategy=strategy, **given), **others)  # type: ignore[arg-type]
+        return command(*arguments, decoding=decoding, **others)
 
     made = [click.option(f"--{name.replace('_', '-')}", name, **how) for name, how in _DECODING.items()]
     strategy = click.option(
@@ -99,7 +100,11 @@ _DECODING: dict[str, dict[str, Any]] = {
     "temperature": {"type": float, "help": "Sampling: temperature.  [default: the checkpoint's]"},
     "top_p": {"type": float, "help": "Sampling: probability mass kept.  [default: the checkpoint's]"},
     "top_k": {"type": int, "help": "Sampling: tokens kept, 0 for all.  [default: the checkpoint's]"},
-    "min_p": {"type": float, "default": 0.0, "help": "Sampling: least share of the likeliest token's probability."},
+    "min_p": {
+        "type": float,
+        "default": 0.0,
+        "help": "Sampling: least share of the likeliest token's probability.  [default: off]",
+    },
     "seed": {"type": int, "default": 0, "show_default": True, "help": "Seed of sampling and noise."},
     "num_beams": {"type": int, "default": 4, "show_default": True, "help": "Beam search: beams."},
     "length_penalty": {
@@ -123,7 +128,7 @@ _DECODING: dict[str, dict[str, Any]] = {
     "confidence": {
         "type": float,
         "metavar": "LOGPROB",
-        "help": "Contrast and second pass only for captions whose mean token log-likelihood is below this, e.g. -1.5.",
+        "help": "Contrast, second pass only for captions whose mean log-likelihood is below this.  [default: all]",
     },
 }
 

@@ -138,6 +138,7 @@ def test_compiled_by_the_command_to_tokens_as_the_reference(
     """The two commands of the README, with an adapter, and that the first does not write where something is."""
     bundle = tmp_path / "bundle"
     compilation = ["compile", data_dir / "clip-mistral", "-o", bundle, "--weights", "fp32"]
+    parts = ("vision", "frame_connector", "connector", "decoder")
     result = run(*compilation, "--adapter", data_dir / "clip-mistral-lora")
     assert result.code == 0
     assert result.errors[0] == "reading the checkpoint"
@@ -145,13 +146,13 @@ def test_compiled_by_the_command_to_tokens_as_the_reference(
         [
             "closing",
             "writing embedding",
-            *(f"{verb} {name}" for verb in ("tracing", "writing") for name in ("vision", "connector", "decoder")),
+            *(f"{verb} {name}" for verb in ("tracing", "writing") for name in parts),
         ]
     )
     title, header, _, *rows, total = result.out.splitlines()
     assert title == f"{bundle}:"
     assert header.split() == ["component", "weights", "parameters", "MB"]
-    assert {row.split()[0] for row in rows} == {"vision", "connector", "decoder", "embedding", "tokenizer"}
+    assert {row.split()[0] for row in rows} == {*parts, "embedding", "tokenizer"}
     on_disk = sum(file.stat().st_size for file in bundle.iterdir() if file.name != "bundle.json")
     assert total.split() == ["total", f"{on_disk / 1e6:,.1f}"]
 
@@ -234,7 +235,9 @@ def test_sampling_options_without_sampling_are_pointed_out(compiled: Compiled, r
     options = ["-q", "--no-audio", "--max-new-tokens", 2]
     result = run("caption", compiled("av-qwen2"), DEMO_CLIP, "--temperature", 0.5, *options)
     assert result.code == 0
-    assert result.errors == ["intertitle: --temperature, --top-p and --top-k do nothing without --decoding sample"]
+    assert result.errors == [
+        "intertitle: --temperature, --top-p, --top-k and --min-p do nothing without --decoding sample"
+    ]
     assert run("caption", compiled("av-qwen2"), DEMO_CLIP, "--seed", 7, *options).err == ""
 
 
@@ -392,7 +395,7 @@ def test_no_arguments_show_the_help(run: Callable[..., Result]):
         (["compile", "checkpoint", "-o", "x"], "checkpoint is not a folder"),
         (["caption", "bundle"], "Missing argument 'MEDIA...'"),
         (["caption", "bundle", "a.mp4"], "bundle: there is no such directory"),
-        (["caption", "bundle", "a.mp4", "--decoding", "beam"], "'beam' is not one of 'greedy', 'sample'"),
+        (["caption", "bundle", "a.mp4", "--decoding", "beams"], "'beams' is not one of 'greedy', 'sample', 'beam'"),
         (["caption", "bundle", "a.mp4", "--stream", "--json"], "exclude each other"),
         (["caption", "bundle", "a.mp4", "b.mp4", "--srt", "x.srt"], "--srt takes one clip"),
         (["caption", "bundle", "a.mp4", "--srt", "missing/x.srt"], "there is no directory missing"),

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from intertitle.console import ProgressDisplay, check_savable, describe, one_line, save, show, table
+from intertitle.console import BatchDisplay, ProgressDisplay, check_savable, describe, one_line, save, show, table
 from intertitle.errors import OptionError
+from intertitle.runtime.batch import Tally
 from intertitle.runtime.bundle import Bundle, MergingRatio, VisualSpec
 from msgspec.structs import replace
 from rich.table import Table
@@ -90,6 +91,68 @@ def test_stdout_is_left_alone_while_a_bar_is_shown(terminal: None, capsys: Captu
         assert (sys.stdout, sys.stderr) == before
         print("a caption")
     assert capsys.readouterr().out == "a caption\n"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """``clock(seconds)`` goes on by so much."""
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def advance(seconds: float) -> None:
+        now[0] += seconds
+
+    return advance
+
+
+def test_a_batch_in_plain_lines(clock: Callable[[float], None], capsys: Capture):
+    """By hand: a clip every 3 s; what an earlier run had done does not count as speed."""
+    tally = Tally(inputs=40)
+    with BatchDisplay(40) as display:
+        for _ in range(10):
+            tally.already += 1
+            tally.finished += 1
+            display(tally)
+        for done in range(1, 9):
+            clock(3)
+            tally.captioned, tally.failed, tally.finished = done - done // 8, done // 8, 10 + done
+            display(tally)
+    # Of 40 inputs 26 and 23 are left, at 3 s each.
+    assert capsys.readouterr() == (
+        "",
+        "14/40, 20.0 clips/min, 1:18 left\n18/40, 20.0 clips/min, 1 failed, 1:06 left\n",
+    )
+    display.summary(tally)
+    assert capsys.readouterr().err == (
+        "7 captioned, 10 already done, 0 copied, 1 failed; 17.5 clips/min, 0:24 in all\n"
+    )
+
+
+def test_the_speed_of_a_batch_is_that_of_the_last_minute(clock: Callable[[float], None]):
+    tally = Tally(inputs=1000)
+    with BatchDisplay(1000) as display:
+        for seconds in [1] * 100 + [10] * 10:
+            clock(seconds)
+            tally.captioned += 1
+            tally.finished += 1
+            display(tally)
+        assert "6.0 clips/min" in display.state(tally)
+        assert "2:28:20 left" in display.state(tally)  # 890 of 10 s
+
+
+def test_a_batch_on_a_terminal_and_a_quiet_one(terminal: None, clock: Callable[[float], None], capsys: Capture):
+    tally = Tally(inputs=3, finished=2, captioned=2)
+    with BatchDisplay(3) as display:
+        clock(4)
+        display(tally)
+        assert display._bar is not None
+        (task,) = display._bar.tasks
+        assert (task.completed, task.total, task.fields["count"]) == (2, 3, "2/3, 30.0 clips/min, 0:02 left")
+    assert capsys.readouterr().out == ""
+    with BatchDisplay(3, quiet=True) as display:
+        clock(60)
+        display(tally)
+    assert capsys.readouterr() == ("", "")
 
 
 @given(st.text())
