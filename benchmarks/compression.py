@@ -85,24 +85,26 @@ def measure_bundle(bundle: Path, clips: Sequence[Path], length: int, rounds: int
     read = [captioner.read(clip, audio=False) for clip in clips]
     # The uncompressed clip is the yardstick: None, or the largest compiled ratio. It also warms the sessions up.
     whole = [run_setting(captioner, clip, settings[0] if merging else None, length, None) for clip in read]
+    runs: dict[float, list[list[Run]]] = {setting: [[] for _ in clips] for setting in settings}
+    for turn in range(rounds):
+        # Every other round backwards, as in ``harness.alternate``.
+        for setting in settings[:: -1 if turn % 2 else 1]:
+            for own, clip, base in zip(runs[setting], read, whole, strict=True):
+                own.append(run_setting(captioner, clip, setting, length, base.caption))
     rows = []
-    for setting in settings:
-        runs = [
-            [run_setting(captioner, clip, setting, length, base.caption) for _ in range(rounds)]
-            for clip, base in zip(read, whole, strict=True)
-        ]
+    for setting, of_clips in runs.items():
         drifts = [
             measure_drift(
                 own[0].logits, own[0].logits.argmax(1).tolist(), GreedyCaption(base.caption, base.logits), 0.0
             )
-            for own, base in zip(runs, whole, strict=True)
+            for own, base in zip(of_clips, whole, strict=True)
         ]
-        every = [run for own in runs for run in own]
+        every = [run for own in of_clips for run in own]
         rows.append(
             {
                 "visual_tokens": setting,
-                "tokens": [own[0].tokens for own in runs],
-                "prompt_tokens": [own[0].prompt_tokens for own in runs],
+                "tokens": [own[0].tokens for own in of_clips],
+                "prompt_tokens": [own[0].prompt_tokens for own in of_clips],
                 "seconds": {
                     name: round(statistics.median(run.seconds[name] for run in every), 5) for name in every[0].seconds
                 },
@@ -112,7 +114,7 @@ def measure_bundle(bundle: Path, clips: Sequence[Path], length: int, rounds: int
             }
         )
     return {
-        "bundle": manifest.name,
+        "bundle": bundle.name,
         "family": manifest.family,
         "weights": manifest.weights,
         "method": "merging in the tower" if merging else "bipartite merging behind the connector",
