@@ -78,8 +78,8 @@ def compile_bundle(
         raise OptionError(f"target '{target}' takes weights {' or '.join(record.decoder_weights)}, not '{weights}'")
     if block_size is not None:
         if weights != "int4" or block_size not in record.block_sizes:
-            sizes = ", ".join(map(str, record.block_sizes))
-            raise OptionError(f"a block size is for int4 weights, one of {sizes}: not {block_size} for {weights}")
+            known = ", ".join(map(str, record.block_sizes))
+            raise OptionError(f"a block size is for int4 weights, one of {known}: not {block_size} for {weights}")
         record = replace(record, block_size=block_size)
     BundleWriter(output, overwrite=overwrite).check_place()
     report = progress or (lambda *_: None)
