@@ -174,7 +174,7 @@ class Captioner:
                 for seed in seeds
             ]
         together = min(rows, len(tasks)) * tasks[0].rows
-        runner = Runner(self._idle_scheduler(together, max(task.max_length for task in tasks), stages))
+        runner = Runner(self._idle_scheduler(together, max(task.max_length for task in tasks), stages, True))
         for task in tasks:
             runner.add(task)
         while not runner.idle:
@@ -227,7 +227,9 @@ class Captioner:
 
         def open_scheduler(max_length: int) -> Scheduler:
             count = self._rows_in(memory, _rounded(max_length, self.manifest.decoder.context_length), per_caption)
-            return self._idle_scheduler(min(rows or DEFAULT_ROWS, count) * per_caption, max_length, Stages())
+            return self._idle_scheduler(
+                min(rows or DEFAULT_ROWS, count) * per_caption, max_length, Stages(), exact=True
+            )
 
         wanted = (item if isinstance(item, BatchItem) else BatchItem(item) for item in items)
         for done, result in enumerate(run_batch(Pipeline(read, task, open_scheduler), wanted), 1):
@@ -352,17 +354,21 @@ class Captioner:
         if len(stream.caption.text) > shown:
             yield stream.caption.text[shown:]
 
-    def _idle_scheduler(self, rows: int, max_length: int, stages: Stages) -> Scheduler:
+    def _idle_scheduler(self, rows: int, max_length: int, stages: Stages, exact: bool = False) -> Scheduler:
         """The captioner's scheduler, if it has the rows and nobody uses it, else a new one in its place.
 
-        What its rows hold is reused by prompts that begin alike.
+        What its rows hold is reused by prompts that begin alike. ``exact``: no more and no longer rows than asked for,
+        which bounds the memory and what is generated together.
         """
+        length = _rounded(max_length, self.manifest.decoder.context_length)
         kept = self._scheduler
-        if kept is None or not kept.idle or kept.inference.rows < rows or kept.inference.max_length < max_length:
-            self._scheduler = None  # free its cache before the next is made
-            length = _rounded(max_length, self.manifest.decoder.context_length)
-            kept = self._scheduler = Scheduler(self.open_inference(length, rows, stages))
-        return kept
+        if kept is not None and kept.idle:
+            size = kept.inference.rows, kept.inference.max_length
+            if size == (rows, length) or (not exact and size[0] >= rows and size[1] >= max_length):
+                return kept
+        kept = self._scheduler = None  # free its cache before the next is made
+        self._scheduler = Scheduler(self.open_inference(length, rows, stages))
+        return self._scheduler
 
     def _rows_in(self, memory: int | None, max_length: int, per_caption: int) -> int:
         """Captions whose cache fits into ``memory`` bytes."""

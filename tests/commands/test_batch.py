@@ -87,7 +87,7 @@ def test_records_are_what_the_captioner_says(bundle: Path, clips: Path, run: Run
         "0 captioned, 0 already"
     )
 
-    refused = run(bundle, clips, "-o", output, "--max-new-tokens", 7, "--no-audio")
+    refused = run(bundle, clips, "-o", output, "--max-new-tokens", 7, "--no-audio", "-q")
     assert refused == (
         2,
         "",

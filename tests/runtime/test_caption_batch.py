@@ -161,4 +161,5 @@ def test_steps_are_shared(captioner, clips, monkeypatch):
     lengths = {len(result.caption.token_ids) for result in results if result.caption}
     assert len(results) == 7
     assert sum(steps) == 7 * (lengths.pop() - 1)
+    assert max(steps) == 4
     assert steps.count(4) >= len(steps) // 3
