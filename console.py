@@ -320,7 +320,6 @@ def describe(manifest: Manifest) -> Iterator[Table | str]:
     parts.add_row("embedding", embedding.dtype, f"{rows * width:,}", f"{size:,.1f}", "", shape)
     yield parts
     decoder, visual, media = manifest.decoder, manifest.visual, manifest.preprocessing
-    cache = 2 * 4 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim
     sound = f", {media.audio.num_tokens} audio tokens" if media.audio else ", no audio branch"
     tokens = visual.blocks * visual.tokens_per_block
     kept = "" if visual.keep in (None, 1) else f" (merging keeps {visual.keep:g})"
@@ -330,7 +329,7 @@ def describe(manifest: Manifest) -> Iterator[Table | str]:
     yield f"sees {media.num_frames} frames ({media.frame_rule}): {tokens} visual tokens{kept}{sound}; modes: " + (
         ", ".join(manifest.prompts)
     )
-    yield f"context {decoder.context_length} tokens; cache {cache:,} bytes a token (float32)"
+    yield f"context {decoder.context_length} tokens; cache {decoder.cache_bytes:,} bytes a token (float32)"
     made = manifest.provenance
     adapter = f" + adapter {made.adapter}" if made.adapter else ""
     yield f"compiled from {made.checkpoint}{adapter} by intertitle {made.intertitle}"

@@ -63,11 +63,10 @@ def bound(captioner: Captioner, rows: int) -> dict[str, int]:
     scheduler = captioner._scheduler
     assert scheduler is not None
     decoder, inference = captioner.manifest.decoder, scheduler.inference
-    token = 2 * 4 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim
     prompt = 4 * decoder.hidden_size * inference.max_length
     frames = 3 * 640 * 360 * captioner.manifest.preprocessing.num_frames
     return {
-        "cache": token * inference.rows * inference.max_length,
+        "cache": decoder.cache_bytes * inference.rows * inference.max_length,
         "prompts": prompt * (rows + 1),
         "clips": frames * (rows + READ_AHEAD + 1),
     }

@@ -77,6 +77,11 @@ class DecoderSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     hidden_size: Positive
     context_length: Positive
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of float32 keys and values for one token."""
+        return 2 * 4 * self.num_layers * self.num_kv_heads * self.head_dim
+
 
 class AudioSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Sound into the audio component: ``num_samples`` at ``sample_rate`` Hz, ``num_frames`` fbank frames."""

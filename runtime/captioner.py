@@ -164,7 +164,7 @@ class Captioner:
         if decoding.strategy == "beam" and decoding.num_beams < count:
             raise OptionError(f"{count} captions need at least so many beams, not {decoding.num_beams}")
         stages = Stages(progress)
-        encoded, clip = self._encoded(source, stages, media, decoding.contrast is not None)
+        encoded, clip = self._encoded(source, stages, media, _contrasts(decoding))
         if decoding.strategy == "beam":
             tasks = [CaptionTask(self._model, encoded, prompt, decoding, stages, clip, num_results=count)]
         else:
@@ -206,7 +206,7 @@ class Captioner:
         how = decoding or Decoding()
         if rows is not None and rows < 1:
             raise OptionError(f"rows must be at least 1, not {rows}")
-        per_caption = max(resolve(how, self.manifest.generation).rows, 1)
+        per_caption = resolve(how, self.manifest.generation).rows
 
         def read(item: BatchItem, stages: Stages) -> Clip:
             return read_clip(
@@ -374,8 +374,7 @@ class Captioner:
         """Captions whose cache fits into ``memory`` bytes."""
         if memory is None:
             return sys.maxsize
-        decoder = self.manifest.decoder
-        row = 2 * 4 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * max_length
+        row = self.manifest.decoder.cache_bytes * max_length
         count = memory // (row * per_caption)
         if count < 1:
             raise OptionError(

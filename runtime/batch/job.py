@@ -296,9 +296,8 @@ class Job:
 def _described(caption: Caption) -> Record:
     """A caption as its part of a record. Log-likelihoods token by token stay out: their mean says most of it."""
     fields = asdict(caption)
-    start = fields.pop("start")
-    for name in ("token_logprobs", "contrast_logprobs"):
-        fields.pop(name, None)
-    del start  # the record has the item's own
+    # The record has the item's own start.
+    for name in ("token_logprobs", "contrast_logprobs", "start"):
+        del fields[name]
     text = fields.pop("text")
     return {"text": text, "mean_logprob": caption.mean_logprob} | fields
