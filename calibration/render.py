@@ -189,12 +189,19 @@ def write_clip(scene: Scene, path: str | Path, rate: int = 44100) -> None:
     The file is whole or absent. Raises ``OptionError`` for an odd width or height, which yuv420p cannot hold, for a
     path that cannot be written, and as ``render_sound``.
     """
+    _check_even(scene.size)
+    write_mp4(path, render_frames(scene), scene.fps, render_sound(scene, rate) if scene.sounds else None, rate)
+
+
+def write_mp4(
+    path: str | Path, frames: NDArray[np.uint8], fps: int, sound: NDArray[np.float32] | None = None, rate: int = 44100
+) -> None:
+    """Encode frames uint8 ``[T, H, W, 3]`` and mono sound float32 ``[n]`` as ``write_clip`` does, with its errors."""
     path = Path(path)
-    if scene.size[0] % 2 or scene.size[1] % 2:
-        raise OptionError(f"a clip's width and height are even numbers, not {scene.size[0]} x {scene.size[1]}")
+    _check_even((frames.shape[2], frames.shape[1]))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        _encode(scene, render_frames(scene), render_sound(scene, rate) if scene.sounds else None, partial, rate)
+        _encode(frames, fps, sound, partial, rate)
         partial.replace(path)
     except (OSError, FFmpegError) as error:
         raise OptionError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
@@ -329,11 +336,11 @@ def _random_sounds(rng: np.random.Generator, seconds: float) -> list[Sound]:
 # --- encoding
 
 
-def _encode(scene: Scene, frames: NDArray[np.uint8], sound: NDArray[np.float32] | None, path: Path, rate: int) -> None:
+def _encode(frames: NDArray[np.uint8], fps: int, sound: NDArray[np.float32] | None, path: Path, rate: int) -> None:
     with av.open(str(path), "w", format="mp4") as container:
         # One thread: x264 splits its work by threads, and the file is to be the same everywhere.
-        video = container.add_stream("libx264", rate=scene.fps, options={"crf": "23", "threads": "1"})
-        video.width, video.height = scene.size
+        video = container.add_stream("libx264", rate=fps, options={"crf": "23", "threads": "1"})
+        video.width, video.height = frames.shape[2], frames.shape[1]
         video.pix_fmt = "yuv420p"
         audio = container.add_stream("aac", rate=rate, layout="mono") if sound is not None else None
         for array in frames:
@@ -352,6 +359,12 @@ def _encode(scene: Scene, frames: NDArray[np.uint8], sound: NDArray[np.float32] 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise OptionError(f"{name} {value!r} is not one of {', '.join(choices)}")
+
+
+def _check_even(size: tuple[int, int]) -> None:
+    """yuv420p halves both sides for its colours."""
+    if size[0] % 2 or size[1] % 2:
+        raise OptionError(f"a clip's width and height are even numbers, not {size[0]} x {size[1]}")
 
 
 def _check_positive(name: str, value: float) -> None:
