@@ -16,7 +16,7 @@ from .scene import Scene
 from .sounds import render_sound
 
 FPS = 25
-NUM_FRAMES = 100
+NUM_FRAMES = round(SECONDS * FPS)
 """Of the clip on disk: ``SECONDS`` at ``FPS``."""
 
 _Distance = Callable[[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]]
@@ -122,7 +122,7 @@ def _square(x: NDArray[np.float32], y: NDArray[np.float32], radius: NDArray[np.f
 def _triangle(x: NDArray[np.float32], y: NDArray[np.float32], radius: NDArray[np.float32]) -> NDArray[np.float32]:
     """Equilateral, pointing up; its centre is where the lines from its corners meet."""
     sides = np.float32(math.sqrt(3) / 2) * np.abs(x) - y / 2
-    return np.maximum(y, sides) - np.float32(0.7) * radius
+    return np.maximum(y, sides) - np.float32(0.74) * radius
 
 
 def _cross(x: NDArray[np.float32], y: NDArray[np.float32], radius: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -135,6 +135,4 @@ def _cross(x: NDArray[np.float32], y: NDArray[np.float32], radius: NDArray[np.fl
 #: Signed distance to the edge in pixels, negative inside, by shape.
 _DISTANCES: dict[str, _Distance] = {"circle": _circle, "square": _square, "triangle": _triangle, "cross": _cross}
 #: How far the shape reaches from its centre along an axis, in radii.
-_REACH = {"circle": 1.0, "square": 0.89, "triangle": 1.4, "cross": 1.15}
-
-assert SECONDS * FPS == NUM_FRAMES
+_REACH = {"circle": 1.0, "square": 0.89, "triangle": 1.48, "cross": 1.15}

@@ -1,6 +1,6 @@
 """What is true of a scene, and how much of it a text says.
 
-A fact is a triple of strings. The facts of a scene are 8 to 15: for each thing that it exists (colour and shape), its
+A fact is a triple of strings. The facts of a scene are 8 to 16: for each thing that it exists (colour and shape), its
 size, what it does, and when, where that is not said by the order of two; the background's kind and colours; the
 camera; the order of two that act; the sound of each half; the thing that the beep belongs to.
 """

@@ -7,7 +7,6 @@ and of the two halves of the sound, in varying words and order.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...errors import OptionError
@@ -177,8 +176,3 @@ def _sentence(text: str) -> str:
 def _article(text: str) -> str:
     """The only word of the lexicon that asks for "an" is a colour."""
     return text.replace("a orange", "an orange")
-
-
-def texts(scenes: Sequence[Scene], count: int = 5) -> list[str]:
-    """The captions of many scenes, for a tokenizer to learn from."""
-    return [text for scene in scenes for text in captions(scene, count)]

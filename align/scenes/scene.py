@@ -143,16 +143,19 @@ class Scene:
             raise OptionError(f"a scene has a sound for each half, not {len(self.sounds)}")
         if self.camera != "still" and self.background.kind == "plain":
             raise OptionError("a camera that pans over a plain background cannot be seen to")
+        if len(self._tied_things) > 1:
+            raise OptionError("a scene has one beep at the moment of one thing, not two")
         if self.tied != (self.tied_thing is not None):
             raise OptionError("a scene is tied if, and only if, a half of one beep holds a thing's moment")
 
     @property
     def tied_thing(self) -> Thing | None:
         """The thing at whose moment the beep sounds."""
-        for thing in self.things:
-            if thing.momentary and self.sounds[half_of(thing)] == Heard("beeps", 1):
-                return thing
-        return None
+        return next(iter(self._tied_things), None)
+
+    @property
+    def _tied_things(self) -> list[Thing]:
+        return [thing for thing in self.things if thing.momentary and self.sounds[half_of(thing)].count == 1]
 
     @property
     def pair(self) -> tuple[Thing, Thing] | None:
@@ -248,7 +251,7 @@ def _draw_deeds(rng: random.Random, count: int) -> list[tuple[str, When]]:
 def _draw_sounds(rng: random.Random, things: Sequence[Thing]) -> tuple[tuple[Heard, Heard], bool]:
     sounds = [_draw_sound(rng) for _ in range(2)]
     moments = [thing for thing in things if thing.momentary]
-    tied = rng.choice(moments) if moments and rng.random() < 0.5 else None
+    tied = rng.choice(moments) if moments and rng.random() < 0.35 else None
     for thing in moments:
         half = half_of(thing)
         if thing is tied:
@@ -261,7 +264,8 @@ def _draw_sounds(rng: random.Random, things: Sequence[Thing]) -> tuple[tuple[Hea
 
 def _draw_sound(rng: random.Random) -> Heard:
     kind = rng.choice(SOUND_KINDS)
-    return Heard(kind, rng.randint(1, 3) if kind == "beeps" else 0)
+    # Most single beeps are tied ones.
+    return Heard(kind, _weighted(rng, (1, 2, 3), (1, 3, 3)) if kind == "beeps" else 0)
 
 
 def _weighted(rng: random.Random, options: Sequence[_T], weights: Sequence[int]) -> _T:
