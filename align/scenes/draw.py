@@ -120,7 +120,8 @@ def _square(x: NDArray[np.float32], y: NDArray[np.float32], radius: NDArray[np.f
 
 
 def _triangle(x: NDArray[np.float32], y: NDArray[np.float32], radius: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Equilateral, pointing up; its centre is where the lines from its corners meet."""
+    """Equilateral, pointing up; its centre is at half its height: as much room above as below."""
+    y = y - np.float32(0.37) * radius
     sides = np.float32(math.sqrt(3) / 2) * np.abs(x) - y / 2
     return np.maximum(y, sides) - np.float32(0.74) * radius
 
@@ -135,4 +136,4 @@ def _cross(x: NDArray[np.float32], y: NDArray[np.float32], radius: NDArray[np.fl
 #: Signed distance to the edge in pixels, negative inside, by shape.
 _DISTANCES: dict[str, _Distance] = {"circle": _circle, "square": _square, "triangle": _triangle, "cross": _cross}
 #: How far the shape reaches from its centre along an axis, in radii.
-_REACH = {"circle": 1.0, "square": 0.89, "triangle": 1.48, "cross": 1.15}
+_REACH = {"circle": 1.0, "square": 0.89, "triangle": 1.29, "cross": 1.15}

@@ -128,9 +128,9 @@ def _place(rng: random.Random, tracks: list[Track], pan: float) -> tuple[Track, 
     ways = np.stack([track.centers(times) for track in tracks])
     radii = np.stack([track.radii(times) for track in tracks])
     seen = ways + np.stack([shift, np.zeros_like(shift)], axis=-1)
-    # Corners reach beyond the radius, the upper one of a triangle farthest.
-    corners = np.array([1.2 if track.thing.shape == "triangle" else 1.15 for track in tracks])
-    reach = corners[:, None] * radii.max(axis=1)[:, None] * np.ones(2)
+    # Corners reach beyond the radius, the lower ones of a triangle farthest.
+    corners = np.array([(1.28 if track.thing.shape == "triangle" else 1.15, 1.15) for track in tracks])
+    reach = corners * radii.max(axis=1)[:, None]
     if pan:
         # A pan may begin and end with a part of a thing outside, or two large things would not fit beside each other.
         reach[:, 0] *= 0.6
