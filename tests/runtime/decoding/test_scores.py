@@ -102,7 +102,7 @@ def test_penalty_sees_generated_tokens_only():
     st.integers(0, 40),
     st.floats(0.05, 1),
     st.floats(0, 0.9),
-    st.sampled_from([31, 5, 1]),
+    st.sampled_from([31, 5, 1, 21_000]),
 )
 def test_sampling_cuts_equal_transformers(seed, temperature, top_k, top_p, min_p, size):
     scores = np.random.default_rng(seed).standard_normal(size).astype(np.float32) * 2
