@@ -3,6 +3,7 @@
 captioner  the runtime's own loop: embedding look-up, one step, repetition penalty, arg-max, log-probability
 bare       the same session and bindings alike, ``run_with_iobinding`` and nothing else: what ONNX Runtime alone allows
            (two sessions of one graph differ by up to 12 %, so they share one)
+           (bare_small_pages: another session, its weights on pages of 4 KiB)
 torch      transformers' Qwen2 in bfloat16, eager, with its own cache
 """
 
@@ -20,7 +21,7 @@ from ..export.compile import compile_bundle
 from ..models.random_checkpoint import write_checkpoint
 from ..runtime.bundle import Bundle, DecoderSpec
 from ..runtime.decoding import Settings, TokenSearch, generate
-from ..runtime.ort import OrtDecoder
+from ..runtime.ort import OrtDecoder, open_session
 from .harness import alternate, paired_ratio, write_result
 
 REPETITION_PENALTY = 1.05
@@ -128,12 +129,14 @@ def main(checkpoint: Path | None, prompt_tokens: int, tokens: int, rounds: int, 
         bundle = Bundle.open(compiled.path)
         spec, graph = bundle.manifest.decoder, bundle.file(bundle.manifest.components["decoder"].graph)
         decoder = OrtDecoder(graph, spec, bundle.embed)
+        small_pages = open_session(graph)
         torch_eager = TorchEager(spec, intermediate_size=4864, num_heads=14)
         prompt = np.random.default_rng(0).standard_normal((prompt_tokens, spec.hidden_size)).astype(np.float32) * 0.02
         seconds = alternate(
             {
                 "captioner": lambda: captioner_loop(decoder, prompt, tokens),
                 "bare": lambda: bare_loop(decoder.session, spec, prompt, tokens),
+                "bare_small_pages": lambda: bare_loop(small_pages, spec, prompt, tokens),
                 "torch_bf16_eager": lambda: torch_eager.seconds_per_token(prompt, tokens),
             },
             rounds,
@@ -146,11 +149,12 @@ def main(checkpoint: Path | None, prompt_tokens: int, tokens: int, rounds: int, 
             "decoder_bytes": sum(bundle.manifest.files[name].size for name in (graph.name, f"{graph.name}.data")),
             "tokens_per_second": {name: round(1 / statistics.median(values), 2) for name, values in seconds.items()},
             "captioner_over_bare": paired_ratio(seconds["bare"], seconds["captioner"]),
+            "bare_over_small_pages": paired_ratio(seconds["bare_small_pages"], seconds["bare"]),
             "captioner_over_torch_bf16_eager": paired_ratio(seconds["torch_bf16_eager"], seconds["captioner"]),
             "seconds_per_token": seconds,
         }
     path = write_result(result, figures, "python -m intertitle.benchmarks.decode")
-    for name in ("tokens_per_second", "captioner_over_bare", "captioner_over_torch_bf16_eager"):
+    for name in ("tokens_per_second", "captioner_over_bare", "bare_over_small_pages", "captioner_over_torch_bf16_eager"):
         click.echo(f"{name}: {figures[name]}")
     click.echo(path)
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ..errors import BundleError, OptionError, TargetError
 from .bundle import DecoderSpec
+from .huge_pages import huge_pages
 from .inference import FloatArray
 
 #: Prompt tokens per decoder run. The attention kernel holds one row of scores per head, new token and cached token;
@@ -72,7 +73,8 @@ class OrtDecoder:
         threads: int | None = None,
     ) -> None:
         self.spec, self.embed = spec, embed
-        self.session = open_session(graph, threads)
+        with huge_pages():
+            self.session = open_session(graph, threads)
 
     def open(self, rows: int, max_length: int) -> OrtInference:
         """A fresh cache. ``OptionError`` when ``max_length`` exceeds what the decoder was trained for."""
