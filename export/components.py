@@ -13,6 +13,7 @@ from ..models.config import AudioConfig, ConnectorConfig, DecoderConfig, VisionC
 from ..models.connectors import SpatialTemporalConnector
 from ..models.decoder import MLP, Decoder, RMSNorm, SelfAttention
 from .dialects import fused, ort
+from .dialects.residuals import fuse_residuals
 from .targets import Target
 from .trace import Signature, TracedGraph, trace
 
@@ -179,6 +180,7 @@ def component_graph(
         traced = trace(lowered, signature, ort.OrtAttention(), ort.OPSET)
         return ComponentGraph(name, traced, weights, parameters, source)
     traced = trace(_DecoderGraph(lowered), signature, ort.OrtAttention(), ort.OPSET)
+    fuse_residuals(traced.model)
     entries = {
         initializer: replace(weight, entry=weight.entry.removeprefix("decoder."))
         for initializer, weight in traced.weights.items()
