@@ -1,0 +1,300 @@
+"""Preference training of a captioner's decoder: LoRA through PEFT, one of ``objectives``, an adapter folder as result.
+
+Towers, connector and embeddings stay as they are, so that a clip is its prompt embedding, computed once for all epochs
+and all objectives. The result is merged by ``intertitle compile --adapter``: the graphs stay the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import OptionError
+from .objectives import NEED_REFERENCE, OBJECTIVES, Measures, sequence_sum, supervised
+from .policy import Policy
+from .train import autocast, epochs
+
+Progress = Callable[[str, int, int], None]
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""What SynPO trains (train_synpo.py): every product of the decoder's layers."""
+WEIGHTS, STATE, LOG, SETTINGS = "adapter_model.safetensors", "state.pt", "log.jsonl", "tuning.json"
+"""In the adapter's folder; ``STATE`` only until the training is done."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two texts of a clip, by the row of its prompt, and the scores (chosen, rejected) that told them apart."""
+
+    clip: int
+    chosen: str
+    rejected: str
+    scores: tuple[float, float] | None = None
+
+    @property
+    def gap(self) -> float:
+        """How much better the chosen text was scored; infinite where nothing was scored."""
+        return float("inf") if self.scores is None else self.scores[0] - self.scores[1]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """One preference training. ``options`` are the objective's own (``{"alpha": 10.0}``).
+
+    ``steps`` are optimizer steps of ``accumulation`` batches of ``batch`` pairs; pairs with a smaller gap than
+    ``min_gap`` are left out. ``bfloat16`` products are used only where the machine has units for them. SynPO's own, for 7 B parameters (train_synpo.py): rank 128, alpha 64, learning rate 5e-6,
+    batch 1, accumulation 32, a gap of 4.
+    """
+
+    objective: str = "synpo"
+    options: Mapping[str, float | str] = field(default_factory=dict)
+    steps: int = 200
+    batch: int = 8
+    accumulation: int = 1
+    learning_rate: float = 2e-4
+    warmup: float = 0.1
+    decay: Literal["constant", "linear"] = "linear"
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    rank: int = 32
+    alpha: float = 16
+    dropout: float = 0.05
+    min_gap: float = 0.0
+    bfloat16: bool = True
+    save_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise OptionError(f"objective {self.objective!r} is not one of {', '.join(OBJECTIVES)}")
+        parameters = inspect.signature(OBJECTIVES[self.objective]).parameters.values()
+        known = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+        for name in self.options:
+            if name not in known:
+                raise OptionError(f"{self.objective} has no option {name!r}; it has {', '.join(known) or 'none'}")
+        for name in ("steps", "batch", "accumulation", "rank", "save_every"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def rate(self, step: int) -> float:
+        """The share of the learning rate at a step: up in a line over ``warmup``, then level or down in a line."""
+        rising = round(self.steps * self.warmup)
+        if step < rising:
+            return (step + 1) / rising
+        return 1.0 if self.decay == "constant" else (self.steps - step) / max(self.steps - rising, 1)
+
+
+def tune(
+    policy: Policy,
+    prompts: npt.NDArray[np.floating],
+    pairs: Sequence[Pair],
+    how: Tuning,
+    out: Path,
+    progress: Progress | None = None,
+) -> Path:
+    """Train an adapter on pairs, or go on where an earlier run stopped, and return its folder ``out``.
+
+    ``prompts`` ``[N, S, H]`` (mapped float16 will do) are ``Policy.prompt`` of every clip. The folder has PEFT's
+    layout, with ``log.jsonl``: a line per step with loss, measures (``objectives.Measures``) and seconds. A run that
+    was stopped and started again ends with the same bytes. The policy is left with the adapter on its decoder, in eval
+    mode: open a new one for another training. Raises ``OptionError`` for no pairs, a row that is not there, a folder of
+    another training, a policy that has an adapter, PEFT not installed, or a loss that is no number.
+    """
+    if policy.opened.adapter is not None:
+        raise OptionError("the policy has an adapter merged in: save it as a checkpoint, and tune that")
+    kept = [pair for pair in pairs if pair.gap >= how.min_gap]
+    if not kept:
+        raise OptionError(f"none of {len(pairs)} pairs has a gap of {how.min_gap} or more: nothing to train on")
+    for pair in kept:
+        if not 0 <= pair.clip < len(prompts):
+            raise OptionError(f"a pair is of clip {pair.clip}, but there are prompts for {len(prompts)} clips")
+    _settle(out, policy, prompts, kept, how)
+    # LoRA's first values and its dropout draw from PyTorch's global generator: the caller's is left as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(how.seed)
+        lora = _Lora(policy, how)
+        if (out / WEIGHTS).exists():
+            lora.load(load_file(out / WEIGHTS))
+        else:
+            _train(policy, lora, prompts, kept, how, out, progress)
+            lora.write(out)
+            (out / STATE).unlink(missing_ok=True)
+    policy.decoder.eval()
+    return out
+
+
+def _settle(out: Path, policy: Policy, prompts: npt.NDArray[np.floating], pairs: Sequence[Pair], how: Tuning) -> None:
+    """Note what the folder is of, or check that it is of the same."""
+    digest = hashlib.sha256(json.dumps([asdict(pair) for pair in pairs]).encode()).hexdigest()
+    about = {**asdict(how), "pairs": len(pairs), "pairs_sha256": digest, "prompts": list(prompts.shape)}
+    about["base"] = policy.opened.fingerprint()
+    note = out / SETTINGS
+    if note.exists():
+        if json.loads(note.read_text()) != json.loads(json.dumps(about)):
+            raise OptionError(f"{out} holds another training: give a new folder, or remove it first")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    _replace(note, lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
+
+
+def _train(
+    policy: Policy,
+    lora: _Lora,
+    prompts: npt.NDArray[np.floating],
+    pairs: Sequence[Pair],
+    how: Tuning,
+    out: Path,
+    progress: Progress | None,
+) -> None:
+    optimizer = torch.optim.AdamW(lora.parameters, lr=how.learning_rate, weight_decay=how.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, how.rate)
+    at, log = 0, out / LOG
+    if (out / STATE).exists():
+        saved = torch.load(out / STATE, weights_only=True)
+        lora.load(saved["lora"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        torch.set_rng_state(saved["rng"])
+        at = saved["step"]
+    _cut(log, at)
+    batches = epochs(len(pairs), how.batch, how.seed, at * how.accumulation)
+    policy.decoder.train()
+    while at < how.steps:
+        started = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        total: dict[str, float] = {}
+        for _ in range(how.accumulation):
+            chosen = [pairs[row] for row in next(batches)]
+            loss, measures = _loss(policy, lora, prompts, chosen, how)
+            (loss / how.accumulation).backward()
+            for name, value in {"loss": loss.detach(), **measures}.items():
+                total[name] = total.get(name, 0.0) + float(value) / how.accumulation
+        if not np.isfinite(total["loss"]):
+            raise OptionError(f"the loss is {total['loss']} at step {at + 1}: try a smaller learning rate")
+        nn.utils.clip_grad_norm_(lora.parameters, how.clip_norm)
+        optimizer.step()
+        schedule.step()
+        at += 1
+        line = {"step": at, **total, "seconds": round(time.perf_counter() - started, 4)}
+        with log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if at % how.save_every == 0 or at == how.steps:
+            state = {"lora": lora.state(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            state |= {"rng": torch.get_rng_state(), "step": at}
+            _replace(out / STATE, lambda path, state=state: torch.save(state, path))
+        if progress is not None:
+            progress(f"tune {how.objective}", at, how.steps)
+
+
+def _loss(
+    policy: Policy, lora: _Lora, prompts: npt.NDArray[np.floating], pairs: Sequence[Pair], how: Tuning
+) -> tuple[Tensor, Measures]:
+    precision = autocast if how.bfloat16 else nullcontext
+    prompt = torch.from_numpy(np.asarray(prompts[[pair.clip for pair in pairs]], np.float32))
+    chosen = [pair.chosen for pair in pairs]
+    if how.objective == "supervised":
+        with precision():
+            return supervised(*policy.log_probs(prompt, policy.encode(chosen)))
+    # Chosen and rejected texts are one batch of 2 B rows.
+    prompt = torch.cat((prompt, prompt))
+    tokens = policy.encode([*chosen, *(pair.rejected for pair in pairs)])
+    references: tuple[Tensor, ...] = ()
+    if how.objective in NEED_REFERENCE:
+        with torch.no_grad(), lora.disabled(), precision():
+            references = sequence_sum(*policy.log_probs(prompt, tokens)).chunk(2)
+    with precision():
+        logp, mask = policy.log_probs(prompt, tokens)
+    (logp_w, logp_l), (mask_w, mask_l) = logp.chunk(2), mask.chunk(2)
+    return OBJECTIVES[how.objective](logp_w, mask_w, logp_l, mask_l, *references, **how.options)
+
+
+class _Lora:
+    """PEFT's layers in a policy's decoder, and their tensors by the names of the released layout."""
+
+    def __init__(self, policy: Policy, how: Tuning) -> None:
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+            from peft.tuners.lora import LoraLayer
+        except ImportError as error:
+            raise OptionError(f"tuning needs PEFT (pip install 'intertitle[align]'): {error}") from None
+        self._config = LoraConfig(
+            r=how.rank,
+            lora_alpha=how.alpha,  # type: ignore[arg-type]  # a float is as good, PEFT's annotation is narrower
+            lora_dropout=how.dropout,
+            target_modules=list(TARGETS),
+            task_type="CAUSAL_LM",
+        )
+        decoder = policy.decoder
+        if any(isinstance(module, LoraLayer) for module in decoder.modules()):
+            raise OptionError("the policy has been tuned already: open a new one")
+        policy.requires_grad_(False)
+        inject_adapter_in_model(self._config, decoder)
+        self._layers = {name: module for name, module in decoder.named_modules() if isinstance(module, LoraLayer)}
+        self._tensors: dict[str, Tensor] = {}
+        for name, layer in self._layers.items():
+            released = next(iter(policy.opened.to_checkpoint("decoder", {f"{name}.weight": layer.weight})))
+            module = f"base_model.model.{released.removesuffix('.weight')}"
+            for side, part in (("A", layer.lora_A), ("B", layer.lora_B)):
+                self._tensors[f"{module}.lora_{side}.weight"] = part.get_parameter("default.weight")
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return list(self._tensors.values())
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: tensor.detach() for name, tensor in self._tensors.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        for name, tensor in self._tensors.items():
+            tensor.data.copy_(state[name])
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The decoder as it was before the training."""
+        self._enable(self._layers.values(), False)
+        try:
+            yield
+        finally:
+            self._enable(self._layers.values(), True)
+
+    @staticmethod
+    def _enable(layers: Iterable[Any], enabled: bool) -> None:
+        for layer in layers:
+            layer.enable_adapters(enabled)
+
+    def write(self, out: Path) -> None:
+        """``adapter_config.json`` and, last, the weights: a folder that has them is finished."""
+        settings = self._config.to_dict() | {"target_modules": sorted(TARGETS)}
+        settings |= {"base_model_name_or_path": None, "inference_mode": True}
+        text = json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
+        _replace(out / "adapter_config.json", lambda path: path.write_text(text))
+        tensors = {name: tensor.contiguous() for name, tensor in self.state().items()}
+        _replace(out / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
+
+
+def _cut(log: Path, step: int) -> None:
+    """Drop the lines of steps after the last save, which are to be done again."""
+    if log.exists():
+        lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
+        _replace(log, lambda path: path.write_text(kept))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    write(partial)
+    partial.replace(path)

@@ -1,0 +1,240 @@
+"""Training on pairs: what is learned, what it costs, that it can be stopped, and that the adapter merges."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from intertitle.align.objectives import OBJECTIVES
+from intertitle.align.policy import Policy
+from intertitle.align.tune import Pair, Tuning, tune
+from intertitle.errors import OptionError
+
+pytest.importorskip("peft")
+
+HOW = Tuning(steps=4, batch=2, rank=4, alpha=8, learning_rate=1e-2, save_every=2)
+PAIRS = [
+    Pair(0, "a red ball follows the camera", "music plays", (9.0, 2.0)),
+    Pair(1, "people talk in the background", "a grey floor over the scene and music and people", (8.0, 3.5)),
+    Pair(2, "the scene", "a red red red ball", (10.0, 1.0)),
+    Pair(1, "music plays while people talk", "a ball plays music", (7.0, 5.0)),
+]
+
+
+@pytest.fixture(scope="module")
+def base(data_dir):
+    return data_dir / "av-qwen2"
+
+
+@pytest.fixture(scope="module")
+def prompts(base):
+    width = Policy.open(base).config.decoder.hidden_size
+    return (np.random.default_rng(0).standard_normal((3, 9, width)) * 0.1).astype(np.float16)
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def logits_of(policy, prompts):
+    with torch.no_grad():
+        return policy.logits(torch.from_numpy(prompts).float(), policy.encode([pair.chosen for pair in PAIRS[:3]]))
+
+
+def count_passes(policy):
+    """(rows, with gradient) of every pass through the decoder."""
+    passes = []
+    policy.decoder.register_forward_pre_hook(lambda _, given: passes.append((len(given[0]), torch.is_grad_enabled())))
+    return passes
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_adapter_merges_to_the_tuned_policy(objective, base, prompts, tmp_path):
+    policy = Policy.open(base)
+    before = logits_of(policy, prompts)
+    out = tune(policy, prompts, PAIRS, replace(HOW, objective=objective), tmp_path / "adapter")
+    tuned = logits_of(policy, prompts)
+    assert float((tuned - before).abs().max()) > 1e-2
+    merged = Policy.open(base, out)
+    torch.testing.assert_close(logits_of(merged, prompts), tuned, rtol=1e-4, atol=1e-4)
+
+
+def test_the_compiler_takes_the_adapter(base, prompts, tmp_path):
+    out = tune(Policy.open(base), prompts, PAIRS, HOW, tmp_path / "adapter")
+    opened = Policy.open(base, out).opened
+    opened.validate()
+    assert opened.adapter is not None
+    wanted = {f"{name}_proj.weight" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    layers = opened.config.decoder.num_layers
+    assert len(opened.adapter.low_rank) == 7 * layers
+    assert {name.split(".")[-2] + ".weight" for name in opened.adapter.low_rank} == wanted
+
+
+def test_peft_itself_reads_the_folder(base, prompts, tmp_path):
+    from peft import PeftConfig
+
+    out = tune(Policy.open(base), prompts, PAIRS, HOW, tmp_path / "adapter")
+    config = PeftConfig.from_pretrained(str(out))
+    assert (config.r, config.lora_alpha, config.peft_type) == (4, 8, "LORA")
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["adapter_config.json", "adapter_model.safetensors", "log.jsonl", "tuning.json"]
+
+
+# --- learning
+
+
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "supervised"])
+def test_every_objective_widens_its_margin(objective, base, prompts, tmp_path):
+    how = replace(HOW, objective=objective, steps=30, batch=4, learning_rate=5e-3, dropout=0.0, save_every=100)
+    # SynPO compares probabilities, which are tiny in a random model: a wider slope lets it start.
+    how = replace(how, options={"alpha": 3000.0}) if objective == "synpo" else how
+    out = tune(Policy.open(base), prompts, PAIRS, how, tmp_path / "adapter")
+    log = lines(out)
+    assert [line["step"] for line in log] == list(range(1, 31))
+    assert set(log[0]) == {"step", "loss", "margin", "accuracy", "logp_chosen", "logp_rejected", "seconds"}
+    assert log[-1]["margin"] > log[0]["margin"]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert log[-1]["accuracy"] == 1.0
+
+
+def test_supervised_raises_the_chosen_texts(base, prompts, tmp_path):
+    how = replace(HOW, objective="supervised", steps=20, batch=4)
+    log = lines(tune(Policy.open(base), prompts, PAIRS, how, tmp_path / "adapter"))
+    assert log[-1]["logp_chosen"] > log[0]["logp_chosen"] + 0.5
+
+
+def test_dpo_begins_at_log_2(base, prompts, tmp_path):
+    """The adapter starts as nothing: the policy is its reference."""
+    log = lines(tune(Policy.open(base), prompts, PAIRS, replace(HOW, objective="dpo"), tmp_path / "adapter"))
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert log[0]["margin"] == pytest.approx(0, abs=1e-5)
+    assert log[1]["loss"] != pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_accumulated_batches_are_one_large_batch(base, prompts, tmp_path):
+    """Synpo is a mean over pairs, so that two batches of two are one of four."""
+    how = replace(HOW, steps=1, dropout=0.0, bfloat16=False)
+    large = tune(Policy.open(base), prompts, PAIRS, replace(how, batch=4), tmp_path / "large")
+    small = tune(Policy.open(base), prompts, PAIRS, replace(how, batch=2, accumulation=2), tmp_path / "small")
+    first, second = lines(large)[0], lines(small)[0]
+    for name in ("loss", "margin", "logp_chosen", "logp_rejected"):
+        assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-6)
+
+
+# --- cost
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_only_dpo_runs_a_reference(objective, base, prompts, tmp_path):
+    policy = Policy.open(base)
+    passes = count_passes(policy)
+    tune(policy, prompts, PAIRS, replace(HOW, objective=objective, accumulation=2), tmp_path / "adapter")
+    rows = 2 if objective == "supervised" else 4
+    step = [(rows, False), (rows, True)] if objective == "dpo" else [(rows, True)]
+    assert passes == step * HOW.steps * 2
+
+
+def test_nothing_but_the_adapter_changes(base, prompts, tmp_path):
+    policy, fresh = Policy.open(base), Policy.open(base)
+    state = torch.get_rng_state()
+    tune(policy, prompts, PAIRS, HOW, tmp_path / "adapter")
+    assert torch.equal(torch.get_rng_state(), state)
+    after = {name.replace(".base_layer.", "."): value for name, value in policy.state_dict().items()}
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(after[name], value), name
+
+
+def test_rates():
+    how = Tuning(steps=20, warmup=0.1)
+    rates = [how.rate(step) for step in range(20)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[-1] == pytest.approx(1 / 18)
+    assert [replace(how, decay="constant").rate(step) for step in (1, 2, 19)] == [1.0, 1.0, 1.0]
+
+
+# --- stopping
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_stopped_run_ends_with_the_same_bytes(stop, base, prompts, tmp_path):
+    """Stopped before the first save, and between two; dropout and the order of the pairs go on where they were."""
+    how = replace(HOW, steps=6, objective="dpo", dropout=0.3)
+
+    def interrupt(_stage, step, _of):
+        if step == stop:
+            raise Stopped
+
+    whole = tune(Policy.open(base), prompts, PAIRS, how, tmp_path / "whole")
+    torch.manual_seed(1234)
+    with pytest.raises(Stopped):
+        tune(Policy.open(base), prompts, PAIRS, how, tmp_path / "parts", interrupt)
+    assert not (tmp_path / "parts" / "adapter_model.safetensors").exists()
+    seen = []
+    parts = tune(
+        Policy.open(base), prompts, PAIRS, how, tmp_path / "parts", lambda _, step, of: seen.append((step, of))
+    )
+    assert seen[0] == (stop // 2 * 2 + 1, 6)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+    assert [{**line, "seconds": 0} for line in lines(parts)] == [{**line, "seconds": 0} for line in lines(whole)]
+
+
+def test_a_finished_run_is_not_run_again(base, prompts, tmp_path):
+    policy = Policy.open(base)
+    out = tune(policy, prompts, PAIRS, HOW, tmp_path / "adapter")
+    again = Policy.open(base)
+    passes = count_passes(again)
+    tune(again, prompts, PAIRS, HOW, out)
+    assert passes == []
+    torch.testing.assert_close(logits_of(again, prompts), logits_of(policy, prompts), rtol=0, atol=0)
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"objective": "ppo"}, "not one of synpo, leanpo"),
+        ({"options": {"gama": 1.0}}, "synpo has no option 'gama'; it has alpha, beta, form"),
+        ({"objective": "supervised", "options": {"beta": 1.0}}, "it has none"),
+        ({"batch": 0}, "batch is 0"),
+    ],
+)
+def test_settings_that_cannot_be_honoured(fields, said):
+    with pytest.raises(OptionError, match=said):
+        Tuning(**fields)
+
+
+def test_pairs_and_folders_that_do_not_fit(base, prompts, tmp_path):
+    out = tune(Policy.open(base), prompts, PAIRS, HOW, tmp_path / "adapter")
+    with pytest.raises(OptionError, match="holds another training"):
+        tune(Policy.open(base), prompts, PAIRS[:3], HOW, out)
+    with pytest.raises(OptionError, match="holds another training"):
+        tune(Policy.open(base), prompts, PAIRS, replace(HOW, seed=1), out)
+    with pytest.raises(OptionError, match="none of 4 pairs has a gap of 20 or more"):
+        tune(Policy.open(base), prompts, PAIRS, replace(HOW, min_gap=20), tmp_path / "other")
+    with pytest.raises(OptionError, match="clip 7, but there are prompts for 3"):
+        tune(Policy.open(base), prompts, [Pair(7, "a", "b")], HOW, tmp_path / "other")
+    with pytest.raises(OptionError, match="has an adapter"):
+        tune(Policy.open(base, out), prompts, PAIRS, HOW, tmp_path / "other")
+    tuned = Policy.open(base)
+    tune(tuned, prompts, PAIRS, HOW, tmp_path / "second")
+    with pytest.raises(OptionError, match="tuned already"):
+        tune(tuned, prompts, PAIRS, HOW, tmp_path / "third")
+    with pytest.raises(OptionError, match="the loss is nan at step 1"):
+        tune(Policy.open(base), prompts * np.nan, PAIRS, HOW, tmp_path / "fourth")
+
+
+def test_pairs_under_the_gap_are_left_out(base, prompts, tmp_path):
+    policy = Policy.open(base)
+    out = tune(policy, prompts, PAIRS, replace(HOW, min_gap=4), tmp_path / "adapter")
+    assert json.loads((out / "tuning.json").read_text())["pairs"] == 3
