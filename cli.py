@@ -18,6 +18,7 @@ from .commands.caption import caption
 from .commands.compile import compile_command
 from .commands.demo import demo
 from .commands.info import info
+from .commands.pairs import pairs
 from .commands.verify import verify
 from .console import report, say
 from .errors import IntertitleError
@@ -64,7 +65,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _command in (compile_command, caption, batch, verify, info, demo):
+for _command in (compile_command, caption, batch, pairs, verify, info, demo):
     cli.add_command(_command)
 
 

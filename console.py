@@ -259,7 +259,7 @@ class BatchDisplay:
             parts.append(f"{tally.failures} failed")
         if passed > 0 and inputs_now > inputs:
             left = (tally.inputs - tally.finished) * passed / (inputs_now - inputs)
-            parts.append(f"{_duration(left)} left")
+            parts.append(f"{duration(left)} left")
         return ", ".join(parts)
 
     def summary(self, tally: Tally) -> None:
@@ -269,12 +269,12 @@ class BatchDisplay:
         before = f" ({tally.already_failed} of them before)" if tally.already_failed else ""
         click.echo(
             f"{tally.captioned} captioned, {tally.already} already done, {tally.copied} copied, "
-            f"{tally.failures} failed{before}; {speed}{_duration(passed)} in all",
+            f"{tally.failures} failed{before}; {speed}{duration(passed)} in all",
             err=True,
         )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """``M:SS``, or ``H:MM:SS`` from an hour on."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

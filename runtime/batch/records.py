@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 from ...errors import OptionError
 from .content import Identity
@@ -26,9 +26,6 @@ except ImportError:  # Windows: two runs on one output are not noticed there
     fcntl = None
 
 Record = dict[str, Any]
-
-#: How every record begins, so that no other file is ever taken for an output and cut or replaced.
-_BEGINNING = b'{"id": "'
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,12 @@ class RecordFile:
     Opening removes a torn last line, and with ``retry_failed`` the records of failures; ``overwrite`` begins afresh.
     ``OptionError`` when another run has the file open, when it is not a file of records, when its records were made
     with other settings, and when it cannot be written.
+
+    ``KEY`` names the field that identifies a record and comes first in it, ``MAKER`` the command that writes the file.
     """
+
+    KEY: ClassVar[str] = "id"
+    MAKER: ClassVar[str] = "batch"
 
     def __init__(self, path: Path, settings: Settings, *, overwrite: bool = False, retry_failed: bool = False) -> None:
         self.path = path
@@ -113,7 +115,7 @@ class RecordFile:
 
     def append(self, record: Record) -> None:
         """Put a record on disk. ``OptionError`` when that fails; what was there before stays whole."""
-        line = encode({"id": record["id"], **record, **self.settings.record})
+        line = encode({self.KEY: record[self.KEY], **record, **self.settings.record})
         try:
             written = 0
             while written < len(line):
@@ -174,8 +176,8 @@ class RecordFile:
         with open(self._file.fileno(), "rb", closefd=False) as file:
             file.seek(0)
             if overwrite:
-                if not _could_begin(file.read(len(_BEGINNING))):
-                    raise OptionError(f"{self.path}: is not an output of batch, so it is not overwritten")
+                if not self._could_begin(file.read(len(self._beginning))):
+                    raise OptionError(f"{self.path}: is not an output of {self.MAKER}, so it is not overwritten")
                 self._file.truncate(0)
                 return
             for number, line in enumerate(file, 1):
@@ -191,11 +193,11 @@ class RecordFile:
             record = json.loads(line) if line.endswith(b"\n") else None
         except ValueError:
             record = None
-        if record is None and not line.endswith(b"\n") and _could_begin(line):
+        if record is None and not line.endswith(b"\n") and self._could_begin(line):
             return False
-        if not isinstance(record, dict) or not isinstance(record.get("id"), str) or "settings" not in record:
+        if not isinstance(record, dict) or not isinstance(record.get(self.KEY), str) or "settings" not in record:
             raise OptionError(
-                f"{self.path}: line {number} is not a record of batch; choose another output (or mend the line)"
+                f"{self.path}: line {number} is not a record of {self.MAKER}; choose another output (or mend the line)"
             )
         different = self.settings.differences(record["settings"])
         if different:
@@ -207,7 +209,7 @@ class RecordFile:
     def _remember(self, record: Record, offset: int, length: int) -> None:
         size, time = record.get("size"), record.get("mtime_ns")
         key = content_key(record)
-        name = record["id"]
+        name = record[self.KEY]
         self.known.pop(name, None)  # a later record of an item stands for it, at its own place
         self.known[name] = Known(
             offset,
@@ -223,6 +225,15 @@ class RecordFile:
         )
         if key is not None:
             self._by_content[key] = name
+
+    @property
+    def _beginning(self) -> bytes:
+        """How every record begins, so that no other file is ever taken for an output and cut or replaced."""
+        return f'{{"{self.KEY}": "'.encode()
+
+    def _could_begin(self, data: bytes) -> bool:
+        """Whether this is a record, or the beginning of one."""
+        return data[: len(self._beginning)] == self._beginning[: len(data)]
 
     def _rewrite(self, names: Sequence[str]) -> None:
         """The file with these records only, in this order: the new one or the old one is there at any moment."""
@@ -299,11 +310,6 @@ def encode(record: Mapping[str, Any]) -> bytes:
 def _partial(target: Path) -> Path:
     """Where the new file is written that will take the place of ``target``. Only the holder of the lock does that."""
     return target.with_name(f".{target.name}.partial")
-
-
-def _could_begin(data: bytes) -> bool:
-    """Whether this is a record, or the beginning of one."""
-    return data[: len(_BEGINNING)] == _BEGINNING[: len(data)]
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:

@@ -1,0 +1,140 @@
+"""A chat model behind an OpenAI-compatible endpoint, asked with the standard library alone."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import threading
+import urllib.error
+import urllib.request
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+from ...errors import OptionError
+from .judge import JudgeError
+
+#: Worth asking again: too busy, or broken for now. Any other failure would come again.
+_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+#: Mean that no question will be answered: a wrong key, a wrong address or model.
+_REFUSED = {401: "refuses the API key", 403: "forbids the request", 404: "knows no such address or model"}
+_LARGEST = 4 << 20
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect could carry the key to another host."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+class Endpoint:
+    """``url`` is that of the API (``http://host:8000/v1``) or of its ``/chat/completions``; ``key`` its bearer token.
+
+    A question without an answer in ``timeout`` seconds, one that is refused for now (429, 5xx) and a connection that
+    breaks are tried again up to ``retries`` times, after ``backoff`` seconds, doubled each time up to ``longest_wait``
+    and shortened at random by up to a half, or after the seconds that the server names. Safe for several threads.
+    ``OptionError`` for what is no address.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        key: str | None = None,
+        *,
+        timeout: float = 60.0,
+        retries: int = 4,
+        backoff: float = 1.0,
+        longest_wait: float = 30.0,
+    ) -> None:
+        parts = _address(url)
+        if parts is None:
+            raise OptionError(f"the judge's address is http://HOST/… or https://HOST/…, not '{url}'")
+        if parts.username is not None:
+            raise OptionError("the judge's address may hold no user or password; the key comes from the environment")
+        if not model:
+            raise OptionError("the judge's model has no name")
+        key = (key or "").strip()
+        if not key.isascii() or not key.isprintable():
+            raise OptionError("the judge's API key holds characters that no key has")
+        path = parts.path.rstrip("/")
+        if not path.endswith("/chat/completions"):
+            path += "/chat/completions"
+        self.url, self.model = parts._replace(path=path).geturl(), model
+        self._key, self._timeout, self._retries = key, timeout, retries
+        self._backoff, self._longest_wait = backoff, longest_wait
+        self._closed = threading.Event()
+        self._opener = urllib.request.build_opener(_NoRedirect)
+
+    def ask(self, system: str, question: str) -> str:
+        """The model's answer at temperature 0.
+
+        ``JudgeError`` when there is none after all tries, ``OptionError`` when there can be none for any question.
+        """
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+        body = json.dumps({"model": self.model, "messages": messages, "temperature": 0}).encode()
+        reason = ""
+        for attempt in range(self._retries + 1):
+            try:
+                return self._content(self._post(body))
+            except urllib.error.HTTPError as error:
+                with error:
+                    reason, wait = f"status {error.code}", _seconds(error.headers.get("Retry-After"))
+                if error.code in _REFUSED:
+                    raise OptionError(f"the judge {_REFUSED[error.code]} ({reason})") from None
+                if error.code not in _AGAIN:
+                    raise JudgeError(f"the judge answered with {reason}") from None
+            except (OSError, http.client.HTTPException) as error:
+                reason, wait = _reason(error), None
+            if attempt < self._retries:
+                usual = self._backoff * 2**attempt * random.uniform(0.5, 1)
+                if self._closed.wait(min(usual if wait is None else wait, self._longest_wait)):
+                    raise JudgeError("the judge is no longer asked")
+        raise JudgeError(f"the judge gave no answer in {self._retries + 1} tries: {reason}")
+
+    def close(self) -> None:
+        """Try nothing again from now on."""
+        self._closed.set()
+
+    def _post(self, body: bytes) -> bytes:
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "intertitle"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        request = urllib.request.Request(self.url, body, headers)
+        with self._opener.open(request, timeout=self._timeout) as response:
+            data = response.read(_LARGEST + 1)
+        if len(data) > _LARGEST:
+            raise JudgeError("the judge's answer is longer than an answer can be")
+        return data
+
+    @staticmethod
+    def _content(data: bytes) -> str:
+        try:
+            content = json.loads(data)["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            content = None
+        if not isinstance(content, str):
+            raise JudgeError("the judge's answer is not that of a chat completion")
+        return content
+
+
+def _address(url: str) -> SplitResult | None:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        return None
+    return parts if usable and url.isascii() and url.isprintable() and " " not in url else None
+
+
+def _seconds(value: str | None) -> float | None:
+    """``Retry-After`` where it is a number of seconds."""
+    return float(value) if value is not None and value.isdecimal() else None
+
+
+def _reason(error: Exception) -> str:
+    cause = getattr(error, "reason", error)
+    if isinstance(cause, TimeoutError):
+        return "timed out"
+    return str(getattr(cause, "strerror", None) or cause or type(cause).__name__)

@@ -1,0 +1,207 @@
+"""``intertitle pairs``: preference pairs from clips, for training a captioner towards what is true."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..console import BatchDisplay, ProgressDisplay, check_savable, duration, say
+from ..errors import OptionError
+from . import FAILED, options
+
+if TYPE_CHECKING:
+    from ..align.preference import Item, PairTally, Recipe, Scorer
+    from ..runtime.batch import BadLine, Entry, Settings
+
+#: Where the judge's key is looked for: a command line is seen by every user of a machine, and kept in histories.
+KEY = "INTERTITLE_JUDGE_API_KEY"
+
+
+@click.command(short_help="Preference pairs from clips, for aligning a captioner; resumable.")
+@click.argument("bundle", type=options.PATH)
+@click.argument("inputs", nargs=-1)
+@click.option("-o", "--output", type=options.PATH, metavar="FILE", required=True, help="JSONL file of the pairs.")
+@click.option("--scenes", metavar="SPLIT:FIRST:STOP", help="Rendered scenes in place of inputs: train:0:500.")
+@click.option(
+    "--scorer",
+    "scorer_name",
+    type=click.Choice(["reference-free", "scenes", "judge"]),
+    help="By agreement, by the facts of scenes, or by a language model.  [default: scenes for scenes, else "
+    "reference-free]",
+)
+@click.option("--judge-url", metavar="URL", help=f"OpenAI-compatible API: http://host/v1; its key is in ${KEY}.")
+@click.option("--judge-model", metavar="NAME", help="The judging model.")
+@click.option(
+    "--judge-workers", type=click.IntRange(1, 256), default=8, show_default=True, help="Questions asked at a time."
+)
+@click.option(
+    "--judge-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Seconds for an answer, of which there are 5 tries.",
+)
+@click.option("--candidates", type=click.IntRange(1), default=8, show_default=True, help="Captions to be sampled.")
+@click.option(
+    "--contrast-alpha",
+    "contrasts",
+    type=float,
+    multiple=True,
+    help="A caption with temporal contrast of this weight; repeatable.  [default: 0.5]",
+)
+@click.option("--gap", type=float, default=4.0, show_default=True, help="Keep pairs that differ by so much, of 13.5.")
+@click.option("--refine/--no-refine", default=True, show_default=True, help="Second looks with the caption at hand.")
+@options.prompt
+@click.option("--segment-prompt", metavar="TEXT", help="Instruction for segments.  [default: a cautious one]")
+@options.no_audio
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Longest caption, in tokens.  [default: the bundle's]")
+@click.option("--temperature", type=float, default=0.9, show_default=True, help="Sampling: temperature.")
+@click.option("--top-p", type=float, default=0.95, show_default=True, help="Sampling: probability mass kept.")
+@click.option("--top-k", type=int, default=32, show_default=True, help="Sampling: tokens kept, 0 for all.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampling.")
+@options.device_options
+@click.option("--retry-failed", is_flag=True, help="Try again what failed in an earlier run.")
+@click.option("--overwrite", is_flag=True, help="Begin afresh where the output is there already.")
+@options.quiet
+@options.debug
+def pairs(
+    bundle: Path,
+    inputs: tuple[str, ...],
+    output: Path,
+    scenes: str | None,
+    scorer_name: str | None,
+    judge_url: str | None,
+    judge_model: str | None,
+    judge_workers: int,
+    judge_timeout: float,
+    gap: float,
+    no_audio: bool,
+    contrasts: tuple[float, ...],
+    segment_prompt: str | None,
+    device: str,
+    threads: int | None,
+    retry_failed: bool,
+    overwrite: bool,
+    quiet: bool,
+    **decoding: Any,
+) -> None:
+    """Caption INPUTS with BUNDLE several times each, score the captions, and write the best and the worst.
+
+    INPUTS are as those of batch: files, folders, patterns and manifests. The steps are SynPO's: captions of segments,
+    candidates for the whole clip (sampled, greedy, contrastive), a second look at each, scores for factuality, fluency
+    and consistency.
+
+    Stopped or killed, the same command goes on where it was. What fails becomes a record with its reason, and the exit
+    code is then 1.
+
+    \b
+    Example: intertitle pairs captioner holiday/ -o pairs.jsonl --scorer judge \\
+               --judge-url http://localhost:8000/v1 --judge-model qwen-plus
+    """
+    from ..align.preference import CAUTIOUS, PairFile, PairJob, Proposer, Recipe, read_pairs
+
+    name = scorer_name or ("scenes" if scenes is not None else "reference-free")
+    _check(inputs, scenes, name, judge_url, judge_model, retry_failed, overwrite)
+    recipe = Recipe(
+        **decoding,
+        audio=not no_audio,
+        contrasts=contrasts or Recipe.contrasts,
+        segment_prompt=CAUTIOUS if segment_prompt is None else segment_prompt,
+    )
+    entries = _entries(inputs, scenes)
+    scorer = _scorer(name, judge_url, judge_model, judge_workers, judge_timeout)
+    check_savable(output)
+    if output.exists() and not output.is_file():
+        raise OptionError(f"{output}: is a pipe or a device, and pairs need a file that can be gone on with")
+    from ..runtime.captioner import Captioner
+
+    with ProgressDisplay(quiet) as progress:
+        captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress)
+    settings = _settings(bundle, recipe, scorer=scorer.name, judge_model=judge_model, gap=gap)
+    began = time.monotonic()
+    with (
+        PairFile(output, settings, overwrite=overwrite, retry_failed=retry_failed) as records,
+        BatchDisplay(len(entries), quiet) as display,
+    ):
+        job = PairJob(entries, records, scorer, gap=gap, watch=display)
+        proposer = Proposer(captioner, recipe, segments=scorer.needs_segments, likelihoods=scorer.needs_likelihoods)
+        try:
+            tally = job.run(proposer)
+        except KeyboardInterrupt:
+            display.stop()
+            say(f"{output}: what is done is kept; the same command goes on from there", prefix="")
+            raise
+    in_file = sum(1 for _ in read_pairs(output)) if output.exists() else 0
+    say(_summary(tally, in_file, time.monotonic() - began), prefix="")
+    if tally.failures:
+        raise click.exceptions.Exit(FAILED)
+
+
+def _check(
+    inputs: tuple[str, ...],
+    scenes: str | None,
+    scorer: str,
+    url: str | None,
+    model: str | None,
+    retry_failed: bool,
+    overwrite: bool,
+) -> None:
+    """``OptionError`` for what does not go together."""
+    if bool(inputs) == (scenes is not None):
+        raise OptionError("give either INPUTS or --scenes, not both and not neither")
+    if scorer == "scenes" and scenes is None:
+        raise OptionError("--scorer scenes scores by the facts of a scene, so it goes with --scenes")
+    if scorer == "judge" and not (url and model):
+        raise OptionError("--scorer judge needs --judge-url and --judge-model")
+    if scorer != "judge" and (url or model):
+        raise OptionError("--judge-url and --judge-model go with --scorer judge")
+    if retry_failed and overwrite:
+        raise OptionError("--retry-failed and --overwrite exclude each other")
+
+
+def _entries(inputs: tuple[str, ...], scenes: str | None) -> list[Item | Entry | BadLine]:
+    if scenes is not None:
+        from ..align.preference import scene_items
+
+        return [*scene_items(scenes)]
+    from ..runtime.batch import read_inputs
+
+    return [*read_inputs(inputs)]
+
+
+def _scorer(name: str, url: str | None, model: str | None, workers: int, timeout: float) -> Scorer:
+    from ..align.preference import Endpoint, GroundTruth, Judge, ReferenceFree
+
+    if name == "judge":
+        return Judge(Endpoint(url or "", model or "", os.environ.get(KEY), timeout=timeout), workers)
+    return GroundTruth() if name == "scenes" else ReferenceFree()
+
+
+def _settings(bundle: Path, recipe: Recipe, **scoring: Any) -> Settings:
+    """What the records depend on: what is not at its default, and the bundle, whose manifest names all its files."""
+    from ..align.preference import GAP, Recipe
+    from ..runtime.batch import Settings
+
+    usual = {**asdict(Recipe()), "judge_model": None, "gap": GAP}
+    given = {**asdict(recipe), **scoring}
+    values = {name: value for name, value in given.items() if name not in usual or value != usual[name]}
+    values["bundle"] = hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()
+    # As they are read back: tuples are lists there.
+    return Settings(json.loads(json.dumps(values)))
+
+
+def _summary(tally: PairTally, in_file: int, seconds: float) -> str:
+    close = tally.captioned - tally.kept
+    before = f" ({tally.already_failed} of them before)" if tally.already_failed else ""
+    speed = f"{60 * tally.captioned / seconds:.1f} clips/min, " if tally.captioned and seconds > 0 else ""
+    return (
+        f"{tally.kept} pairs of {tally.captioned} clips, {close} too close, {tally.already} clips already done, "
+        f"{tally.failures} failed{before}; {in_file} pairs in the file; {speed}{duration(seconds)} in all"
+    )
