@@ -63,7 +63,7 @@ def test_adapter_merges_to_the_tuned_policy(objective, base, prompts, tmp_path):
     torch.testing.assert_close(logits_of(merged, prompts), tuned, rtol=1e-4, atol=1e-4)
 
 
-def test_the_compiler_takes_the_adapter(base, prompts, tmp_path):
+def test_the_adapter_is_of_the_base_by_released_names(base, prompts, tmp_path):
     out = tune(Policy.open(base), prompts, PAIRS, HOW, tmp_path / "adapter")
     opened = Policy.open(base, out).opened
     opened.validate()
