@@ -84,17 +84,39 @@ def test_peft_itself_reads_the_folder(base, prompts, tmp_path):
     assert names == ["adapter_config.json", "adapter_model.safetensors", "log.jsonl", "tuning.json"]
 
 
+@pytest.mark.slow
+def test_the_compiled_captioner_says_what_the_tuned_policy_says(base, tmp_path):
+    """From pairs to a bundle: frames and sound in, the same tokens out, and not those of the base."""
+    import intertitle
+    from intertitle.export.compile import compile_bundle
+
+    numbers = np.load(base / "expected.npz")
+    embeds = numbers["audiovideo.inputs_embeds"][None]
+    policy = Policy.open(base)
+    out = tune(policy, embeds, [replace(PAIRS[0], clip=0)], replace(HOW, objective="supervised"), tmp_path / "adapter")
+    want = policy.generate(torch.from_numpy(embeds), 48)[0]
+    assert want != numbers["audiovideo.greedy_tokens"].tolist()
+    compile_bundle(base, tmp_path / "bundle", weights="fp32", adapter=out)
+    caption = intertitle.Captioner.load(tmp_path / "bundle").caption(
+        frames=numbers["frames_uint8"],
+        waveform=numbers["audio_int16"],
+        sample_rate=16000,
+        decoding=intertitle.Decoding(max_new_tokens=48),
+    )
+    assert caption.token_ids == want
+
+
 # --- learning
 
 
 @pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "supervised"])
 def test_every_objective_widens_its_margin(objective, base, prompts, tmp_path):
-    how = replace(HOW, objective=objective, steps=30, batch=4, learning_rate=5e-3, dropout=0.0, save_every=100)
+    how = replace(HOW, objective=objective, steps=12, batch=4, learning_rate=1e-2, dropout=0.0, save_every=100)
     # SynPO compares probabilities, which are tiny in a random model: a wider slope lets it start.
     how = replace(how, options={"alpha": 3000.0}) if objective == "synpo" else how
     out = tune(Policy.open(base), prompts, PAIRS, how, tmp_path / "adapter")
     log = lines(out)
-    assert [line["step"] for line in log] == list(range(1, 31))
+    assert [line["step"] for line in log] == list(range(1, 13))
     assert set(log[0]) == {"step", "loss", "margin", "accuracy", "logp_chosen", "logp_rejected", "seconds"}
     assert log[-1]["margin"] > log[0]["margin"]
     assert log[-1]["loss"] < log[0]["loss"]
@@ -102,7 +124,7 @@ def test_every_objective_widens_its_margin(objective, base, prompts, tmp_path):
 
 
 def test_supervised_raises_the_chosen_texts(base, prompts, tmp_path):
-    how = replace(HOW, objective="supervised", steps=20, batch=4)
+    how = replace(HOW, objective="supervised", steps=10, batch=4)
     log = lines(tune(Policy.open(base), prompts, PAIRS, how, tmp_path / "adapter"))
     assert log[-1]["logp_chosen"] > log[0]["logp_chosen"] + 0.5
 
