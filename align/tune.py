@@ -108,10 +108,11 @@ def tune(
     """Train an adapter on pairs, or go on where an earlier run stopped, and return its folder ``out``.
 
     ``prompts`` ``[N, S, H]`` (mapped float16 will do) are ``Policy.prompt`` of every clip. The folder has PEFT's
-    layout, with ``log.jsonl``: a line per step with loss, measures (``objectives.Measures``) and seconds. A run that
-    was stopped and started again ends with the same bytes. The policy is left with the adapter on its decoder, in eval
-    mode: open a new one for another training. Raises ``OptionError`` for no pairs, a row that is not there, a folder of
-    another training, a policy that has an adapter, PEFT not installed, or a loss that is no number.
+    layout, with ``log.jsonl``: a line per step with loss, measures (``objectives.Measures``), the gradient's norm
+    before clipping, and seconds. A run that was stopped and started again ends with the same bytes. The policy is left
+    with the adapter on its decoder, in eval mode: open a new one for another training. Raises ``OptionError`` for no
+    pairs, a row that is not there, a folder of another training, a policy that has an adapter, PEFT not installed, or a
+    loss that is no number.
     """
     if policy.opened.adapter is not None:
         raise OptionError("the policy has an adapter merged in: save it as a checkpoint, and tune that")
@@ -184,7 +185,7 @@ def _train(
                 total[name] = total.get(name, 0.0) + float(value) / how.accumulation
         if not np.isfinite(total["loss"]):
             raise OptionError(f"the loss is {total['loss']} at step {at + 1}: try a smaller learning rate")
-        nn.utils.clip_grad_norm_(lora.parameters, how.clip_norm)
+        total["grad_norm"] = float(nn.utils.clip_grad_norm_(lora.parameters, how.clip_norm))
         optimizer.step()
         schedule.step()
         at += 1

@@ -133,6 +133,18 @@ def test_facts_are_counted_over_all_clips(scenes):
     assert got["invention"] == 0
 
 
+def test_one_false_statement_in_each_caption(scenes):
+    """Of the facts of a scene all but one are mentioned, and one statement of as many is invented."""
+    still = [scene for scene in scenes if scene.camera == "still"]
+    texts = [text.replace("The camera stays still", "The camera pans left") for text in best(still)]
+    assert all(text != true for text, true in zip(texts, best(still), strict=True))
+    got = figures(still, texts)
+    share = len(still) / sum(len(facts(scene)) for scene in still)
+    assert got["invention"] == pytest.approx(share)
+    assert got["completeness"] == pytest.approx(1 - share)
+    assert (got["sound_completeness"], got["sound_invention"]) == (1, 0)
+
+
 def test_fluency(scenes):
     got = figures(scenes[:2], ["a red red red red circle", "the glorp wibbles"])
     # Trigrams: a red red, twice red red red, red red circle; the glorp wibbles.

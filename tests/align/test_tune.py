@@ -117,7 +117,8 @@ def test_every_objective_widens_its_margin(objective, base, prompts, tmp_path):
     out = tune(Policy.open(base), prompts, PAIRS, how, tmp_path / "adapter")
     log = lines(out)
     assert [line["step"] for line in log] == list(range(1, 13))
-    assert set(log[0]) == {"step", "loss", "margin", "accuracy", "logp_chosen", "logp_rejected", "seconds"}
+    measures = {"margin", "accuracy", "logp_chosen", "logp_rejected"}
+    assert set(log[0]) == {"step", "loss", "grad_norm", "seconds"} | measures
     assert log[-1]["margin"] > log[0]["margin"]
     assert log[-1]["loss"] < log[0]["loss"]
     assert log[-1]["accuracy"] == 1.0
@@ -143,7 +144,7 @@ def test_accumulated_batches_are_one_large_batch(base, prompts, tmp_path):
     large = tune(Policy.open(base), prompts, PAIRS, replace(how, batch=4), tmp_path / "large")
     small = tune(Policy.open(base), prompts, PAIRS, replace(how, batch=2, accumulation=2), tmp_path / "small")
     first, second = lines(large)[0], lines(small)[0]
-    for name in ("loss", "margin", "logp_chosen", "logp_rejected"):
+    for name in ("loss", "grad_norm", "margin", "logp_chosen", "logp_rejected"):
         assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-6)
 
 
