@@ -117,6 +117,8 @@ def pairs(
     )
     entries = _entries(inputs, scenes)
     scorer = _scorer(name, judge_url, judge_model, judge_workers, judge_timeout)
+    if str(output) == "-":
+        raise OptionError("-: pairs need a file that can be gone on with, not stdout")
     check_savable(output)
     if output.exists() and not output.is_file():
         raise OptionError(f"{output}: is a pipe or a device, and pairs need a file that can be gone on with")

@@ -100,7 +100,8 @@ def _mark(value: Any, most: int) -> int | None:
 
 def _quoted(text: str) -> str:
     """A text cannot end its own quotation."""
-    return f"<<<{text.strip().replace('<<<', '').replace('>>>', '')}>>>"
+    inside = re.sub(r"[<>]{2,}", " ", text).strip()
+    return f"<<<{inside}>>>"
 
 
 def _shown(answer: str) -> str:
