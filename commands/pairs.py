@@ -28,7 +28,9 @@ KEY = "INTERTITLE_JUDGE_API_KEY"
 @click.argument("bundle", type=options.PATH)
 @click.argument("inputs", nargs=-1)
 @click.option("-o", "--output", type=options.PATH, metavar="FILE", required=True, help="JSONL file of the pairs.")
-@click.option("--scenes", metavar="SPLIT:FIRST:STOP", help="Rendered scenes in place of inputs: train:0:500.")
+@click.option(
+    "--scenes", metavar="SPLIT:FIRST:STOP", help="Rendered scenes in place of inputs: train:0:500.  [default: none]"
+)
 @click.option(
     "--scorer",
     "scorer_name",
@@ -36,8 +38,10 @@ KEY = "INTERTITLE_JUDGE_API_KEY"
     help="By agreement, by the facts of scenes, or by a language model.  [default: scenes for scenes, else "
     "reference-free]",
 )
-@click.option("--judge-url", metavar="URL", help=f"OpenAI-compatible API: http://host/v1; its key is in ${KEY}.")
-@click.option("--judge-model", metavar="NAME", help="The judging model.")
+@click.option(
+    "--judge-url", metavar="URL", help=f"OpenAI-compatible API: http://host/v1; its key is in ${KEY}.  [default: none]"
+)
+@click.option("--judge-model", metavar="NAME", help="The judging model.  [default: none]")
 @click.option(
     "--judge-workers", type=click.IntRange(1, 256), default=8, show_default=True, help="Questions asked at a time."
 )

@@ -93,7 +93,7 @@ def test_the_gap_rule(tmp_path: Path):
     assert run(tmp_path / "one.jsonl", scene_items("train:0:2"), Texts(lambda key: ["good"]), gap=0).kept == 0
     for name in ("same", "one"):
         assert list(read_pairs(tmp_path / f"{name}.jsonl", gap=0)) == []
-    with pytest.raises(OptionError, match="from 0 to 13.5"):
+    with pytest.raises(OptionError, match=r"from 0 to 13\.5"):
         run(tmp_path / "none.jsonl", [], gap=14)
 
 
