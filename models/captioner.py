@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -92,6 +92,18 @@ class CaptionerCheckpoint:
     def embedding(self) -> Tensor:
         """The embedding table ``[vocabulary, hidden]``; dtype and errors as for ``tensor``."""
         return self._build(self._translation.sources["embedding"]["weight"])
+
+    def to_checkpoint(self, component: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Entries of ``module(component).state_dict()`` as tensors under the checkpoint's own names, copies included.
+
+        ``component`` may be ``embedding`` with the entry ``weight``. Reading them gives the entries again.
+        """
+        sources = self._translation.sources[component]
+        tensors: dict[str, Tensor] = {}
+        for entry, value in state.items():
+            tensors.update(zip(sources[entry].names, sources[entry].split(value), strict=True))
+        copies = {copy: tensors[name] for copy, name in self._translation.duplicates.items() if name in tensors}
+        return tensors | copies
 
     def fingerprint(self) -> str:
         """sha256 (hex) of the checkpoint's files, and of the adapter's where there is one."""

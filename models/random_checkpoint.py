@@ -17,7 +17,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,23 +37,32 @@ _CHUNK = 1 << 24
 
 
 def write_checkpoint(
-    path: str | Path, size: str, seed: int = 0, progress: Progress | None = None, *, audio_in_shards: bool = True
+    path: str | Path,
+    size: str | Size,
+    seed: int = 0,
+    progress: Progress | None = None,
+    *,
+    audio_in_shards: bool = True,
+    text: Sequence[str] | None = None,
 ) -> Path:
     """Write a checkpoint folder, whole or not at all, and return its path.
 
-    ``size`` is a key of ``SIZES``; the same size and seed give the same bytes on one version of PyTorch. Without
-    ``audio_in_shards`` the audio tensors are only in the two pickles beside the shards.
+    ``size`` is a key of ``SIZES`` or dimensions of one's own; the same size and seed give the same bytes on one version
+    of PyTorch. Without ``audio_in_shards`` the audio tensors are only in the two pickles beside the shards. ``text`` is
+    what the tokenizer's merges come from, as many as the vocabulary has room for.
     Raises ``OptionError`` for an unknown size, a path that is taken, or a disk that is full.
     """
     path = Path(path)
-    if size not in SIZES:
-        raise OptionError(f"size {size!r} is not one of {', '.join(SIZES)}")
+    if isinstance(size, str):
+        if size not in SIZES:
+            raise OptionError(f"size {size!r} is not one of {', '.join(SIZES)}")
+        size = SIZES[size]
     if path.exists():
         raise OptionError(f"{path} exists already: give a new path, or remove it first")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        _write(partial, SIZES[size], seed, progress or (lambda done, total: None), audio_in_shards)
+        _write(partial, size, seed, progress or (lambda done, total: None), audio_in_shards, text)
         partial.rename(path)
     except OSError as error:
         raise OptionError(f"{path}: cannot be written: {error.strerror or error}") from None
@@ -62,8 +71,10 @@ def write_checkpoint(
     return path
 
 
-def _write(folder: Path, size: Size, seed: int, progress: Progress, audio_in_shards: bool) -> None:
-    specials = _write_tokenizer(folder, size)
+def _write(
+    folder: Path, size: Size, seed: int, progress: Progress, audio_in_shards: bool, text: Sequence[str] | None
+) -> None:
+    specials = _write_tokenizer(folder, size, text)
     for name, content in _config_files(size, specials).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -158,8 +169,8 @@ _CHAT_TEMPLATE = (
 """Qwen2's, with its default system turn."""
 
 
-def _write_tokenizer(folder: Path, size: Size) -> dict[str, int]:
-    """Write ``tokenizer.json`` and return the ids of the special tokens.
+def _write_tokenizer(folder: Path, size: Size, text: Sequence[str] | None) -> dict[str, int]:
+    """Write ``tokenizer.json``, its merges learnt from ``text`` if given, and return the ids of the special tokens.
 
     A byte-level BPE: bytes, a few merges, placeholders up to the special tokens. Ids past those (the released
     embedding table has 418 more rows than Qwen2 has tokens) stand for nothing.
@@ -168,8 +179,9 @@ def _write_tokenizer(folder: Path, size: Size) -> dict[str, int]:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = byte_level
-    trainer = trainers.BpeTrainer(vocab_size=_NUM_ORDINARY, initial_alphabet=alphabet, show_progress=False)
-    trained.train_from_iterator(_TRAINING_TEXT, trainer)
+    ordinary = _NUM_ORDINARY if text is None else size.decoder.vocab_size - len(SPECIALS)
+    trainer = trainers.BpeTrainer(vocab_size=ordinary, initial_alphabet=alphabet, show_progress=False)
+    trained.train_from_iterator(_TRAINING_TEXT if text is None else text, trainer)
     model = json.loads(trained.to_str())["model"]
     vocab: dict[str, int] = model["vocab"]
     first = len(vocab) if size.first_special_id is None else size.first_special_id
@@ -237,6 +249,7 @@ def _config_files(size: Size, specials: dict[str, int]) -> dict[str, Any]:
             "encoder_attention_heads": a.num_heads,
             "conv_pos": a.conv_pos,
             "conv_pos_groups": a.conv_pos_groups,
+            "input_patch_size": a.patch_size,
             "finetuned_model": True,
             "predictor_class": PREDICTOR_CLASSES,
         }

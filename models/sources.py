@@ -8,7 +8,7 @@ Llama-shaped decoder and of a CLIP or SigLIP tower. Every other checkpoint name 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -22,13 +22,21 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _alone(tensor: Tensor) -> tuple[Tensor]:
+    return (tensor,)
+
+
 @dataclass(frozen=True)
 class Source:
-    """``build(*tensors)`` of the checkpoint's tensors ``names``, which must have ``shapes``."""
+    """``build(*tensors)`` of the checkpoint's tensors ``names``, which must have ``shapes``.
+
+    ``split`` is the way back: an entry's value to tensors of which ``build`` makes it again.
+    """
 
     names: tuple[str, ...]
     shapes: tuple[Shape, ...]
     build: Callable[..., Tensor] = _same
+    split: Callable[[Tensor], Sequence[Tensor]] = _alone
 
 
 def direct(name: str, shape: Shape) -> Source:
@@ -38,13 +46,20 @@ def direct(name: str, shape: Shape) -> Source:
 
 def from_conv1x1(name: str, shape: Shape) -> Source:
     """A Linear ``[out, in]`` from a 1x1 convolution ``[out, in, 1, 1]``."""
-    return Source((name,), ((*shape, 1, 1),), lambda weight: weight.flatten(1))
+    return Source(
+        (name,), ((*shape, 1, 1),), lambda weight: weight.flatten(1), lambda weight: (weight[..., None, None],)
+    )
 
 
 def from_conv3d(name: str, shape: Shape, kernel: tuple[int, int, int]) -> Source:
     """A Linear over windows, ``[out, kt*kh*kw*in]``, from a Conv3d ``[out, in, kt, kh, kw]``."""
     channels = shape[1] // (kernel[0] * kernel[1] * kernel[2])
-    return Source((name,), ((shape[0], channels, *kernel),), lambda weight: weight.permute(0, 2, 3, 4, 1).flatten(1))
+    return Source(
+        (name,),
+        ((shape[0], channels, *kernel),),
+        lambda weight: weight.permute(0, 2, 3, 4, 1).flatten(1),
+        lambda weight: (weight.unflatten(1, (*kernel, channels)).permute(0, 4, 1, 2, 3),),
+    )
 
 
 def first_present(names: Collection[str], *candidates: str) -> str:

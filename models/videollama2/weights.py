@@ -100,13 +100,14 @@ def _audio(entry: str, shape: Shape, names: Collection[str]) -> Source:
         )
     if entry == "tower.encoder.pos_conv.weight":
         prefix = f"{AUDIO}encoder.pos_conv.0."
-        return Source((f"{prefix}weight_g", f"{prefix}weight_v"), ((1, 1, shape[2]), shape), _fold_weight_norm)
+        names = (f"{prefix}weight_g", f"{prefix}weight_v")
+        return Source(names, ((1, 1, shape[2]), shape), _fold_weight_norm, _unfold_weight_norm)
     if entry == "tower.encoder.pos_conv.bias":
         return direct(f"{AUDIO}encoder.pos_conv.0.bias", shape)
     if entry.endswith(".grep_linear.weight"):
-        return Source((name,), ((8, shape[1]),), _sum_of_fours)
+        return Source((name,), ((8, shape[1]),), _sum_of_fours, _in_fours)
     if entry.endswith(".grep_linear.bias"):
-        return Source((name,), ((8,),), _sum_of_fours)
+        return Source((name,), ((8,),), _sum_of_fours, _in_fours)
     return direct(name, shape)
 
 
@@ -120,6 +121,19 @@ def _fold_weight_norm(gain: Tensor, direction: Tensor) -> Tensor:
     return gain * direction * torch.rsqrt(direction.pow(2).sum((0, 1), keepdim=True) + 1e-6)
 
 
+def _unfold_weight_norm(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight as its own direction, and the gain that leaves it as it is."""
+    weight = weight.to(torch.float32)
+    return (weight.pow(2).sum((0, 1), keepdim=True) + 1e-6).sqrt(), weight
+
+
 def _sum_of_fours(tensor: Tensor) -> Tensor:
     """The gate's 8 outputs are summed in two fours before the sigmoid: summed here, in float32."""
     return tensor.to(torch.float32).unflatten(0, (2, 4)).sum(1)
+
+
+def _in_fours(tensor: Tensor) -> tuple[Tensor]:
+    """Each sum as the first of its four, the others zero."""
+    fours = tensor.new_zeros(2, 4, *tensor.shape[1:])
+    fours[:, 0] = tensor
+    return (fours.flatten(0, 1),)
