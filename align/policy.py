@@ -1,0 +1,216 @@
+"""A captioner in training form: batched, differentiable, its pieces the reference modules of ``models/``.
+
+Shapes use B clips, T frames, P patches of a frame, V visual and A audio tokens, S prompt tokens, N caption tokens, H
+decoder width. Captions are padded on the right, so that positions and the causal mask are those of a caption alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from ..models import CaptionerCheckpoint, open_checkpoint
+from ..models import attention as attention_module
+from ..models.attention import CacheState, ReferenceAttention, rotate
+from ..models.beats import AudioBranch
+from ..models.config import CaptionerConfig
+from ..models.decoder import Decoder
+from ..models.save import save_checkpoint
+from ..models.vision import VisionTower
+from ..runtime.decoding.scores import repeated_ngram_tokens
+
+IGNORED = -100
+"""Fills a batch of captions up to the longest (PyTorch's ``ignore_index``)."""
+
+
+class TrainingAttention(ReferenceAttention):
+    """``cached`` as plain causal attention over the new tokens: nothing is cached, gradients pass."""
+
+    def cached(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
+        state: CacheState,
+        num_heads: int,
+        num_kv_heads: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, length, width = query.shape
+        dim = width // num_heads
+        cos, sin = (table[:length].to(query.dtype) for table in (state.cos, state.sin))
+        q = rotate(query.unflatten(-1, (num_heads, dim)).transpose(1, 2), cos, sin)
+        k = rotate(key.unflatten(-1, (num_kv_heads, dim)).transpose(1, 2), cos, sin)
+        v = value.unflatten(-1, (num_kv_heads, dim)).transpose(1, 2)
+        groups = num_heads // num_kv_heads
+        out = F.scaled_dot_product_attention(
+            q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), is_causal=True
+        )
+        return out.transpose(1, 2).reshape(batch, length, width), past_key, past_value
+
+
+_ATTENTION = TrainingAttention()
+
+
+class Policy(nn.Module):
+    """A whole captioner over one clip's frames and sound. Audio and connector kinds as the checkpoint's config says."""
+
+    vision: VisionTower
+    connector: nn.Module
+    audio: AudioBranch | None
+    decoder: Decoder
+
+    def __init__(self, opened: CaptionerCheckpoint) -> None:
+        super().__init__()
+        self.opened, self.config = opened, opened.config
+        self.vision = cast(VisionTower, opened.load("vision"))
+        self.connector = opened.load("connector")
+        self.audio = cast(AudioBranch, opened.load("audio")) if "audio" in opened.components else None
+        self.decoder = cast(Decoder, opened.load("decoder"))
+        table = opened.embedding().to(torch.float32).clone()
+        self.embedding = nn.Embedding.from_pretrained(table, freeze=False)
+        self.tokenizer = Tokenizer.from_file(str(opened.path / "tokenizer.json"))
+        self.eos = self.config.generation.eos_token_ids[0]
+
+    @classmethod
+    def open(cls, path: str | Path, adapter: str | Path | None = None) -> Policy:
+        """From a checkpoint folder, an adapter merged in if given. Raises ``CheckpointError``."""
+        return cls(open_checkpoint(path, adapter))
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+        """Write the weights as a checkpoint folder beside the one they came from; see ``save_checkpoint``."""
+        parts = {"vision": self.vision, "connector": self.connector, "audio": self.audio, "decoder": self.decoder}
+        state = {name: module.state_dict() for name, module in parts.items() if module is not None}
+        if self.config.decoder.tie_embeddings:
+            state["decoder"].pop("lm_head.weight")
+        return save_checkpoint(self.opened, state | {"embedding": self.embedding.state_dict()}, path, dtype)
+
+    # --- from a clip to its prompt
+
+    def visual_tokens(self, features: Tensor) -> Tensor:
+        """Tower features ``[B, T, P, D]`` -> ``[B, V, H]``.
+
+        Clips are joined along time: exact for connectors whose windows of time divide T and are not padded (v35).
+        """
+        tokens = self.connector(features.flatten(0, 1))
+        return tokens.reshape(len(features), -1, tokens.shape[-1])
+
+    def prompt(self, visual: Tensor, audio: Tensor | None, instruction: str | None = None) -> Tensor:
+        """Embedded prompts ``[B, S, H]``: text, visual tokens, audio tokens, text."""
+        template = self.config.prompts["video" if audio is None else "audiovideo"]
+        said = instruction if instruction is not None else self.config.default_instruction
+        before, after = (self._text(part.replace("{instruction}", said)) for part in (template.prefix, template.suffix))
+        pieces = [before.expand(len(visual), -1, -1), visual]
+        pieces += [] if audio is None else [audio]
+        return torch.cat([*pieces, after.expand(len(visual), -1, -1)], dim=1)
+
+    def _text(self, text: str) -> Tensor:
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.embedding(torch.tensor(ids, dtype=torch.int64)).unsqueeze(0)
+
+    # --- captions
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Token ids ``[B, N]`` with the end of sequence, filled up with ``IGNORED``."""
+        ids = [[*self.tokenizer.encode(text, add_special_tokens=False).ids, self.eos] for text in captions]
+        return pad(ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a caption's tokens."""
+        return self.tokenizer.decode([token for token in token_ids if token != self.eos and token >= 0]).strip()
+
+    def logits(self, prompt: Tensor, tokens: Tensor) -> Tensor:
+        """``[B, N, vocabulary]``: what each token of ``tokens [B, N]`` is predicted from."""
+        given = self.embedding(tokens.clamp(min=0))[:, :-1]
+        embeds = torch.cat((prompt, given.to(prompt.dtype)), dim=1)
+        asked = torch.arange(prompt.shape[1] - 1, embeds.shape[1]).expand(len(prompt), -1)
+        unused = embeds.new_zeros(())
+        past = [(unused, unused)] * self.config.decoder.num_layers
+        # Lengths are those of a cache, of which there is none.
+        none = torch.zeros((), dtype=torch.int32)
+        with attention_module.use(_ATTENTION):
+            return self.decoder(embeds, none, none, asked, past)[0]
+
+    def log_probs(self, prompt: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of every token ``[B, N]``, zero where there is none, and the mask ``[B, N]``."""
+        mask = tokens != IGNORED
+        log_probs = self.logits(prompt, tokens).float().log_softmax(-1)
+        chosen = log_probs.gather(-1, tokens.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return chosen * mask, mask
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Tensor,
+        max_new_tokens: int = 96,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        no_repeat_ngram: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> list[list[int]]:
+        """A caption for each prompt, greedy or sampled, with the checkpoint's repetition penalty; ends included."""
+        rows, length, _ = prompt.shape
+        penalty = self.config.generation.repetition_penalty
+        cache = self.decoder.empty_cache(rows, length + max_new_tokens)
+        made = torch.full((rows, 0), 0, dtype=torch.int64)
+        done = torch.zeros(rows, dtype=torch.bool)
+        embeds, filled = prompt, length
+        seen = torch.zeros(rows, self.config.decoder.vocab_size, dtype=torch.bool)
+        while True:
+            lengths = torch.full((rows,), filled - 1, dtype=torch.int32)
+            asked = torch.full((rows, 1), embeds.shape[1] - 1)
+            logits, cache = self.decoder(embeds, lengths, torch.tensor(filled, dtype=torch.int32), asked, cache)
+            scores = logits[:, 0].float()
+            if penalty != 1.0:
+                scores = torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+            if no_repeat_ngram:
+                for row, ids in enumerate(made.tolist()):
+                    scores[row, repeated_ngram_tokens(ids, no_repeat_ngram)] = -torch.inf
+            chosen = _choose(scores, temperature, top_p, generator)
+            chosen[done] = self.eos
+            made = torch.cat((made, chosen.unsqueeze(1)), 1)
+            seen[torch.arange(rows), chosen] = True
+            done |= chosen == self.eos
+            if bool(done.all()) or made.shape[1] == max_new_tokens:
+                return [_up_to(ids, self.eos) for ids in made.tolist()]
+            embeds, filled = self.embedding(chosen).unsqueeze(1), filled + 1
+
+
+def pad(ids: Sequence[Sequence[int]]) -> Tensor:
+    """Lists of token ids as ``[B, longest]``, filled up with ``IGNORED``."""
+    out = torch.full((len(ids), max(map(len, ids), default=0)), IGNORED, dtype=torch.int64)
+    for row, values in enumerate(ids):
+        out[row, : len(values)] = torch.tensor(values, dtype=torch.int64)
+    return out
+
+
+def pixels(frames: npt.NDArray[np.uint8], config: CaptionerConfig) -> Tensor:
+    """Frames at the tower's size ``[..., S, S, 3]`` as its input ``[..., 3, S, S]``, float32."""
+    mean, std = (torch.tensor(values) for values in (config.image.mean, config.image.std))
+    values = (torch.from_numpy(np.array(frames)).float() / 255 - mean) / std
+    return values.movedim(-1, -3)
+
+
+def _choose(scores: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+    if temperature <= 0:
+        return scores.argmax(-1)
+    probabilities = (scores / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, index = probabilities.sort(-1, descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+        probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+def _up_to(ids: list[int], eos: int) -> list[int]:
+    return ids[: ids.index(eos) + 1] if eos in ids else ids

@@ -1,0 +1,296 @@
+"""Supervised training of the small captioner: towers, then captions over their features.
+
+    scenes ─▶ clips on disk ─▶ vision tower, audio tower (their own heads) ─▶ features on disk
+           ─▶ connector, audio projector, decoder (captions) ─▶ checkpoint in the released layout
+
+Every stage leaves its state in the work folder and an interrupted one goes on from its last save, so that a run that is
+stopped at any moment and started again ends with the same checkpoint, give or take the batches since the last save.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import OptionError
+from ..models.random_checkpoint import write_checkpoint
+from . import towers
+from .data import Clips, render_clips, whole_fbank
+from .policy import IGNORED, Policy, pixels
+from .recipe import Recipe
+from .scenes import captions, draw_scene
+
+Progress = Callable[[str, int, int], None]
+_SAVE_EVERY = 250
+_FEATURE_BATCH = 32
+
+
+@dataclass
+class Run:
+    """One training in its work folder."""
+
+    recipe: Recipe
+    work: Path
+    progress: Progress
+    workers: int = 2
+
+    def __call__(self) -> Path:
+        """All stages; returns the trained checkpoint's folder."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        self._check_recipe()
+        recipe, size = self.recipe, self.recipe.size
+        start = self.work / "start"
+        if not start.exists():
+            text = [line for index in range(400) for line in captions(draw_scene("train", index))]
+            write_checkpoint(start, size, recipe.seed, text=text)
+        train = self._clips("train", recipe.clips)
+        validation = self._clips("validation", recipe.validation)
+        torch.manual_seed(recipe.seed)
+        policy = Policy.open(start)
+        _better_start(policy)
+        self._train_vision(policy, train, validation)
+        self._train_audio(policy, train, validation)
+        features = self.features(policy, train)
+        self._train_captions(policy, train, features, self.features(policy, validation), validation)
+        trained = self.work / "supervised"
+        if not trained.exists():
+            policy.save(trained)
+        return trained
+
+    def _check_recipe(self) -> None:
+        note, text = self.work / "recipe.json", repr(self.recipe)
+        if note.exists() and json.loads(note.read_text()) != text:
+            raise OptionError(f"{self.work} holds another recipe's training: give a new folder, or remove it first")
+        note.write_text(json.dumps(text))
+
+    def _clips(self, split: str, count: int) -> Clips:
+        return render_clips(
+            self.work / split,
+            split,
+            count,
+            num_frames=self.recipe.size.num_frames,
+            size=self.recipe.size.vision.image_size,
+            workers=self.workers,
+            progress=lambda done, total: self.progress(f"render {split}", done, total),
+        )
+
+    # --- towers
+
+    def _train_vision(self, policy: Policy, train: Clips, validation: Clips) -> None:
+        grid = policy.config.vision.grid
+        heads = towers.VisionHeads(policy.config.vision.hidden_size)
+
+        def loss(clips: Clips, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+            frames = pixels(clips.frames[rows], policy.config).flatten(0, 1)
+            targets, offsets = towers.patch_targets(torch.from_numpy(clips.states[rows]).flatten(0, 1), grid)
+            backgrounds = torch.tensor([towers.background_target(clips.scene(int(row))) for row in rows])
+            backgrounds = backgrounds.repeat_interleave(clips.frames.shape[1], 0)
+            with autocast():
+                features = policy.vision(frames)
+            return heads.loss(features.float(), targets, offsets, backgrounds)
+
+        modules = nn.ModuleDict({"tower": policy.vision, "heads": heads})
+        self._fit("vision", modules, train, validation, self.recipe.vision_steps, self.recipe.vision_batch, loss)
+
+    def _train_audio(self, policy: Policy, train: Clips, validation: Clips) -> None:
+        branch = policy.audio
+        assert branch is not None
+        config = branch.config
+        heads = towers.AudioHeads(config.hidden_size, config.num_tokens)
+
+        def loss(clips: Clips, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+            fbank = whole_fbank(torch.from_numpy(clips.fbank[rows]).float(), config.num_frames)
+            targets = torch.tensor([towers.sound_target(clips.scene(int(row))) for row in rows])
+            with autocast():
+                features = branch.features(fbank)
+            return heads.loss(features.float(), targets)
+
+        modules = nn.ModuleDict({"tower": branch.tower, "heads": heads})
+        self._fit("audio", modules, train, validation, self.recipe.audio_steps, self.recipe.audio_batch, loss)
+
+    # --- captions
+
+    @torch.no_grad()
+    def features(self, policy: Policy, clips: Clips) -> Features:
+        """What the towers make of every clip, on disk in float16."""
+        folder, config = self.work / clips.split, policy.config
+        assert policy.audio is not None
+        audio = policy.audio.config
+        count = len(clips)
+        shapes = {
+            "vision_features": (count, config.num_frames, config.vision.num_patches, config.vision.hidden_size),
+            "audio_features": (count, audio.num_tokens, audio.hidden_size),
+        }
+        done = folder / "features.done"
+        if not done.exists():
+            policy.eval()
+            vision, sound = (
+                np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, shape)
+                for name, shape in shapes.items()
+            )
+            for start in range(0, count, _FEATURE_BATCH):
+                rows = slice(start, min(start + _FEATURE_BATCH, count))
+                seen = policy.vision(pixels(clips.frames[rows], config).flatten(0, 1))
+                vision[rows] = seen.unflatten(0, (-1, config.num_frames)).numpy()
+                fbank = whole_fbank(torch.from_numpy(clips.fbank[rows]).float(), audio.num_frames)
+                sound[rows] = policy.audio.features(fbank).numpy()
+                self.progress(f"features {clips.split}", rows.stop, count)
+            vision.flush()
+            sound.flush()
+            done.touch()
+        return Features(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in shapes))
+
+    def _train_captions(
+        self, policy: Policy, train: Clips, features: Features, held_out: Features, validation: Clips
+    ) -> None:
+        texts = {
+            clips.split: [captions(clips.scene(row)) for row in range(len(clips))] for clips in (train, validation)
+        }
+        rng = np.random.default_rng(self.recipe.seed)
+        assert policy.audio is not None
+        projector = policy.audio.projector
+
+        def loss(clips: Clips, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+            given = features if clips is train else held_out
+            which = rng.integers(0, 5, len(rows)) if clips is train else np.zeros(len(rows), int)
+            said = [texts[clips.split][row] for row in rows]
+            tokens = policy.encode([lines[i % len(lines)] for lines, i in zip(said, which, strict=True)])
+            with autocast():
+                visual = policy.visual_tokens(torch.from_numpy(given.vision[rows]).float())
+                audio = projector(torch.from_numpy(given.audio[rows]).float())
+                logits = policy.logits(policy.prompt(visual, audio), tokens).float()
+            right = (logits.argmax(-1) == tokens)[tokens != IGNORED].float().mean()
+            return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), ignore_index=IGNORED), right
+
+        modules = nn.ModuleDict(
+            {
+                "connector": policy.connector,
+                "projector": projector,
+                "decoder": policy.decoder,
+                "embedding": policy.embedding,
+            }
+        )
+        self._fit("captions", modules, train, validation, self.recipe.caption_steps, self.recipe.caption_batch, loss)
+
+    # --- one stage
+
+    def _fit(
+        self,
+        stage: str,
+        modules: nn.ModuleDict,
+        train: Clips,
+        validation: Clips,
+        steps: int,
+        batch: int,
+        loss: Callable[[Clips, np.ndarray], tuple[Tensor, Tensor]],
+    ) -> None:
+        """AdamW with warm-up and a cosine; the state is saved every so often, and the log with it."""
+        state_file, log_file = self.work / f"{stage}.pt", self.work / f"{stage}.jsonl"
+        modules.requires_grad_(True).train()
+        optimizer = torch.optim.AdamW(_groups(modules), lr=self.recipe.learning_rate, betas=(0.9, 0.98))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps))
+        at = 0
+        if state_file.exists():
+            saved = torch.load(state_file, weights_only=True)
+            modules.load_state_dict(saved["modules"])
+            optimizer.load_state_dict(saved["optimizer"])
+            schedule.load_state_dict(saved["schedule"])
+            at = saved["step"]
+        batches = epochs(len(train), batch, self.recipe.seed, at)
+        started, since = time.perf_counter(), at
+        while at < steps:
+            value, right = loss(train, next(batches))
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            at += 1
+            self.progress(f"train {stage}", at, steps)
+            if at % _SAVE_EVERY == 0 or at == steps:
+                with torch.no_grad():
+                    rows = np.arange(min(len(validation), 4 * batch))
+                    held, held_right = loss(validation, rows)
+                line = {
+                    "step": at,
+                    "loss": round(float(value.detach()), 4),
+                    "right": round(float(right), 4),
+                    "validation_loss": round(float(held), 4),
+                    "validation_right": round(float(held_right), 4),
+                    "seconds_per_step": round((time.perf_counter() - started) / (at - since), 4),
+                }
+                with log_file.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                saved = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict()}
+                _save(saved | {"schedule": schedule.state_dict(), "step": at}, state_file)
+        modules.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Tower features of clips: vision float16 ``[N, T, P, D]``, audio float16 ``[N, A, D]``."""
+
+    vision: np.ndarray
+    audio: np.ndarray
+
+
+def autocast():
+    """bfloat16 products where the machine has units for them, float32 elsewhere."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_amx_tile_supported())
+
+
+def cosine(step: int, steps: int, warmup: float = 0.05, floor: float = 0.02) -> float:
+    """The share of the learning rate at a step: up in a line, down in a cosine."""
+    rising = max(int(steps * warmup), 1)
+    if step < rising:
+        return (step + 1) / rising
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1)))
+
+
+def epochs(count: int, batch: int, seed: int, skip: int = 0) -> Iterator[np.ndarray]:
+    """Batches of rows, sorted, each epoch in an order of its own; the first ``skip`` batches are left out."""
+    each = max(count // batch, 1)
+    epoch, left = divmod(skip, each)
+    while True:
+        order = np.random.default_rng([seed, epoch]).permutation(count)
+        for start in range(left * batch, each * batch, batch):
+            yield np.sort(order[start : start + batch])
+        epoch, left = epoch + 1, 0
+
+
+def _groups(modules: nn.Module) -> list[dict[str, object]]:
+    """Weight decay for matrices, none for biases, norms and single values."""
+    parameters = list(modules.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.05},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _better_start(policy: Policy) -> None:
+    """Norms to one and biases to zero, which random checkpoints leave near it on purpose; the last layer of every
+    residual branch small."""
+    for name, parameter in policy.named_parameters():
+        if parameter.dim() == 1:
+            norm = "norm" in name or ".bn." in name
+            parameter.data.fill_(1.0 if norm and name.endswith("weight") else 0.0)
+
+
+def _save(state: Mapping[str, object], path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def read_log(work: Path, stage: str) -> Sequence[dict[str, float]]:
+    """The lines that a stage wrote."""
+    return [json.loads(line) for line in (work / f"{stage}.jsonl").read_text().splitlines()]
