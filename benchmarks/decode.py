@@ -154,7 +154,12 @@ def main(checkpoint: Path | None, prompt_tokens: int, tokens: int, rounds: int, 
             "seconds_per_token": seconds,
         }
     path = write_result(result, figures, "python -m intertitle.benchmarks.decode")
-    for name in ("tokens_per_second", "captioner_over_bare", "bare_over_small_pages", "captioner_over_torch_bf16_eager"):
+    for name in (
+        "tokens_per_second",
+        "captioner_over_bare",
+        "bare_over_small_pages",
+        "captioner_over_torch_bf16_eager",
+    ):
         click.echo(f"{name}: {figures[name]}")
     click.echo(path)
 

@@ -21,8 +21,10 @@ def fuse_residuals(model: ir.Model) -> int:
         if norm.op_type != "RMSNormalization" or norm.domain not in ("", "ai.onnx"):
             continue
         total, weight = norm.inputs[:2]
-        add = total.producer() if total is not None else None
-        if add is None or add.op_type != "Add" or len(weight.shape or ()) != 1:
+        if total is None or weight is None or weight.shape is None or len(weight.shape) != 1:
+            continue
+        add = total.producer()
+        if add is None or add.op_type != "Add":
             continue
         if total.is_graph_output():
             continue

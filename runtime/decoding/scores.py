@@ -16,7 +16,6 @@ import numpy.typing as npt
 from ..inference import FloatArray
 from .options import Settings
 
-
 #: Scores of which the highest is found first when the few highest of all are wanted.
 _BLOCK = 256
 

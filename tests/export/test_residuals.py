@@ -7,9 +7,8 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
-
 from intertitle.export.dialects.residuals import fuse_residuals
+from onnx import TensorProto, helper, numpy_helper
 
 
 def graph(nodes: list, outputs: dict[str, int]) -> onnx.ModelProto:
@@ -18,9 +17,13 @@ def graph(nodes: list, outputs: dict[str, int]) -> onnx.ModelProto:
         numpy_helper.from_array(np.linspace(1.5, -0.5, 8, dtype=np.float32), "other"),
     ]
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", 3, 8]) for name in ("x", "y")]
-    shaped = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", 3, size]) for name, size in outputs.items()]
+    shaped = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", 3, size]) for name, size in outputs.items()
+    ]
     model = helper.make_model(
-        helper.make_graph(nodes, "g", inputs, shaped, weights), opset_imports=[helper.make_opsetid("", 23)], ir_version=10
+        helper.make_graph(nodes, "g", inputs, shaped, weights),
+        opset_imports=[helper.make_opsetid("", 23)],
+        ir_version=10,
     )
     onnx.checker.check_model(model)
     return model

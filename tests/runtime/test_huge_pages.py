@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from intertitle.runtime import huge_pages as module
 
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
