@@ -63,7 +63,11 @@ KEY = "INTERTITLE_JUDGE_API_KEY"
 @click.option("--gap", type=float, default=4.0, show_default=True, help="Keep pairs that differ by so much, of 13.5.")
 @click.option("--refine/--no-refine", default=True, show_default=True, help="Second looks with the caption at hand.")
 @options.prompt
-@click.option("--segment-prompt", metavar="TEXT", help="Instruction for segments.  [default: a cautious one]")
+@click.option(
+    "--segment-prompt",
+    metavar="TEXT",
+    help="Instruction for segments, '' for that of the whole clip.  [default: a cautious one]",
+)
 @options.no_audio
 @click.option("--max-new-tokens", type=click.IntRange(1), help="Longest caption, in tokens.  [default: the bundle's]")
 @click.option("--temperature", type=float, default=0.9, show_default=True, help="Sampling: temperature.")
@@ -117,7 +121,7 @@ def pairs(
         **decoding,
         audio=not no_audio,
         contrasts=contrasts or Recipe.contrasts,
-        segment_prompt=CAUTIOUS if segment_prompt is None else segment_prompt,
+        segment_prompt=CAUTIOUS if segment_prompt is None else segment_prompt or None,
     )
     entries = _entries(inputs, scenes)
     scorer = _scorer(name, judge_url, judge_model, judge_workers, judge_timeout)
@@ -196,7 +200,8 @@ def _settings(bundle: Path, recipe: Recipe, **scoring: Any) -> Settings:
     from ..runtime.batch import Settings
 
     usual = {**asdict(Recipe()), "judge_model": None, "gap": GAP}
-    given = {**asdict(recipe), **scoring}
+    # No instruction of their own has to differ from the setting's absence, which is the default.
+    given = {**asdict(recipe), "segment_prompt": recipe.segment_prompt or "", **scoring}
     values = {name: value for name, value in given.items() if name not in usual or value != usual[name]}
     values["bundle"] = hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()
     # As they are read back: tuples are lists there.

@@ -34,8 +34,9 @@ class Recipe:
 
     ``candidates`` are sampled from one prefill at SynPO's temperature, top-p and top-k (FACTS 2.2); beside them come a
     greedy caption and one for each alpha in ``contrasts`` (temporal, 0.5 is SynPO's). ``refine``: every caption,
-    those of segments too, is replaced by what a second look makes of it. ``prompt`` and ``segment_prompt``: ``None`` is
-    the bundle's own instruction. The seed of an item follows from ``seed`` and its key, not from its place.
+    those of segments too, is replaced by what a second look makes of it. ``prompt``: ``None`` is the bundle's own
+    instruction; ``segment_prompt``: ``None`` is that of the whole clip. The seed of an item follows from ``seed`` and
+    its key, not from its place.
     """
 
     candidates: int = 8
@@ -155,12 +156,12 @@ class Proposer:
                 spans = self._spans(item)
                 found[item.key] = [""] * len(spans)
                 if item.scene is not None:
-                    found[item.key] = [self._scene_segment(item.scene, span, decoding) for span in spans]
+                    found[item.key] = [self._scene_segment(item, span, decoding) for span in spans]
                     continue
             except IntertitleError as error:
                 found[item.key] = error
                 continue
-            asked += [BatchItem(item.source, recipe.segment_prompt, *span) for span in spans]
+            asked += [BatchItem(item.source, self._segment_prompt(item), *span) for span in spans]
             places += [(item.key, number) for number in range(len(spans))]
         results = self.captioner.caption_batch(asked, audio=recipe.audio, decoding=decoding)
         for result in results:
@@ -223,9 +224,13 @@ class Proposer:
         assert item.entry is not None
         return self.captioner.prepare(item.source, audio=self.recipe.audio, start=item.entry.start, end=item.entry.end)
 
-    def _scene_segment(self, scene: Scene, span: Span, decoding: Decoding) -> str:
-        media = self._media(scene, span)
-        return self.captioner.caption(prompt=self.recipe.segment_prompt, decoding=decoding, **media).text.strip()
+    def _segment_prompt(self, item: Item) -> str | None:
+        return self._prompt(item) if self.recipe.segment_prompt is None else self.recipe.segment_prompt
+
+    def _scene_segment(self, item: Item, span: Span, decoding: Decoding) -> str:
+        assert item.scene is not None
+        media = self._media(item.scene, span)
+        return self.captioner.caption(prompt=self._segment_prompt(item), decoding=decoding, **media).text.strip()
 
     def _media(self, scene: Scene, span: Span) -> Any:
         return scene_media(scene, self.captioner.manifest.preprocessing, audio=self.recipe.audio, span=span)

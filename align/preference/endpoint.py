@@ -8,6 +8,9 @@ import random
 import threading
 import urllib.error
 import urllib.request
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from queue import SimpleQueue
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -19,6 +22,61 @@ _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 #: Mean that no question will be answered: a wrong key, a wrong address or model.
 _REFUSED = {401: "refuses the API key", 403: "forbids the request", 404: "knows no such address or model"}
 _LARGEST = 4 << 20
+_NO_LONGER = "the judge is no longer asked"
+
+
+class Asker:
+    """Asks an endpoint up to ``workers`` questions at a time, in threads that no exit of the process waits for.
+
+    A thread that waits for a silent server cannot be stopped, and whoever presses Ctrl-C is not to wait with it.
+    """
+
+    def __init__(self, endpoint: Endpoint, workers: int) -> None:
+        self._endpoint, self._workers = endpoint, workers
+        self._questions: SimpleQueue[tuple[Future[str], str, str]] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._open: set[Future[str]] = set()
+        self._threads = 0
+        self._closed = False
+
+    def submit(self, system: str, question: str) -> Future[str]:
+        """The answer to be, or what ``Endpoint.ask`` raises."""
+        future: Future[str] = Future()
+        with self._lock:
+            if self._closed:
+                raise JudgeError(_NO_LONGER)
+            self._open.add(future)
+            if self._threads < self._workers:
+                self._threads += 1
+                threading.Thread(target=self._work, name="intertitle-judge", daemon=True).start()
+        self._questions.put((future, system, question))
+        return future
+
+    def close(self) -> None:
+        """Every answer that is still to be becomes a ``JudgeError`` at once."""
+        self._endpoint.close()
+        with self._lock:
+            self._closed = True
+            waiting, self._open = self._open, set()
+        for future in waiting:
+            with suppress(InvalidStateError):
+                future.set_exception(JudgeError(_NO_LONGER))
+
+    def _work(self) -> None:
+        while True:
+            future, system, question = self._questions.get()
+            if not future.done() and future.set_running_or_notify_cancel():
+                # Closing may have answered it meanwhile.
+                try:
+                    answer = self._endpoint.ask(system, question)
+                except BaseException as error:
+                    with suppress(InvalidStateError):
+                        future.set_exception(error)
+                else:
+                    with suppress(InvalidStateError):
+                        future.set_result(answer)
+            with self._lock:
+                self._open.discard(future)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -90,7 +148,7 @@ class Endpoint:
             if attempt < self._retries:
                 usual = self._backoff * 2**attempt * random.uniform(0.5, 1)
                 if self._closed.wait(min(usual if wait is None else wait, self._longest_wait)):
-                    raise JudgeError("the judge is no longer asked")
+                    raise JudgeError(_NO_LONGER)
         raise JudgeError(f"the judge gave no answer in {self._retries + 1} tries: {reason}")
 
     def close(self) -> None:

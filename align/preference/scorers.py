@@ -10,7 +10,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -18,7 +17,7 @@ from ...errors import OptionError
 from ..scenes import compare
 from . import judge
 from .candidates import Candidate, Material
-from .endpoint import Endpoint
+from .endpoint import Asker, Endpoint
 
 _T = TypeVar("_T")
 
@@ -115,22 +114,21 @@ class ReferenceFree:
 class Judge:
     """By a language model behind ``endpoint``, which reads the captions of the segments; see ``judge``.
 
-    ``workers`` questions are asked at a time, whatever clips they are of. Close it to end its threads.
+    ``workers`` questions are asked at a time, whatever clips they are of.
     """
 
     name = "judge"
     needs_segments, needs_likelihoods = True, False
 
     def __init__(self, endpoint: Endpoint, workers: int = 8) -> None:
-        self._endpoint = endpoint
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="intertitle-judge")
+        self._asker = Asker(endpoint, workers)
 
     def score(self, item: Material, candidates: Sequence[Candidate]) -> list[Scores]:
         """``JudgeError`` where an answer is missing or makes no sense, ``OptionError`` where none can be had."""
         texts = [candidate.text for candidate in candidates]
         questions = [judge.caption_question(item.instruction, item.segments, text) for text in texts]
         questions.append(judge.consistency_question(texts))
-        asked = [self._pool.submit(self._endpoint.ask, judge.SYSTEM, question) for question in questions]
+        asked = [self._asker.submit(judge.SYSTEM, question) for question in questions]
         try:
             *answers, last = [question.result() for question in asked]
             marks = [judge.read_caption_marks(answer) for answer in answers]
@@ -141,9 +139,8 @@ class Judge:
         return [Scores(*mark, agreed) for mark, agreed in zip(marks, together, strict=True)]
 
     def close(self) -> None:
-        """Drop what has not been asked yet; what is under way is not asked again."""
-        self._endpoint.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Give up every question that has no answer yet, and ask nothing more."""
+        self._asker.close()
 
 
 def words(text: str) -> list[str]:

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import os
 import random
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -79,6 +81,8 @@ def test_files_by_agreement(bundle: Path, clips: Path, run: Run, tmp_path: Path)
     refused = run(bundle, clips, "-o", output, "-q", *SHORT)
     assert refused.code == 2
     assert "was written with other settings (gap: there 0.0, now the default)" in refused.err
+    refused = run(bundle, clips, "-o", output, "--gap", 0, "--segment-prompt", "", "-q", *SHORT)
+    assert "(segment_prompt: there the default, now )" in refused.err
 
 
 def test_scenes_by_their_facts(bundle: Path, run: Run, tmp_path: Path):
@@ -159,6 +163,24 @@ def test_what_is_refused_in_one_line(
     assert line.startswith("intertitle: ")
     assert reason in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl"]
+
+
+def test_ctrl_c_does_not_wait_for_a_silent_judge(bundle: Path, tmp_path: Path):
+    output = tmp_path / "pairs.jsonl"
+    words = ["pairs", bundle, "--scenes", "train:0:9", "-o", output, "-q", "--scorer", "judge", "--judge-model", "m"]
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        words += ["--judge-url", f"http://127.0.0.1:{silent.getsockname()[1]}/v1", *SHORT]
+        process = subprocess.Popen([sys.executable, "-m", "intertitle.cli", *map(str, words)], stderr=subprocess.PIPE)
+        connection, _ = silent.accept()
+        with connection:
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert said.decode().splitlines() == [
+        f"{output}: what is done is kept; the same command goes on from there",
+        "intertitle: interrupted",
+    ]
 
 
 def test_killed_again_and_again(bundle: Path, tmp_path: Path):
