@@ -52,7 +52,7 @@ $(STAMP): Makefile setup.cfg pyproject.toml constraints-dev.txt
 	$(PIP_INSTALL) --upgrade pip setuptools
 	@# PyTorch first and alone: no other package may choose its version.
 	$(PIP_INSTALL) torch
-	$(PIP_INSTALL) -e '.[cpu,compile,dev,scenes]'
+	$(PIP_INSTALL) -e '.[cpu,compile,align,dev,scenes]'
 	@echo '$(CURDIR)' > $(STAMP)
 
 test: $(STAMP)

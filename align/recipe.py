@@ -69,12 +69,12 @@ RECIPES = {
         size=_size(vision=(128, 5, 4), audio=(128, 3, 4), decoder=(256, 768, 5, 4, 2), vocabulary=512),
         clips=14_336,
         validation=512,
-        vision_steps=1_500,
+        vision_steps=1_200,
         vision_batch=16,
-        audio_steps=1_500,
-        audio_batch=64,
-        caption_steps=5_000,
-        caption_batch=32,
+        audio_steps=1_000,
+        audio_batch=32,
+        caption_steps=3_000,
+        caption_batch=16,
     ),
     # For the tests: runs through every stage in seconds and learns next to nothing.
     "smoke": Recipe(

@@ -32,6 +32,8 @@ from .scenes import captions, draw_scene
 Progress = Callable[[str, int, int], None]
 _SAVE_EVERY = 250
 _FEATURE_BATCH = 32
+_TOLD = 0.3
+"""Weight of the heads beside the captions."""
 
 
 @dataclass
@@ -51,6 +53,13 @@ class Run:
         start = self.work / "start"
         if not start.exists():
             text = [line for index in range(400) for line in captions(draw_scene("train", index))]
+            # The words around the clip are in every prompt: they are to be few tokens.
+            text += [
+                "system\nYou are a helpful assistant.",
+                "\nDescribe the video in detail.",
+                "user\n",
+                "assistant\n",
+            ] * 300
             write_checkpoint(start, size, recipe.seed, text=text)
         train = self._clips("train", recipe.clips)
         validation = self._clips("validation", recipe.validation)
@@ -91,12 +100,10 @@ class Run:
 
         def loss(clips: Clips, rows: np.ndarray) -> tuple[Tensor, Tensor]:
             frames = pixels(clips.frames[rows], policy.config).flatten(0, 1)
-            targets, offsets = towers.patch_targets(torch.from_numpy(clips.states[rows]).flatten(0, 1), grid)
+            targets, offsets = towers.patch_targets(torch.from_numpy(np.array(clips.states[rows])).flatten(0, 1), grid)
             backgrounds = torch.tensor([towers.background_target(clips.scene(int(row))) for row in rows])
             backgrounds = backgrounds.repeat_interleave(clips.frames.shape[1], 0)
-            with autocast():
-                features = policy.vision(frames)
-            return heads.loss(features.float(), targets, offsets, backgrounds)
+            return heads.loss(policy.vision(frames), targets, offsets, backgrounds)
 
         modules = nn.ModuleDict({"tower": policy.vision, "heads": heads})
         self._fit("vision", modules, train, validation, self.recipe.vision_steps, self.recipe.vision_batch, loss)
@@ -108,11 +115,9 @@ class Run:
         heads = towers.AudioHeads(config.hidden_size, config.num_tokens)
 
         def loss(clips: Clips, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-            fbank = whole_fbank(torch.from_numpy(clips.fbank[rows]).float(), config.num_frames)
+            fbank = whole_fbank(torch.from_numpy(np.array(clips.fbank[rows])).float(), config.num_frames)
             targets = torch.tensor([towers.sound_target(clips.scene(int(row))) for row in rows])
-            with autocast():
-                features = branch.features(fbank)
-            return heads.loss(features.float(), targets)
+            return heads.loss(branch.features(fbank), targets)
 
         modules = nn.ModuleDict({"tower": branch.tower, "heads": heads})
         self._fit("audio", modules, train, validation, self.recipe.audio_steps, self.recipe.audio_batch, loss)
@@ -141,7 +146,7 @@ class Run:
                 rows = slice(start, min(start + _FEATURE_BATCH, count))
                 seen = policy.vision(pixels(clips.frames[rows], config).flatten(0, 1))
                 vision[rows] = seen.unflatten(0, (-1, config.num_frames)).numpy()
-                fbank = whole_fbank(torch.from_numpy(clips.fbank[rows]).float(), audio.num_frames)
+                fbank = whole_fbank(torch.from_numpy(np.array(clips.fbank[rows])).float(), audio.num_frames)
                 sound[rows] = policy.audio.features(fbank).numpy()
                 self.progress(f"features {clips.split}", rows.stop, count)
             vision.flush()
@@ -157,19 +162,26 @@ class Run:
         }
         rng = np.random.default_rng(self.recipe.seed)
         assert policy.audio is not None
-        projector = policy.audio.projector
+        projector, width = policy.audio.projector, policy.config.decoder.hidden_size
+        # The connector and the projector are told directly what to pass on: see ``towers``.
+        slots, cells = self.recipe.size.num_frames // 2, policy.config.vision.grid // 2
+        seen, heard = towers.VisionHeads(width), towers.AudioHeads(width, policy.audio.config.num_tokens)
 
         def loss(clips: Clips, rows: np.ndarray) -> tuple[Tensor, Tensor]:
             given = features if clips is train else held_out
             which = rng.integers(0, 5, len(rows)) if clips is train else np.zeros(len(rows), int)
             said = [texts[clips.split][row] for row in rows]
             tokens = policy.encode([lines[i % len(lines)] for lines, i in zip(said, which, strict=True)])
+            visual = policy.visual_tokens(torch.from_numpy(np.array(given.vision[rows])).float())
+            audio = projector(torch.from_numpy(np.array(given.audio[rows])).float())
             with autocast():
-                visual = policy.visual_tokens(torch.from_numpy(given.vision[rows]).float())
-                audio = projector(torch.from_numpy(given.audio[rows]).float())
                 logits = policy.logits(policy.prompt(visual, audio), tokens).float()
             right = (logits.argmax(-1) == tokens)[tokens != IGNORED].float().mean()
-            return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), ignore_index=IGNORED), right
+            value = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), ignore_index=IGNORED)
+            if clips is not train:
+                return value, right
+            told = self._told(seen, heard, clips, rows, visual.unflatten(1, (slots, cells * cells)), audio)
+            return value + _TOLD * told, right
 
         modules = nn.ModuleDict(
             {
@@ -177,9 +189,31 @@ class Run:
                 "projector": projector,
                 "decoder": policy.decoder,
                 "embedding": policy.embedding,
+                "seen": seen,
+                "heard": heard,
             }
         )
         self._fit("captions", modules, train, validation, self.recipe.caption_steps, self.recipe.caption_batch, loss)
+
+    @staticmethod
+    def _told(
+        seen: towers.VisionHeads,
+        heard: towers.AudioHeads,
+        clips: Clips,
+        rows: np.ndarray,
+        visual: Tensor,
+        audio: Tensor,
+    ) -> Tensor:
+        """The heads' losses over visual tokens ``[B, slots, cells, H]`` (a slot is two frames) and audio tokens."""
+        grid = math.isqrt(visual.shape[2])
+        targets, offsets = towers.patch_targets(
+            torch.from_numpy(np.array(clips.states[rows][:, ::2])).flatten(0, 1), grid
+        )
+        scenes = [clips.scene(int(row)) for row in rows]
+        backgrounds = torch.tensor([towers.background_target(scene) for scene in scenes])
+        backgrounds = backgrounds.repeat_interleave(visual.shape[1], 0)
+        sounds = torch.tensor([towers.sound_target(scene) for scene in scenes])
+        return seen.loss(visual.flatten(0, 1), targets, offsets, backgrounds)[0] + heard.loss(audio, sounds)[0]
 
     # --- one stage
 

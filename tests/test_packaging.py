@@ -125,7 +125,7 @@ def wheel(repo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(repo_dir: Path, wheel: list[str]):
-    rooms = ["runtime", "models", "calibration", "commands", "export", "benchmarks"]
+    rooms = ["runtime", "models", "calibration", "commands", "export", "benchmarks", "align"]
     expected = {str(path.relative_to(repo_dir)) for room in rooms for path in (repo_dir / room).rglob("*.py")}
     expected |= {path.name for path in repo_dir.glob("*.py")}
     expected |= {str(path.relative_to(repo_dir)) for path in (repo_dir / "calibration" / "clips").glob("*.mp4")}
