@@ -1,0 +1,136 @@
+"""Preference objectives side by side on unseen scenes: ``python -m intertitle.benchmarks.alignment``.
+
+    python -m intertitle.align train -o work
+    intertitle compile work/supervised -o work/bundle --weights fp32
+    intertitle pairs work/bundle --scenes train:20000:21500 --no-refine -o work/pairs.jsonl
+    python -m intertitle.benchmarks.alignment --work work
+
+Every objective starts from the same supervised checkpoint and sees the same pairs, batches, steps, rank and learning
+rate, once for each seed. ``more_supervised`` is the control: cross entropy on the chosen texts, as many steps. Captions
+are greedy, from PyTorch; figures have 95 % bootstrap intervals over the test clips, and the differences from the
+supervised captioner are paired.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from ..align.metrics import Report, difference, evaluate
+from ..align.policy import Policy
+from ..align.preference import read_pairs
+from ..align.prompts import caption_prompts, embed_scenes
+from ..align.scenes import Scene, draw_scene
+from ..align.tune import LOG, Pair, Tuning, tune
+from ..console import ProgressDisplay
+from .harness import write_result
+
+#: Name to objective. Learning rate, rank and steps are the same for all.
+CONTESTANTS = {
+    "more_supervised": "supervised",
+    "dpo": "dpo",
+    "simpo": "simpo",
+    "synpo": "synpo",
+    "leanpo": "leanpo",
+}
+MAIN = ("cider", "completeness", "invention", "readable", "repetition", "words")
+
+
+def training_pairs(path: Path, gap: float | None) -> tuple[list[Scene], list[Pair]]:
+    """The scenes that the pairs are of, and the pairs by their rows."""
+    found = list(read_pairs(path, gap))
+    keys = sorted({pair.key for pair in found}, key=lambda key: int(key.split(":")[1]))
+    rows = {key: row for row, key in enumerate(keys)}
+    scenes = [draw_scene(key.split(":")[0], int(key.split(":")[1])) for key in keys]
+    pairs = []
+    for pair in found:
+        scores = None if pair.chosen_scores is None else (pair.chosen_scores.total, pair.rejected_scores.total)
+        pairs.append(Pair(rows[pair.key], pair.chosen, pair.rejected, scores))
+    return scenes, pairs
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--work", type=click.Path(path_type=Path, exists=True), required=True, help="Folder of the training.")
+@click.option("--pairs", "pairs_path", type=click.Path(path_type=Path), help="Pairs.  [default: work/pairs.jsonl]")
+@click.option("--test", "count", default=600, show_default=True, help="Unseen test clips.")
+@click.option("--seeds", default=3, show_default=True)
+@click.option("--steps", default=150, show_default=True)
+@click.option("--batch", default=8, show_default=True)
+@click.option("--learning-rate", default=2e-4, show_default=True)
+@click.option("--gap", type=float, help="Pairs that differ by so much.  [default: those the run kept]")
+@click.option("--only", multiple=True, type=click.Choice(sorted(CONTESTANTS)), help="These only.  [default: all]")
+@click.option("-o", "--result", default="alignment", show_default=True, help="Name under results/.")
+def main(
+    work: Path,
+    pairs_path: Path | None,
+    count: int,
+    seeds: int,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    gap: float | None,
+    only: tuple[str, ...],
+    result: str,
+) -> None:
+    """Train every objective with every seed and measure what each says of the test clips."""
+    base = work / "supervised"
+    test = [draw_scene("test", index) for index in range(count)]
+    scenes, pairs = training_pairs(pairs_path or work / "pairs.jsonl", gap)
+    with ProgressDisplay() as progress:
+        policy = Policy.open(base).eval()
+        seen = embed_scenes(policy, test, work / f"test-{count}.npy", lambda a, b: progress("embed test", a, b))
+        prompts = embed_scenes(policy, scenes, None, lambda a, b: progress("embed pairs", a, b))
+        reports: dict[str, list[Report]] = {"supervised": [evaluate(test, caption_prompts(policy, seen), meteor=False)]}
+        seconds: dict[str, float] = {}
+        for name in only or CONTESTANTS:
+            for seed in range(seeds):
+                how = Tuning(CONTESTANTS[name], steps=steps, batch=batch, learning_rate=learning_rate, seed=seed)
+                tuned, out = Policy.open(base), work / "adapters" / f"{name}-{learning_rate:g}-{steps}-{seed}"
+                tune(tuned, prompts, pairs, how, out, progress)
+                log = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
+                seconds[name] = statistics.median(line["seconds"] for line in log)
+                texts = caption_prompts(tuned, seen, progress=lambda a, b, n=name: progress(f"caption {n}", a, b))
+                reports.setdefault(name, []).append(evaluate(test, texts, meteor=False))
+                click.echo(f"{name} {seed}: {_line(reports[name][-1])}", err=True)
+    figures: dict[str, Any] = {
+        "test_clips": count,
+        "pairs": len(pairs),
+        "steps": steps,
+        "batch": batch,
+        "learning_rate": learning_rate,
+        "seconds_per_step": seconds,
+        "reports": {name: [report.to_json() for report in each] for name, each in reports.items()},
+        "mean_over_seeds": {
+            name: {key: round(float(np.mean([r.figures[key].value for r in each])), 4) for key in MAIN}
+            for name, each in reports.items()
+        },
+        "difference_from_supervised": {
+            name: [
+                {
+                    key: vars(figure)
+                    for key, figure in difference(report, reports["supervised"][0]).items()
+                    if key in MAIN
+                }
+                for report in each
+            ]
+            for name, each in reports.items()
+            if name != "supervised"
+        },
+    }
+    path = write_result(result, figures, "python -m intertitle.benchmarks.alignment --work work")
+    for name, each in reports.items():
+        click.echo(f"{name}: {_line(each[0])}")
+    click.echo(path)
+
+
+def _line(report: Report) -> str:
+    return ", ".join(f"{key} {report.figures[key]}" for key in MAIN)
+
+
+if __name__ == "__main__":
+    main()
