@@ -32,7 +32,14 @@ IGNORED = -100
 
 
 class TrainingAttention(ReferenceAttention):
-    """``cached`` as plain causal attention over the new tokens: nothing is cached, gradients pass."""
+    """``cached`` as plain attention over the new tokens: nothing is cached, gradients pass.
+
+    Causal over tokens 0 to S - 1, unless ``positions`` int64 ``[S]`` and ``visible`` bool ``[S, S]`` (query, key) say
+    otherwise.
+    """
+
+    def __init__(self, positions: Tensor | None = None, visible: Tensor | None = None) -> None:
+        self._positions, self._visible = positions, visible
 
     def cached(
         self,
@@ -47,18 +54,23 @@ class TrainingAttention(ReferenceAttention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, length, width = query.shape
         dim = width // num_heads
-        cos, sin = (table[:length].to(query.dtype) for table in (state.cos, state.sin))
+        at: Tensor | slice = slice(length) if self._positions is None else self._positions
+        cos, sin = (table[at].to(query.dtype) for table in (state.cos, state.sin))
         q = rotate(query.unflatten(-1, (num_heads, dim)).transpose(1, 2), cos, sin)
         k = rotate(key.unflatten(-1, (num_kv_heads, dim)).transpose(1, 2), cos, sin)
         v = value.unflatten(-1, (num_kv_heads, dim)).transpose(1, 2)
         groups = num_heads // num_kv_heads
         out = F.scaled_dot_product_attention(
-            q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), is_causal=True
+            q,
+            k.repeat_interleave(groups, 1),
+            v.repeat_interleave(groups, 1),
+            attn_mask=self._visible,
+            is_causal=self._visible is None,
         )
         return out.transpose(1, 2).reshape(batch, length, width), past_key, past_value
 
 
-_ATTENTION = TrainingAttention()
+_CAUSAL = TrainingAttention()
 
 
 class Policy(nn.Module):
@@ -130,22 +142,43 @@ class Policy(nn.Module):
 
     def logits(self, prompt: Tensor, tokens: Tensor) -> Tensor:
         """``[B, N, vocabulary]``: what each token of ``tokens [B, N]`` is predicted from."""
-        given = self.embedding(tokens.clamp(min=0))[:, :-1]
-        embeds = torch.cat((prompt, given.to(prompt.dtype)), dim=1)
-        asked = torch.arange(prompt.shape[1] - 1, embeds.shape[1]).expand(len(prompt), -1)
+        embeds = torch.cat((prompt, self._given(tokens, prompt)), dim=1)
+        asked = torch.arange(prompt.shape[1] - 1, embeds.shape[1])
+        return self._decode(embeds, asked, _CAUSAL)
+
+    def log_probs(self, prompt: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of every token ``[B, N]``, zero where there is none, and the mask ``[B, N]``."""
+        return _chosen(self.logits(prompt, tokens), tokens)
+
+    def pair_log_probs(
+        self, prompt: Tensor, first: Tensor, second: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """``log_probs`` of two captions of each prompt, for the price of one prompt.
+
+        The sequence is prompt, first, second; the second caption's positions begin where the first one's do, and it
+        does not see the first.
+        """
+        pieces = [prompt, self._given(first, prompt), self._given(second, prompt)]
+        head, one, two = (piece.shape[1] for piece in pieces)
+        positions = torch.cat((torch.arange(head + one), torch.arange(head, head + two)))
+        visible = torch.ones(head + one + two, head + one + two, dtype=torch.bool).tril()
+        visible[head + one :, head : head + one] = False
+        last = torch.tensor([head - 1])
+        asked = torch.cat((last, torch.arange(head, head + one), last, torch.arange(head + one, head + one + two)))
+        logits = self._decode(torch.cat(pieces, dim=1), asked, TrainingAttention(positions, visible))
+        return _chosen(logits[:, : one + 1], first), _chosen(logits[:, one + 1 :], second)
+
+    def _given(self, tokens: Tensor, prompt: Tensor) -> Tensor:
+        """The embedded tokens that another one follows, ``[B, N - 1, H]``."""
+        return self.embedding(tokens.clamp(min=0))[:, :-1].to(prompt.dtype)
+
+    def _decode(self, embeds: Tensor, asked: Tensor, form: TrainingAttention) -> Tensor:
         unused = embeds.new_zeros(())
         past = [(unused, unused)] * self.config.decoder.num_layers
         # Lengths are those of a cache, of which there is none.
         none = torch.zeros((), dtype=torch.int32)
-        with attention_module.use(_ATTENTION):
-            return self.decoder(embeds, none, none, asked, past)[0]
-
-    def log_probs(self, prompt: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability of every token ``[B, N]``, zero where there is none, and the mask ``[B, N]``."""
-        mask = tokens != IGNORED
-        log_probs = self.logits(prompt, tokens).float().log_softmax(-1)
-        chosen = log_probs.gather(-1, tokens.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        return chosen * mask, mask
+        with attention_module.use(form):
+            return self.decoder(embeds, none, none, asked.expand(len(embeds), -1), past)[0]
 
     @torch.no_grad()
     def generate(
@@ -184,6 +217,12 @@ class Policy(nn.Module):
             if bool(done.all()) or made.shape[1] == max_new_tokens:
                 return [_up_to(ids, self.eos) for ids in made.tolist()]
             embeds, filled = self.embedding(chosen).unsqueeze(1), filled + 1
+
+
+def _chosen(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    mask = tokens != IGNORED
+    log_probs = logits.float().log_softmax(-1)
+    return log_probs.gather(-1, tokens.clamp(min=0).unsqueeze(-1)).squeeze(-1) * mask, mask
 
 
 def pad(ids: Sequence[Sequence[int]]) -> Tensor:

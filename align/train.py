@@ -61,6 +61,7 @@ class Run:
                 "assistant\n",
             ] * 300
             write_checkpoint(start, size, recipe.seed, text=text)
+            _set_generation(start)
         train = self._clips("train", recipe.clips)
         validation = self._clips("validation", recipe.validation)
         torch.manual_seed(recipe.seed)
@@ -317,6 +318,13 @@ def _better_start(policy: Policy) -> None:
         if parameter.dim() == 1:
             norm = "norm" in name or ".bn." in name
             parameter.data.fill_(1.0 if norm and name.endswith("weight") else 0.0)
+
+
+def _set_generation(folder: Path) -> None:
+    """No repetition penalty: captions of scenes say "is heard" as often as something is."""
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text()) | {"repetition_penalty": 1.0, "do_sample": False}
+    file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _save(state: Mapping[str, object], path: Path) -> None:

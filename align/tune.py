@@ -209,17 +209,14 @@ def _loss(
     if how.objective == "supervised":
         with precision():
             return supervised(*policy.log_probs(prompt, policy.encode(chosen)))
-    # Chosen and rejected texts are one batch of 2 B rows.
-    prompt = torch.cat((prompt, prompt))
-    tokens = policy.encode([*chosen, *(pair.rejected for pair in pairs)])
+    texts = policy.encode(chosen), policy.encode([pair.rejected for pair in pairs])
     references: tuple[Tensor, ...] = ()
     if how.objective in NEED_REFERENCE:
         with torch.no_grad(), lora.disabled(), precision():
-            references = sequence_sum(*policy.log_probs(prompt, tokens)).chunk(2)
+            references = tuple(sequence_sum(*each) for each in policy.pair_log_probs(prompt, *texts))
     with precision():
-        logp, mask = policy.log_probs(prompt, tokens)
-    (logp_w, logp_l), (mask_w, mask_l) = logp.chunk(2), mask.chunk(2)
-    return OBJECTIVES[how.objective](logp_w, mask_w, logp_l, mask_l, *references, **how.options)
+        winner, loser = policy.pair_log_probs(prompt, *texts)
+    return OBJECTIVES[how.objective](*winner, *loser, *references, **how.options)
 
 
 class _Lora:

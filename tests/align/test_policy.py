@@ -64,6 +64,18 @@ def test_padding_changes_nothing(policy, prompt):
             assert torch.all(both[row, len(values) :] == 0)
 
 
+def test_two_captions_of_one_prompt_are_those_alone(policy, prompt):
+    """Neither sees the other, whichever is the longer."""
+    ids = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14]], [[20, 21], [22, 23, 24, 25, 26, 27, 28]]
+    both = torch.cat((prompt, prompt.flip(1)))
+    with torch.no_grad():
+        packed = policy.pair_log_probs(both, pad(ids[0]), pad(ids[1]))
+        for (logp, mask), each in zip(packed, ids, strict=True):
+            alone, alone_mask = policy.log_probs(both, pad(each))
+            torch.testing.assert_close(logp, alone, rtol=1e-4, atol=1e-4)
+            assert torch.equal(mask, alone_mask)
+
+
 def test_gradients_reach_every_part(data_dir):
     policy = Policy.open(data_dir / "av-qwen2")
     policy.requires_grad_(True)

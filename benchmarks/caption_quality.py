@@ -1,0 +1,201 @@
+"""What quantization, token compression and contrast do to captions, and what they cost: quality against time.
+
+    python -m intertitle.benchmarks.caption_quality --checkpoint CHECKPOINT --adapter ADAPTER
+
+Captions of unseen test scenes from the compiled runtime, from PyTorch beside it, held against references and against
+the scenes' facts (``align.metrics``), every figure with its 95 % bootstrap interval. Times are medians over clips of
+one process on an otherwise idle machine. Writes ``results/caption-quality.json`` and ``.png``.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from ..align.metrics import Report, difference, evaluate
+from ..align.policy import Policy
+from ..align.preference.items import scene_media
+from ..align.prompts import caption_prompts, embed_scenes
+from ..align.scenes import Heard, Scene, captions, compare, draw_scene
+from ..console import ProgressDisplay
+from ..export.compile import compile_bundle
+from ..runtime.captioner import Captioner, MediaOptions
+from ..runtime.decoding import Decoding
+from .harness import RESULTS, write_result
+
+MAIN = ("cider", "completeness", "invention", "readable", "repetition", "words")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to caption: on which bundle, how many visual tokens, how decoded, and how many of the clips."""
+
+    weights: str = "int4"
+    visual_tokens: float | None = None
+    decoding: Decoding = field(default_factory=Decoding)
+    every: int = 2
+    group: str = ""
+
+
+def settings() -> dict[str, Setting]:
+    """All that is measured. Quantization over all clips, the rest over every second."""
+    found = {"fp32": Setting("fp32", every=1), "int4": Setting(every=1)}
+    for keep in (0.75, 0.5, 0.25, 0.1):
+        found[f"keep {keep}"] = Setting(visual_tokens=keep, group="compression")
+    for alpha in (0.25, 0.5, 1.0):
+        found[f"temporal contrast {alpha}"] = Setting(
+            decoding=Decoding(contrast="temporal", contrast_alpha=alpha), group="contrast"
+        )
+    found["temporal contrast 0.5, cutoff 0.1"] = Setting(
+        decoding=Decoding(contrast="temporal", contrast_alpha=0.5, contrast_beta=0.1), group="contrast"
+    )
+    found["noise contrast 0.5"] = Setting(
+        decoding=Decoding(contrast="noise", contrast_alpha=0.5, contrast_beta=0.1), group="contrast"
+    )
+    found["beam 4"] = Setting(decoding=Decoding(strategy="beam"), group="decoding")
+    found["sampled"] = Setting(
+        decoding=Decoding(strategy="sample", temperature=0.9, top_p=0.95, top_k=32), group="decoding"
+    )
+    found["retrospective"] = Setting(decoding=Decoding(retrospective=True), group="decoding")
+    return found
+
+
+def caption_all(
+    captioner: Captioner, clips: Sequence[MediaOptions], how: Setting, progress: Callable[[int, int], None]
+) -> tuple[list[str], dict[str, float]]:
+    """The captions, and medians over clips of seconds and visual tokens."""
+    texts, seconds, decode, tokens = [], [], [], []
+    for number, media in enumerate(clips, 1):
+        given = media if how.visual_tokens is None else MediaOptions(**media, visual_tokens=how.visual_tokens)
+        caption = captioner.caption(decoding=how.decoding, **given)
+        texts.append(caption.text)
+        seconds.append(sum(value for name, value in caption.timings.items() if name != "load"))
+        decode.append(caption.timings["decode"] / max(len(caption.token_ids), 1))
+        tokens.append(caption.prompt_tokens)
+        progress(number, len(clips))
+    return texts, {
+        "seconds_per_clip": statistics.median(seconds),
+        "seconds_per_token": statistics.median(decode),
+        "prompt_tokens": statistics.median(tokens),
+    }
+
+
+def ablation(captioner: Captioner, scenes: Sequence[Scene], clips: Sequence[MediaOptions]) -> dict[str, Any]:
+    """What is said of the sound when it is the clip's own, silence, or another clip's (ACVUBench's idea).
+
+    ``own_sound_facts``: share of the clip's own sound facts (silence left out) that the caption states;
+    ``other_sound_facts`` the same for the sound that was played.
+    """
+    figures: dict[str, Any] = {}
+    silent = np.zeros_like(clips[0]["waveform"])
+    shifted = [*range(1, len(scenes)), 0]
+    for name in ("own", "muted", "swapped"):
+        own, played, possible_own, possible_played = 0, 0, 0, 0
+        for row, (scene, media) in enumerate(zip(scenes, clips, strict=True)):
+            waveform = {"own": media["waveform"], "muted": silent, "swapped": clips[shifted[row]]["waveform"]}[name]
+            sounds = {
+                "own": scene.sounds,
+                "muted": (Heard("silence"), Heard("silence")),
+                "swapped": scenes[shifted[row]].sounds,
+            }[name]
+            text = captioner.caption(**MediaOptions(**{**media, "waveform": waveform})).text
+            claims = {fact.attribute: fact.value for fact in compare(scene, text).sound_claims}
+            for half, (mine, theirs) in enumerate(zip(scene.sounds, sounds, strict=True)):
+                said = claims.get(("first half", "second half")[half])
+                if mine.kind != "silence":
+                    own, possible_own = own + (said == mine.name), possible_own + 1
+                played, possible_played = played + (said == theirs.name), possible_played + 1
+        figures[name] = {
+            "own_sound_facts": round(own / possible_own, 4),
+            "played_sound_facts": round(played / possible_played, 4),
+        }
+    return figures
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), required=True, help="The captioner.")
+@click.option("--adapter", type=click.Path(path_type=Path, exists=True), help="Its adapter.  [default: none]")
+@click.option("--test", "count", default=600, show_default=True, help="Test clips.")
+@click.option("-o", "--result", default="caption-quality", show_default=True, help="Name under results/.")
+def main(checkpoint: Path, adapter: Path | None, count: int, result: str) -> None:
+    """Measure every setting and draw quality against time."""
+    scenes = [draw_scene("test", index) for index in range(count)]
+    rows: dict[str, dict[str, Any]] = {}
+    reports: dict[str, Report] = {}
+    with tempfile.TemporaryDirectory() as scratch, ProgressDisplay() as progress:
+        captioners = {}
+        for weights in ("fp32", "int4"):
+            path = compile_bundle(checkpoint, Path(scratch) / weights, adapter=adapter, weights=weights).path
+            captioners[weights] = Captioner.load(path)
+        spec = captioners["int4"].manifest.preprocessing
+        clips = [scene_media(scene, spec) for scene in scenes]
+        policy = Policy.open(checkpoint, adapter).eval()
+        texts = caption_prompts(policy, embed_scenes(policy, scenes))
+        reports["pytorch"] = evaluate(scenes, texts, meteor=True)
+        rows["pytorch"] = {"report": reports["pytorch"].to_json()}
+        for name, how in settings().items():
+            said, costs = caption_all(
+                captioners[how.weights], clips[:: how.every], how, lambda a, b, n=name: progress(n, a, b)
+            )
+            reports[name] = evaluate(
+                scenes[:: how.every], said, [captions(s) for s in scenes[:: how.every]], meteor=False
+            )
+            equal = float(np.mean([a == b for a, b in zip(said, texts[:: how.every], strict=True)]))
+            rows[name] = {"group": how.group, **costs, "equal_to_pytorch": equal, "report": reports[name].to_json()}
+            click.echo(f"{name}: {costs} {', '.join(f'{k} {reports[name].figures[k]}' for k in MAIN)}", err=True)
+        figures = {
+            "test_clips": count,
+            "settings": rows,
+            "over_pytorch": {
+                name: {
+                    "cider_ratio": round(
+                        reports[name].figures["cider"].value / reports["pytorch"].figures["cider"].value, 4
+                    ),
+                    "difference": {
+                        k: vars(v) for k, v in difference(reports[name], reports["pytorch"]).items() if k in MAIN
+                    },
+                }
+                for name in ("fp32", "int4")
+            },
+            "sound_ablation": ablation(captioners["int4"], scenes[::2], clips[::2]),
+        }
+    click.echo(figures["sound_ablation"], err=True)
+    click.echo(draw(rows, RESULTS / f"{result}.png"))
+    click.echo(
+        write_result(result, figures, "python -m intertitle.benchmarks.caption_quality --checkpoint … --adapter …")
+    )
+
+
+def draw(rows: dict[str, dict[str, Any]], path: Path) -> Path:
+    """CIDEr-D and the rate of invented statements against milliseconds a clip."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    colors = {"": "black", "compression": "tab:blue", "contrast": "tab:red", "decoding": "tab:green"}
+    for axis, key in zip(axes, ("cider", "invention"), strict=True):
+        for name, row in rows.items():
+            if "seconds_per_clip" not in row:
+                continue
+            value = row["report"]["figures"][key]
+            x, color = 1000 * row["seconds_per_clip"], colors[row["group"]]
+            spread = [[value["value"] - value["low"]], [value["high"] - value["value"]]]
+            axis.errorbar(x, value["value"], yerr=spread, fmt="o", color=color, capsize=2)
+            axis.annotate(name, (x, value["value"]), textcoords="offset points", xytext=(5, 3), fontsize=7, color=color)
+        axis.set_xlabel("milliseconds a clip")
+        axis.set_ylabel({"cider": "CIDEr-D", "invention": "statements invented"}[key])
+    figure.savefig(path, dpi=110)
+    return path
+
+
+if __name__ == "__main__":
+    main()
