@@ -36,6 +36,64 @@ def train(work: Path, recipe: str, workers: int, quiet: bool) -> None:
     click.echo(path)
 
 
+@main.command()
+@click.argument("pairs", type=click.Path(path_type=Path, exists=True))
+@click.option("--base", type=click.Path(path_type=Path, exists=True), required=True, help="The checkpoint to align.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the adapter.")
+@click.option(
+    "--objective",
+    type=click.Choice(["synpo", "leanpo", "dpo", "simpo", "orpo", "supervised"]),
+    default="synpo",
+    show_default=True,
+)
+@click.option("--steps", default=200, show_default=True)
+@click.option("--batch", default=8, show_default=True)
+@click.option("--learning-rate", default=2e-4, show_default=True)
+@click.option("--rank", default=32, show_default=True)
+@click.option("--alpha", default=16.0, show_default=True)
+@click.option("--gap", type=float, help="Pairs that differ by so much.  [default: those that were kept]")
+@click.option("--seed", default=0, show_default=True)
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def tune(
+    pairs: Path,
+    base: Path,
+    output: Path,
+    objective: str,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    rank: int,
+    alpha: float,
+    gap: float | None,
+    seed: int,
+    quiet: bool,
+) -> None:
+    """Preference training on PAIRS (of scenes, from `intertitle pairs --scenes`): an adapter."""
+    from .policy import Policy
+    from .prompts import embed_scenes
+    from .tune import Tuning, scene_pairs
+    from .tune import tune as train_adapter
+
+    how = Tuning(objective, steps=steps, batch=batch, learning_rate=learning_rate, rank=rank, alpha=alpha, seed=seed)
+    scenes, rows = scene_pairs(pairs, gap)
+    with ProgressDisplay(quiet) as progress:
+        policy = Policy.open(base).eval()
+        prompts = embed_scenes(policy, scenes, None, lambda done, total: progress("embed clips", done, total))
+        click.echo(train_adapter(policy, prompts, rows, how, output, progress))
+
+
+@main.command()
+@click.option("--base", type=click.Path(path_type=Path, exists=True), required=True, help="The supervised checkpoint.")
+@click.option("--adapter", type=click.Path(path_type=Path, exists=True), required=True, help="Its SynPO adapter.")
+@click.option("--scene", default=0, show_default=True, help="Index in the test split of the clip to ship.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The package's folder.")
+def ship(base: Path, adapter: Path, scene: int, output: Path) -> None:
+    """Put base, adapter and a test clip where the package ships them."""
+    from .ship import ship as write
+
+    click.echo(f"{output}: {write(base, adapter, scene, output) / 1e6:.1f} MB")
+
+
 def run() -> None:
     """The command with the project's way of reporting errors."""
     try:

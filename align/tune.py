@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 from ..errors import OptionError
 from .objectives import NEED_REFERENCE, OBJECTIVES, Measures, sequence_sum, supervised
 from .policy import Policy
+from .preference import read_pairs
+from .scenes import Scene, draw_scene
 from .train import autocast, epochs
 
 Progress = Callable[[str, int, int], None]
@@ -135,6 +138,25 @@ def tune(
             (out / STATE).unlink(missing_ok=True)
     policy.decoder.eval()
     return out
+
+
+def scene_pairs(path: Path, gap: float | None = None) -> tuple[list[Scene], list[Pair]]:
+    """The scenes that a file of pairs is of, and the pairs by their rows.
+
+    ``gap``: another threshold than the one that the file was made with. Raises ``OptionError`` for a file that is
+    malformed or of other clips than scenes.
+    """
+    found = list(read_pairs(path, gap))
+    for pair in found:
+        if re.fullmatch(r"(train|validation|test):\d+", pair.key) is None:
+            raise OptionError(f"{path}: the pair {pair.key} is not of a scene: prompts of files are not built here")
+    keys = sorted({pair.key for pair in found}, key=lambda key: (key.split(":")[0], int(key.split(":")[1])))
+    rows = {key: row for row, key in enumerate(keys)}
+    scenes = [draw_scene(key.split(":")[0], int(key.split(":")[1])) for key in keys]
+    return scenes, [
+        Pair(rows[pair.key], pair.chosen, pair.rejected, (pair.chosen_scores.total, pair.rejected_scores.total))
+        for pair in found
+    ]
 
 
 def _settle(out: Path, policy: Policy, prompts: npt.NDArray[np.floating], pairs: Sequence[Pair], how: Tuning) -> None:

@@ -23,10 +23,9 @@ import numpy as np
 
 from ..align.metrics import Report, difference, evaluate
 from ..align.policy import Policy
-from ..align.preference import read_pairs
 from ..align.prompts import caption_prompts, embed_scenes
-from ..align.scenes import Scene, draw_scene
-from ..align.tune import LOG, Pair, Tuning, tune
+from ..align.scenes import draw_scene
+from ..align.tune import LOG, Tuning, scene_pairs, tune
 from ..console import ProgressDisplay
 from .harness import write_result
 
@@ -39,19 +38,6 @@ CONTESTANTS = {
     "leanpo": "leanpo",
 }
 MAIN = ("cider", "completeness", "invention", "readable", "repetition", "words")
-
-
-def training_pairs(path: Path, gap: float | None) -> tuple[list[Scene], list[Pair]]:
-    """The scenes that the pairs are of, and the pairs by their rows."""
-    found = list(read_pairs(path, gap))
-    keys = sorted({pair.key for pair in found}, key=lambda key: int(key.split(":")[1]))
-    rows = {key: row for row, key in enumerate(keys)}
-    scenes = [draw_scene(key.split(":")[0], int(key.split(":")[1])) for key in keys]
-    pairs = []
-    for pair in found:
-        scores = None if pair.chosen_scores is None else (pair.chosen_scores.total, pair.rejected_scores.total)
-        pairs.append(Pair(rows[pair.key], pair.chosen, pair.rejected, scores))
-    return scenes, pairs
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -80,7 +66,7 @@ def main(
     """Train every objective with every seed and measure what each says of the test clips."""
     base = work / "supervised"
     test = [draw_scene("test", index) for index in range(count)]
-    scenes, pairs = training_pairs(pairs_path or work / "pairs.jsonl", gap)
+    scenes, pairs = scene_pairs(pairs_path or work / "pairs.jsonl", gap)
     with ProgressDisplay() as progress:
         policy = Policy.open(base).eval()
         seen = embed_scenes(policy, test, work / f"test-{count}.npy", lambda a, b: progress("embed test", a, b))
