@@ -73,7 +73,7 @@ RECIPES = {
         vision_batch=16,
         audio_steps=800,
         audio_batch=32,
-        caption_steps=2_400,
+        caption_steps=2_900,
         caption_batch=16,
     ),
     # For the tests: runs through every stage in seconds and learns next to nothing.

@@ -7,11 +7,14 @@ take hours to teach. The heads are thrown away.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .scenes.scene import BACKGROUND_KINDS, COLORS, SHAPES, SIZES, SOUND_KINDS, Scene
+from .scenes.scene import ACTIONS, BACKGROUND_KINDS, CAMERAS, COLORS, SHAPES, SIZES, SOUND_KINDS, Scene
 
 BACKGROUND_PAIRS = ("white", "grey", "black", "grey and white", "black and white", "black and grey")
 SOUNDS = (*(kind for kind in SOUND_KINDS if kind != "beeps"), "1 beep", "2 beeps", "3 beeps")
@@ -55,6 +58,40 @@ class VisionHeads(nn.Module):
         return sum(losses, x.new_zeros(())) + moved + seen, right[there].float().mean()
 
 
+class SlotHeads(nn.Module):
+    """Of the connector's tokens, a slot of which is two frames: what is where in the first and in the second of them,
+    what the thing there does in the clip, and the camera."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = VisionHeads(width), VisionHeads(width)
+        self.norm = nn.LayerNorm(width)
+        self.action = nn.Linear(width, len(ACTIONS) + 1)
+        self.camera = nn.Linear(width, len(CAMERAS))
+
+    def loss(self, tokens: Tensor, states: Tensor, scenes: Sequence[Scene]) -> Tensor:
+        """tokens ``[B, slots, cells, D]``, states ``[B, 2 * slots, 3, 6]`` as in ``data.STATE``."""
+        slots, cells = tokens.shape[1:3]
+        flat, grid = tokens.flatten(0, 1), math.isqrt(cells)
+        backgrounds = torch.tensor([background_target(scene) for scene in scenes]).repeat_interleave(slots, 0)
+        total = tokens.new_zeros(())
+        for heads, frames in ((self.first, states[:, ::2]), (self.second, states[:, 1::2])):
+            targets, offsets = patch_targets(frames.flatten(0, 1), grid)
+            total = total + heads.loss(flat, targets, offsets, backgrounds)[0]
+        deeds = torch.zeros(len(scenes), states.shape[2])
+        for row, scene in enumerate(scenes):
+            deeds[row, : len(scene.things)] = torch.tensor([float(ACTIONS.index(t.action)) for t in scene.things])
+        extended = torch.cat((states, deeds[:, None, :, None].expand(*states.shape[:3], 1)), -1)
+        # Where the thing is in either frame: it may come or go in between.
+        does = [patch_targets(extended[:, i::2].flatten(0, 1), grid)[0][..., 3] for i in (0, 1)]
+        action = torch.where(does[0] > 0, does[0], does[1])
+        x = self.norm(flat)
+        weight = torch.where(action > 0, 1.0, 0.1).flatten()
+        losses = F.cross_entropy(self.action(x).flatten(0, 1), action.flatten(), reduction="none")
+        cameras = torch.tensor([CAMERAS.index(scene.camera) for scene in scenes]).repeat_interleave(slots)
+        return total + (losses * weight).sum() / weight.sum() + F.cross_entropy(self.camera(x.mean(1)), cameras)
+
+
 class AudioHeads(nn.Module):
     """What each half is, from the mean over the audio tokens."""
 
@@ -75,7 +112,7 @@ class AudioHeads(nn.Module):
 
 def patch_targets(states: Tensor, grid: int) -> tuple[Tensor, Tensor]:
     """``data.STATE`` ``[..., 3, 6]`` of frames -> classes int64 ``[..., P, 3]`` (0: no thing) and offsets
-    ``[..., P, 3]`` (x, y and radius in patches).
+    ``[..., P, 3]`` (x, y and radius in patches). Further columns are further classes.
 
     A patch belongs to the thing that covers its middle or whose middle it holds, the last drawn where there are more.
     """
@@ -83,14 +120,14 @@ def patch_targets(states: Tensor, grid: int) -> tuple[Tensor, Tensor]:
     y, x = torch.meshgrid(middle, middle, indexing="ij")
     x, y = x.flatten(), y.flatten()
     lead = states.shape[:-2]
-    classes = torch.zeros(*lead, grid * grid, 3, dtype=torch.int64)
+    classes = torch.zeros(*lead, grid * grid, states.shape[-1] - 3, dtype=torch.int64)
     offsets = torch.zeros(*lead, grid * grid, 3)
     for thing in states.unbind(-2):
         cx, cy, radius = (thing[..., i : i + 1] for i in range(3))
         dx, dy = cx - x, cy - y
         holds = (dx.abs() <= 0.5 / grid) & (dy.abs() <= 0.5 / grid)
         over = (radius > 0) & (holds | (dx.square() + dy.square() <= (radius * 0.9).square()))
-        classes = torch.where(over.unsqueeze(-1), (thing[..., 3:6].long() + 1).unsqueeze(-2), classes)
+        classes = torch.where(over.unsqueeze(-1), (thing[..., 3:].long() + 1).unsqueeze(-2), classes)
         offset = torch.stack((dx * grid, dy * grid, (radius * grid).expand_as(dx)), -1)
         offsets = torch.where(over.unsqueeze(-1), offset, offsets)
     return classes, offsets

@@ -166,7 +166,7 @@ class Run:
         projector, width = policy.audio.projector, policy.config.decoder.hidden_size
         # The connector and the projector are told directly what to pass on: see ``towers``.
         slots, cells = self.recipe.size.num_frames // 2, policy.config.vision.grid // 2
-        seen, heard = towers.VisionHeads(width), towers.AudioHeads(width, policy.audio.config.num_tokens)
+        seen, heard = towers.SlotHeads(width), towers.AudioHeads(width, policy.audio.config.num_tokens)
 
         def loss(clips: Clips, rows: np.ndarray) -> tuple[Tensor, Tensor]:
             given = features if clips is train else held_out
@@ -198,23 +198,13 @@ class Run:
 
     @staticmethod
     def _told(
-        seen: towers.VisionHeads,
-        heard: towers.AudioHeads,
-        clips: Clips,
-        rows: np.ndarray,
-        visual: Tensor,
-        audio: Tensor,
+        seen: towers.SlotHeads, heard: towers.AudioHeads, clips: Clips, rows: np.ndarray, visual: Tensor, audio: Tensor
     ) -> Tensor:
-        """The heads' losses over visual tokens ``[B, slots, cells, H]`` (a slot is two frames) and audio tokens."""
-        grid = math.isqrt(visual.shape[2])
-        targets, offsets = towers.patch_targets(
-            torch.from_numpy(np.array(clips.states[rows][:, ::2])).flatten(0, 1), grid
-        )
+        """The heads' losses over visual tokens ``[B, slots, cells, H]`` and audio tokens."""
         scenes = [clips.scene(int(row)) for row in rows]
-        backgrounds = torch.tensor([towers.background_target(scene) for scene in scenes])
-        backgrounds = backgrounds.repeat_interleave(visual.shape[1], 0)
         sounds = torch.tensor([towers.sound_target(scene) for scene in scenes])
-        return seen.loss(visual.flatten(0, 1), targets, offsets, backgrounds)[0] + heard.loss(audio, sounds)[0]
+        states = torch.from_numpy(np.array(clips.states[rows]))
+        return seen.loss(visual, states, scenes) + heard.loss(audio, sounds)[0]
 
     # --- one stage
 

@@ -73,7 +73,9 @@ def caption_all(
     """The captions, and medians over clips of seconds and visual tokens."""
     texts, seconds, decode, tokens = [], [], [], []
     for number, media in enumerate(clips, 1):
-        given = media if how.visual_tokens is None else MediaOptions(**media, visual_tokens=how.visual_tokens)
+        given = media.copy()
+        if how.visual_tokens is not None:
+            given["visual_tokens"] = how.visual_tokens
         caption = captioner.caption(decoding=how.decoding, **given)
         texts.append(caption.text)
         seconds.append(sum(value for name, value in caption.timings.items() if name != "load"))
@@ -94,18 +96,21 @@ def ablation(captioner: Captioner, scenes: Sequence[Scene], clips: Sequence[Medi
     ``other_sound_facts`` the same for the sound that was played.
     """
     figures: dict[str, Any] = {}
-    silent = np.zeros_like(clips[0]["waveform"])
+    sounds_played = [np.asarray(media.get("waveform")) for media in clips]
+    silent = np.zeros_like(sounds_played[0])
     shifted = [*range(1, len(scenes)), 0]
     for name in ("own", "muted", "swapped"):
         own, played, possible_own, possible_played = 0, 0, 0, 0
         for row, (scene, media) in enumerate(zip(scenes, clips, strict=True)):
-            waveform = {"own": media["waveform"], "muted": silent, "swapped": clips[shifted[row]]["waveform"]}[name]
+            waveform = {"own": sounds_played[row], "muted": silent, "swapped": sounds_played[shifted[row]]}[name]
             sounds = {
                 "own": scene.sounds,
                 "muted": (Heard("silence"), Heard("silence")),
                 "swapped": scenes[shifted[row]].sounds,
             }[name]
-            text = captioner.caption(**MediaOptions(**{**media, "waveform": waveform})).text
+            given = media.copy()
+            given["waveform"] = waveform
+            text = captioner.caption(**given).text
             claims = {fact.attribute: fact.value for fact in compare(scene, text).sound_claims}
             for half, (mine, theirs) in enumerate(zip(scene.sounds, sounds, strict=True)):
                 said = claims.get(("first half", "second half")[half])
