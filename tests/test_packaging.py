@@ -129,6 +129,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(repo_dir: Path, wheel: lis
     expected = {str(path.relative_to(repo_dir)) for room in rooms for path in (repo_dir / room).rglob("*.py")}
     expected |= {path.name for path in repo_dir.glob("*.py")}
     expected |= {str(path.relative_to(repo_dir)) for path in (repo_dir / "calibration" / "clips").glob("*.mp4")}
+    shipped = repo_dir / "align" / "shipped"
+    expected |= {str(path.relative_to(repo_dir)) for path in shipped.rglob("*") if path.is_file()}
     inside = {name.removeprefix("intertitle/") for name in wheel if name.startswith("intertitle/")}
     assert inside == expected
     rest = [name for name in wheel if not name.startswith("intertitle/")]

@@ -1,4 +1,4 @@
-"""The whole recipe by its commands, at the size that learns nothing: train, compile, pairs, tune, ship, compile again."""
+"""The whole recipe by its commands, at the size that learns nothing: train, compile, pairs, tune, ship, compile."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ def recipe(tmp_path_factory) -> Path:
         [*ALIGN, "train", "-o", folder / "work", "--recipe", "smoke", "--workers", 1, "-q"],
         [*INTERTITLE, "compile", folder / "work" / "supervised", "-o", folder / "bundle", "--weights", "fp32", "-q"],
         # The captions are noise, which no scorer prefers by much.
-        [*INTERTITLE, "pairs", folder / "bundle", "--scenes", "train:100:104", "--no-refine", "--candidates", 3]
-        + ["--gap", 0, "--max-new-tokens", 24, "-o", folder / "pairs.jsonl", "-q"],
+        [
+            *(*INTERTITLE, "pairs", folder / "bundle", "--scenes", "train:100:104", "--no-refine", "--candidates", 3),
+            *("--gap", 0, "--max-new-tokens", 24, "-o", folder / "pairs.jsonl", "-q"),
+        ],
     ):
         done = run(*command)
         assert done.returncode == 0, done.stderr
