@@ -33,7 +33,6 @@ from .harness import write_result
 CONTESTANTS = {
     "more_supervised": "supervised",
     "dpo": "dpo",
-    "simpo": "simpo",
     "synpo": "synpo",
     "leanpo": "leanpo",
 }
@@ -80,7 +79,11 @@ def main(
                 tune(tuned, prompts, pairs, how, out, progress)
                 log = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
                 seconds[name] = statistics.median(line["seconds"] for line in log)
-                texts = caption_prompts(tuned, seen, progress=lambda a, b, n=name: progress(f"caption {n}", a, b))
+                said = out / f"captions-{count}.json"
+                if not said.exists():
+                    texts = caption_prompts(tuned, seen, progress=lambda a, b, n=name: progress(f"caption {n}", a, b))
+                    said.write_text(json.dumps(texts))
+                texts = json.loads(said.read_text())
                 reports.setdefault(name, []).append(evaluate(test, texts, meteor=False))
                 click.echo(f"{name} {seed}: {_line(reports[name][-1])}", err=True)
     figures: dict[str, Any] = {

@@ -50,6 +50,8 @@ def save_checkpoint(
             partial / "model.safetensors",
             {"format": "pt"},
         )
+        # safetensors keeps its files to their owner.
+        (partial / "model.safetensors").chmod(0o644)
         partial.rename(path)
     except OSError as error:
         raise OptionError(f"{path}: cannot be written: {error.strerror or error}") from None
