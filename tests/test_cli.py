@@ -428,7 +428,7 @@ def test_what_cannot_be_done_is_one_line(
     (tmp_path / "taken").touch()
     result = run(*arguments, *([] if arguments[0] in ("nonsense", "info") else ["-q"]))
     assert (result.code, result.out) == (2, "")
-    (line,) = (line for line in result.errors if not line.startswith("a random checkpoint"))
+    (line,) = (line for line in result.errors if not line.startswith("$ "))
     assert line.startswith("intertitle: ")
     assert reason in line
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]

@@ -156,7 +156,7 @@ def test_only_dpo_runs_a_reference(objective, base, prompts, tmp_path):
     policy = Policy.open(base)
     passes = count_passes(policy)
     tune(policy, prompts, PAIRS, replace(HOW, objective=objective, accumulation=2), tmp_path / "adapter")
-    rows = 2 if objective == "supervised" else 4
+    rows = 2  # both captions of a pair share one row
     step = [(rows, False), (rows, True)] if objective == "dpo" else [(rows, True)]
     assert passes == step * HOW.steps * 2
 

@@ -217,7 +217,7 @@ def test_tokenizer(tiny: Path, data_dir: Path) -> None:
 def test_tokenizer_of_the_real_size(tmp_path: Path) -> None:
     from intertitle.models.random_checkpoint import _config_files, _write_tokenizer
 
-    specials = _write_tokenizer(tmp_path, SIZES["7b"])
+    specials = _write_tokenizer(tmp_path, SIZES["7b"], None)
     assert specials == {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer.get_vocab_size() == 151646
