@@ -70,14 +70,34 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """``[B, S, num_heads * D]`` -> ``[B, num_heads, S, D]``."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+    """Attention of query heads ``[B, heads, S, D]`` that share key and value heads in groups: ``[B, S, heads * D]``.
+
+    ``visible`` bool, broadcast to ``[B, heads, S, keys]``; ``None`` is causal over as many keys as queries.
+    """
+    groups = query.shape[1] // key.shape[1]
+    out = F.scaled_dot_product_attention(
+        query,
+        key.repeat_interleave(groups, dim=1),
+        value.repeat_interleave(groups, dim=1),
+        attn_mask=visible,
+        is_causal=visible is None,
+    )
+    return out.transpose(1, 2).flatten(2)
+
+
 class ReferenceAttention:
     """Plain PyTorch, the form every dialect is held against."""
 
     def full(self, query: Tensor, key: Tensor, value: Tensor, num_heads: int, bias: Tensor | None = None) -> Tensor:
-        batch, length, width = query.shape
-        heads = [x.unflatten(-1, (num_heads, width // num_heads)).transpose(1, 2) for x in (query, key, value)]
+        heads = [split_heads(x, num_heads) for x in (query, key, value)]
         out = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], attn_mask=bias)
-        return out.transpose(1, 2).reshape(batch, length, width)
+        return out.transpose(1, 2).flatten(2)
 
     def cached(
         self,
@@ -90,8 +110,7 @@ class ReferenceAttention:
         num_heads: int,
         num_kv_heads: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        batch, length, _ = query.shape
-        max_length, head_dim = past_key.shape[2:]
+        length, max_length = query.shape[1], past_key.shape[2]
         # Positions of the new tokens, row by row: the last one sits at lengths[b].
         offsets = torch.arange(length, device=query.device) - (length - 1)
         positions = state.lengths.long().unsqueeze(1) + offsets
@@ -99,22 +118,14 @@ class ReferenceAttention:
         # is overwritten or masked, never seen by a real token.
         positions = positions.clamp(min=0)
         cos, sin = state.cos[positions].unsqueeze(1), state.sin[positions].unsqueeze(1)
-        q = rotate(query.unflatten(-1, (num_heads, head_dim)).transpose(1, 2), cos, sin)
-        k = rotate(key.unflatten(-1, (num_kv_heads, head_dim)).transpose(1, 2), cos, sin)
-        v = value.unflatten(-1, (num_kv_heads, head_dim)).transpose(1, 2)
+        q, k = rotate(split_heads(query, num_heads), cos, sin), rotate(split_heads(key, num_kv_heads), cos, sin)
+        v = split_heads(value, num_kv_heads)
         index = positions[:, None, :, None].expand_as(k)
         present_key = past_key.scatter(2, index, k)
         present_value = past_value.scatter(2, index, v)
         slots = torch.arange(max_length, device=query.device)
         visible = slots <= positions[:, None, :, None]
-        groups = num_heads // num_kv_heads
-        out = F.scaled_dot_product_attention(
-            q,
-            present_key.repeat_interleave(groups, dim=1),
-            present_value.repeat_interleave(groups, dim=1),
-            attn_mask=visible,
-        )
-        return out.transpose(1, 2).reshape(batch, length, num_heads * head_dim), present_key, present_value
+        return grouped_attention(q, present_key, present_value, visible), present_key, present_value
 
 
 _REFERENCE = ReferenceAttention()

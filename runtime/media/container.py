@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from ...errors import MediaError
 if TYPE_CHECKING:
     from av.audio.stream import AudioStream
     from av.container import InputContainer
+    from av.packet import Packet
     from av.video.stream import VideoStream
 
 #: The only formats that are tried: FFmpeg also takes text for ANSI art, and playlists that name other files or hosts.
@@ -31,6 +33,19 @@ def open_input(path: Path) -> InputContainer:
         return av.open(f"file:{path.absolute()}", "r", container_options=dict(_OPTIONS), metadata_errors="replace")
     except (FFmpegError, OSError, ValueError) as error:
         raise MediaError(f"{path}: {_why_unreadable(path, error)}") from error
+
+
+def read_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
+    """The stream's packets, the empty one that flushes a decoder last; a file that breaks off just ends."""
+    found = container.demux(stream)
+    while True:
+        try:
+            packet = next(found, None)
+        except FFmpegError:
+            return
+        if packet is None:
+            return
+        yield packet
 
 
 def video_stream(container: InputContainer) -> VideoStream | None:

@@ -14,7 +14,7 @@ import numpy as np
 from av.error import FFmpegError
 
 from ...errors import MediaError, OptionError
-from .container import open_input, video_stream
+from .container import open_input, read_packets, video_stream
 
 Span = tuple[float, float]
 
@@ -93,15 +93,8 @@ def _small_frames(path: Path) -> Iterator[tuple[float, float, np.ndarray]]:
         stream.thread_type = "AUTO"
         base = stream.time_base or Fraction(1, 1000)
         usual = float(1 / stream.average_rate) if stream.average_rate else 0.0
-        packets = container.demux(stream)
         count = 0
-        while True:
-            try:
-                packet = next(packets, None)
-            except FFmpegError:
-                return
-            if packet is None:
-                return
+        for packet in read_packets(container, stream):
             try:
                 frames = stream.codec_context.decode(packet if packet.size else None)
             except FFmpegError:

@@ -18,7 +18,7 @@ from av.error import FFmpegError
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from ...errors import MediaError
-from .container import open_input, video_stream
+from .container import open_input, read_packets, video_stream
 from .packets import PacketIndex, Run, VideoPacket, plan_runs
 from .source import FrameArray
 
@@ -96,17 +96,8 @@ class ContainerFrameReader:
         self._stream = self._select_stream(threads)
 
     def _packets(self) -> Iterator[Packet[VideoStream]]:
-        """The packets that hold something; a file that breaks off in the middle just ends."""
-        packets = self._container.demux(self._stream)
-        while True:
-            try:
-                packet = next(packets, None)
-            except FFmpegError:
-                return
-            if packet is None:
-                return
-            if packet.size:
-                yield packet
+        """The packets that hold something."""
+        return (packet for packet in read_packets(self._container, self._stream) if packet.size)
 
     def _read_index(self) -> PacketIndex | None:
         """None for a stream without true presentation times, whose frames can only be counted by decoding."""
