@@ -77,8 +77,7 @@ class _Segments(click.ParamType):
 @click.option(
     "--subtitles-dir", type=options.PATH, metavar="DIR", help="Subtitle files go there.  [default: beside the clip]"
 )
-@click.option("--retry-failed", is_flag=True, help="Try again what failed in an earlier run.")
-@click.option("--overwrite", is_flag=True, help="Begin afresh where the output is there already.")
+@options.resume_options
 @options.quiet
 @options.debug
 def batch(
@@ -119,8 +118,6 @@ def batch(
     target = None if output == "-" else Path(output)
     if target is None and (srt or vtt or retry_failed or overwrite):
         raise OptionError("--srt, --vtt, --retry-failed and --overwrite need an output file, not -o -")
-    if retry_failed and overwrite:
-        raise OptionError("--retry-failed and --overwrite exclude each other")
     if subtitles_dir is not None and not (srt or vtt):
         raise OptionError("--subtitles-dir goes with --srt or --vtt")
     if segments == "scenes" and find_spec("scenedetect") is None:

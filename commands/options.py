@@ -133,6 +133,22 @@ _DECODING: dict[str, dict[str, Any]] = {
 }
 
 
+def resume_options(command: Command) -> Command:
+    """What happens to an output that is there already: ``retry_failed`` and ``overwrite``, which exclude each other."""
+
+    @wraps(command)
+    def checked(*arguments: Any, retry_failed: bool, overwrite: bool, **others: Any) -> Any:
+        if retry_failed and overwrite:
+            raise OptionError("--retry-failed and --overwrite exclude each other")
+        return command(*arguments, retry_failed=retry_failed, overwrite=overwrite, **others)
+
+    return _with_options(
+        checked,
+        click.option("--retry-failed", is_flag=True, help="Try again what failed in an earlier run."),
+        click.option("--overwrite", is_flag=True, help="Begin afresh where the output is there already."),
+    )
+
+
 def device_options(command: Command) -> Command:
     """Where a captioner runs: ``device`` and ``threads``."""
     return _with_options(

@@ -75,8 +75,7 @@ KEY = "INTERTITLE_JUDGE_API_KEY"
 @click.option("--top-k", type=int, default=32, show_default=True, help="Sampling: tokens kept, 0 for all.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampling.")
 @options.device_options
-@click.option("--retry-failed", is_flag=True, help="Try again what failed in an earlier run.")
-@click.option("--overwrite", is_flag=True, help="Begin afresh where the output is there already.")
+@options.resume_options
 @options.quiet
 @options.debug
 def pairs(
@@ -116,7 +115,7 @@ def pairs(
     from ..align.preference import CAUTIOUS, PairFile, PairJob, Proposer, Recipe, read_pairs
 
     name = scorer_name or ("scenes" if scenes is not None else "reference-free")
-    _check(inputs, scenes, name, judge_url, judge_model, retry_failed, overwrite)
+    _check(inputs, scenes, name, judge_url, judge_model)
     recipe = Recipe(
         **decoding,
         audio=not no_audio,
@@ -154,15 +153,7 @@ def pairs(
         raise click.exceptions.Exit(FAILED)
 
 
-def _check(
-    inputs: tuple[str, ...],
-    scenes: str | None,
-    scorer: str,
-    url: str | None,
-    model: str | None,
-    retry_failed: bool,
-    overwrite: bool,
-) -> None:
+def _check(inputs: tuple[str, ...], scenes: str | None, scorer: str, url: str | None, model: str | None) -> None:
     """``OptionError`` for what does not go together."""
     if bool(inputs) == (scenes is not None):
         raise OptionError("give either INPUTS or --scenes, not both and not neither")
@@ -172,8 +163,6 @@ def _check(
         raise OptionError("--scorer judge needs --judge-url and --judge-model")
     if scorer != "judge" and (url or model):
         raise OptionError("--judge-url and --judge-model go with --scorer judge")
-    if retry_failed and overwrite:
-        raise OptionError("--retry-failed and --overwrite exclude each other")
 
 
 def _entries(inputs: tuple[str, ...], scenes: str | None) -> list[Item | Entry | BadLine]:

@@ -9,38 +9,27 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import av
 import intertitle
 import pytest
 from intertitle.benchmarks.batch_kills import run_kills, write_inputs
 from intertitle.calibration.render import random_scene, write_clip
-from intertitle.cli import main
 from intertitle.runtime.batch import RecordFile, Settings
 
 Compiled = Callable[..., Path]
 SHORT = ("--max-new-tokens", 6, "--no-audio")
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
+Run = Callable[..., Any]
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> Result:
-        capfd.readouterr()
-        code = main(["batch", *map(str, arguments)])
-        return Result(code, *capfd.readouterr())
-
-    return call
+def run(command: Run) -> Run:
+    return partial(command, "batch")
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +38,6 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("batch") / "clips"
     write_inputs(folder, 3)
     return folder
-
-
-@pytest.fixture(scope="module")
-def bundle(compiled: Compiled) -> Path:
-    return compiled("clip-mistral")
 
 
 def records(path: Path) -> list[dict]:

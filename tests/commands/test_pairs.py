@@ -12,39 +12,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 from intertitle.align.preference import read_pairs
 from intertitle.benchmarks.batch_kills import write_inputs
-from intertitle.cli import main
 
 SHORT = ("--max-new-tokens", 5, "--no-audio", "--candidates", 2, "--no-refine")
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
+Run = Callable[..., Any]
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> Result:
-        capfd.readouterr()
-        code = main(["pairs", *map(str, arguments)])
-        return Result(code, *capfd.readouterr())
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def bundle(compiled: Callable[..., Path]) -> Path:
-    return compiled("clip-mistral")
+def run(command: Run) -> Run:
+    return partial(command, "pairs")
 
 
 @pytest.fixture(scope="module")
