@@ -9,6 +9,7 @@ import click
 
 from ..console import ProgressDisplay, report
 from ..errors import IntertitleError
+from .objectives import OBJECTIVES
 from .recipe import RECIPES
 
 
@@ -42,7 +43,7 @@ def train(work: Path, recipe: str, workers: int, quiet: bool) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the adapter.")
 @click.option(
     "--objective",
-    type=click.Choice(["synpo", "leanpo", "dpo", "simpo", "orpo", "supervised"]),
+    type=click.Choice(list(OBJECTIVES)),
     default="synpo",
     show_default=True,
 )
@@ -92,6 +93,17 @@ def ship(base: Path, adapter: Path, scene: int, output: Path) -> None:
     from .ship import ship as write
 
     click.echo(f"{output}: {write(base, adapter, scene, output) / 1e6:.1f} MB")
+
+
+@main.command()
+@click.argument("work", type=click.Path(path_type=Path, exists=True))
+@click.option("--adapter", "adapters", type=click.Path(path_type=Path), multiple=True, help="Tunings beside it.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The picture (png, svg, pdf).")
+def plot(work: Path, adapters: tuple[Path, ...], output: Path) -> None:
+    """Draw the losses of a training in WORK."""
+    from .plots import draw_losses
+
+    click.echo(draw_losses(work, {adapter.name: adapter for adapter in adapters}, output))
 
 
 def run() -> None:

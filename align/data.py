@@ -1,9 +1,9 @@
 """Scenes as arrays on disk: what a captioner sees and hears of each, rendered once for many epochs.
 
 A folder holds ``frames.npy`` uint8 ``[N, T, S, S, 3]``, ``fbank.npy`` float16 ``[N, F, 128]`` (the filter bank of the
-part that carries sound; bfloat16 values, which float16 holds exactly) and ``state.npy`` float32 ``[N, T, 3, 6]``: where
-and what the things are in every frame, for the towers' training. Chunks are rendered by several processes; a chunk
-that is done is not rendered again.
+part that carries sound; bfloat16 values, which float16 holds exactly) and ``states.npy`` float32 ``[N, T, 3, 6]``:
+where and what the things are in every frame, for the towers' training. Chunks are rendered by several processes; a
+chunk that is done is not rendered again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import OptionError
 from ..runtime.preprocess.audio import SAMPLE_RATE, video_policy
-from ..runtime.preprocess.fbank import kaldi_fbank
+from ..runtime.preprocess.fbank import FRAME_LENGTH, FRAME_SHIFT, kaldi_fbank
 from ..runtime.preprocess.frames import sample_indices
 from .scenes import FPS, NUM_FRAMES, Scene, draw_scene, render_frames, render_sound
 from .scenes.layout import layout
@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]
 
 SOUND_SAMPLES = 16 * SAMPLE_RATE
 """Eight clips of 2 s: everything behind them is silence (``video_policy``)."""
-FBANK_FRAMES = SOUND_SAMPLES // 160
+FBANK_FRAMES = SOUND_SAMPLES // FRAME_SHIFT
 SILENCE = -15.9375
 """Log of float32's epsilon as bfloat16: the filter bank of silence (FACTS 1.4)."""
 MOST_THINGS = 3
@@ -49,7 +49,7 @@ def heard(scene: Scene) -> npt.NDArray[np.float32]:
     """The filter bank of the clip's sound, its first ``FBANK_FRAMES`` frames: float32 ``[F, 128]``."""
     pcm = np.rint(render_sound(scene, SAMPLE_RATE) * (1 << 15)) / np.float32(1 << 15)
     sound = video_policy(pcm.astype(np.float32))
-    return kaldi_fbank(sound[: SOUND_SAMPLES + 400])[:FBANK_FRAMES]
+    return kaldi_fbank(sound[: SOUND_SAMPLES + FRAME_LENGTH])[:FBANK_FRAMES]
 
 
 def whole_fbank(part: Tensor, num_frames: int) -> Tensor:

@@ -13,19 +13,17 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from ..models import CaptionerCheckpoint, open_checkpoint
 from ..models import attention as attention_module
-from ..models.attention import CacheState, ReferenceAttention, rotate
+from ..models.attention import CacheState, ReferenceAttention, grouped_attention, rotate, split_heads
 from ..models.beats import AudioBranch
 from ..models.config import CaptionerConfig
 from ..models.decoder import Decoder
 from ..models.save import save_checkpoint
 from ..models.vision import VisionTower
-from ..runtime.decoding.scores import repeated_ngram_tokens
 
 IGNORED = -100
 """Fills a batch of captions up to the longest (PyTorch's ``ignore_index``)."""
@@ -52,22 +50,11 @@ class TrainingAttention(ReferenceAttention):
         num_heads: int,
         num_kv_heads: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        batch, length, width = query.shape
-        dim = width // num_heads
-        at: Tensor | slice = slice(length) if self._positions is None else self._positions
+        at: Tensor | slice = slice(query.shape[1]) if self._positions is None else self._positions
         cos, sin = (table[at].to(query.dtype) for table in (state.cos, state.sin))
-        q = rotate(query.unflatten(-1, (num_heads, dim)).transpose(1, 2), cos, sin)
-        k = rotate(key.unflatten(-1, (num_kv_heads, dim)).transpose(1, 2), cos, sin)
-        v = value.unflatten(-1, (num_kv_heads, dim)).transpose(1, 2)
-        groups = num_heads // num_kv_heads
-        out = F.scaled_dot_product_attention(
-            q,
-            k.repeat_interleave(groups, 1),
-            v.repeat_interleave(groups, 1),
-            attn_mask=self._visible,
-            is_causal=self._visible is None,
-        )
-        return out.transpose(1, 2).reshape(batch, length, width), past_key, past_value
+        q, k = rotate(split_heads(query, num_heads), cos, sin), rotate(split_heads(key, num_kv_heads), cos, sin)
+        v = split_heads(value, num_kv_heads)
+        return grouped_attention(q, k, v, self._visible), past_key, past_value
 
 
 _CAUSAL = TrainingAttention()
@@ -188,7 +175,6 @@ class Policy(nn.Module):
         *,
         temperature: float = 0.0,
         top_p: float = 1.0,
-        no_repeat_ngram: int = 0,
         generator: torch.Generator | None = None,
     ) -> list[list[int]]:
         """A caption for each prompt, greedy or sampled, with the checkpoint's repetition penalty; ends included."""
@@ -206,9 +192,6 @@ class Policy(nn.Module):
             scores = logits[:, 0].float()
             if penalty != 1.0:
                 scores = torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
-            if no_repeat_ngram:
-                for row, ids in enumerate(made.tolist()):
-                    scores[row, repeated_ngram_tokens(ids, no_repeat_ngram)] = -torch.inf
             chosen = _choose(scores, temperature, top_p, generator)
             chosen[done] = self.eos
             made = torch.cat((made, chosen.unsqueeze(1)), 1)

@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 
 from .data import heard, seen, whole_fbank
+from .files import write_whole
 from .policy import Policy, pixels
 from .scenes import Scene
 
 _BATCH = 16
+
+
+def _save_array(path: Path, array: npt.NDArray[np.float16]) -> None:
+    # By its name alone np.save would add a suffix to it.
+    with path.open("wb") as file:
+        np.save(file, array)
 
 
 @torch.no_grad()
@@ -23,12 +30,8 @@ def embed_scenes(
     scenes: Sequence[Scene],
     path: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
-    fbank_of: Callable[[Scene], npt.NDArray[np.float32]] = heard,
 ) -> npt.NDArray[np.float16]:
-    """``Policy.prompt`` of every scene, float16 ``[N, S, H]``; in ``path`` (npy) if given, and from there if it exists.
-
-    ``fbank_of`` gives the sound: another one for what is seen makes a muted or swapped clip.
-    """
+    """``Policy.prompt`` of every scene, float16 ``[N, S, H]``; in ``path`` (npy) if given, from there if it exists."""
     if path is not None and path.exists():
         return np.load(path, mmap_mode="r")
     config, audio = policy.config, policy.audio
@@ -38,15 +41,13 @@ def embed_scenes(
         some = scenes[start : start + _BATCH]
         frames = np.stack([seen(scene, config.num_frames, config.image.size) for scene in some])
         features = policy.vision(pixels(frames, config).flatten(0, 1)).unflatten(0, (-1, config.num_frames))
-        fbank = whole_fbank(torch.from_numpy(np.stack([fbank_of(scene) for scene in some])), audio.config.num_frames)
+        fbank = whole_fbank(torch.from_numpy(np.stack([heard(scene) for scene in some])), audio.config.num_frames)
         parts.append(policy.prompt(policy.visual_tokens(features), audio(fbank)).to(torch.float16).numpy())
         if progress is not None:
             progress(min(start + _BATCH, len(scenes)), len(scenes))
     prompts = np.concatenate(parts)
     if path is not None:
-        partial = path.with_suffix(".partial.npy")
-        np.save(partial, prompts)
-        partial.replace(path)
+        write_whole(path, lambda partial: _save_array(partial, prompts))
     return prompts
 
 

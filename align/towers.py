@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .scenes.scene import ACTIONS, BACKGROUND_KINDS, CAMERAS, COLORS, SHAPES, SIZES, SOUND_KINDS, Scene
+from .scenes.scene import ACTIONS, BACKGROUND_KINDS, CAMERAS, COLORS, SHAPES, SIZES, SOUND_KINDS, Heard, Scene
 
 BACKGROUND_PAIRS = ("white", "grey", "black", "grey and white", "black and white", "black and grey")
-SOUNDS = (*(kind for kind in SOUND_KINDS if kind != "beeps"), "1 beep", "2 beeps", "3 beeps")
+SOUNDS = tuple(Heard(kind, count).name for kind in SOUND_KINDS for count in ((1, 2, 3) if kind == "beeps" else (0,)))
 
 
 class VisionHeads(nn.Module):
@@ -136,7 +136,7 @@ def patch_targets(states: Tensor, grid: int) -> tuple[Tensor, Tensor]:
 def background_target(scene: Scene) -> tuple[int, int]:
     """Indices of the background's kind and of its colours."""
     background = scene.background
-    return BACKGROUND_KINDS.index(background.kind), BACKGROUND_PAIRS.index(" and ".join(sorted(background.colors)))
+    return BACKGROUND_KINDS.index(background.kind), BACKGROUND_PAIRS.index(background.palette)
 
 
 def sound_target(scene: Scene) -> tuple[int, int]:

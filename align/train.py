@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from ..errors import OptionError
 from ..models.random_checkpoint import write_checkpoint
 from . import towers
 from .data import Clips, render_clips, whole_fbank
+from .files import write_whole
 from .policy import IGNORED, Policy, pixels
 from .recipe import Recipe
 from .scenes import captions, draw_scene
@@ -256,7 +257,8 @@ class Run:
                 with log_file.open("a") as file:
                     file.write(json.dumps(line) + "\n")
                 saved = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict()}
-                _save(saved | {"schedule": schedule.state_dict(), "step": at}, state_file)
+                saved |= {"schedule": schedule.state_dict(), "step": at}
+                write_whole(state_file, lambda path, saved=saved: torch.save(saved, path))
         modules.eval().requires_grad_(False)
 
 
@@ -315,12 +317,6 @@ def _set_generation(folder: Path) -> None:
     file = folder / "generation_config.json"
     settings = json.loads(file.read_text()) | {"repetition_penalty": 1.0, "do_sample": False}
     file.write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def _save(state: Mapping[str, object], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
 
 
 def read_log(work: Path, stage: str) -> Sequence[dict[str, float]]:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from .files import write_whole
 from .objectives import NEED_REFERENCE, OBJECTIVES, Measures, sequence_sum, supervised
 from .policy import Policy
 from .preference import read_pairs
@@ -170,7 +171,7 @@ def _settle(out: Path, policy: Policy, prompts: npt.NDArray[np.floating], pairs:
             raise OptionError(f"{out} holds another training: give a new folder, or remove it first")
         return
     out.mkdir(parents=True, exist_ok=True)
-    _replace(note, lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
+    write_whole(note, lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
 
 
 def _train(
@@ -217,7 +218,7 @@ def _train(
         if at % how.save_every == 0 or at == how.steps:
             state = {"lora": lora.state(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
             state |= {"rng": torch.get_rng_state(), "step": at}
-            _replace(out / STATE, lambda path, state=state: torch.save(state, path))
+            write_whole(out / STATE, lambda path, state=state: torch.save(state, path))
         if progress is not None:
             progress(f"tune {how.objective}", at, how.steps)
 
@@ -300,9 +301,9 @@ class _Lora:
         settings = self._config.to_dict() | {"target_modules": sorted(TARGETS)}
         settings |= {"base_model_name_or_path": None, "inference_mode": True}
         text = json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
-        _replace(out / "adapter_config.json", lambda path: path.write_text(text))
+        write_whole(out / "adapter_config.json", lambda path: path.write_text(text))
         tensors = {name: tensor.contiguous() for name, tensor in self.state().items()}
-        _replace(out / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
+        write_whole(out / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
 
 
 def _cut(log: Path, step: int) -> None:
@@ -310,11 +311,4 @@ def _cut(log: Path, step: int) -> None:
     if log.exists():
         lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
         kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
-        _replace(log, lambda path: path.write_text(kept))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    partial.replace(path)
+        write_whole(log, lambda path: path.write_text(kept))

@@ -58,7 +58,7 @@ def facts(scene: Scene) -> frozenset[Fact]:
     """All that a caption of the scene can say."""
     found = [
         Fact("background", "kind", scene.background.kind),
-        Fact("background", "colors", " and ".join(sorted(scene.background.colors))),
+        Fact("background", "colors", scene.background.palette),
         Fact("camera", "motion", scene.camera),
         Fact("sound", "first half", scene.sounds[0].name),
         Fact("sound", "second half", scene.sounds[1].name),

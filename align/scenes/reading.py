@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 
 from .lexicon import LONGEST, PHRASES, Sign
-from .scene import BACKGROUND_COLORS
+from .scene import BACKGROUND_COLORS, palette
 
 _WORD = r"[a-z]+|[0-9]+|[.,;:!?\n]"
 _STOPS = {"!": ".", "?": ".", ";": ".", ":": ".", "\n": "."}
@@ -215,7 +215,7 @@ class _Reader:
         if self.kind:
             self.reading.kinds.add(self.kind)
         if self.colors:
-            self.reading.colors.add(" and ".join(sorted(set(self.colors))))
+            self.reading.colors.add(palette(self.colors))
         self.kind, self.colors = "", []
 
     def _camera(self, _: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
@@ -101,6 +101,11 @@ class Background:
         if len(set(self.colors)) != len(self.colors) or len(self.colors) != (1 if self.kind == "plain" else 2):
             raise OptionError(f"a {self.kind} background is not of {' and '.join(self.colors) or 'no color'}")
 
+    @property
+    def palette(self) -> str:
+        """Its colours in any order: ``grey and white``."""
+        return palette(self.colors)
+
 
 @dataclass(frozen=True)
 class Heard:
@@ -172,6 +177,11 @@ class Scene:
         sounds = [sound.name for sound in self.sounds]
         colors = sorted(self.background.colors)
         return json.dumps([self.background.kind, colors, self.camera, things, sounds, self.tied])
+
+
+def palette(colors: Iterable[str]) -> str:
+    """One name for a set of colours, whatever the order in which they are given."""
+    return " and ".join(sorted(set(colors)))
 
 
 def half_of(thing: Thing) -> int:

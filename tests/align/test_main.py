@@ -63,6 +63,10 @@ def test_from_pairs_to_an_aligned_bundle(recipe: Path):
     )
     assert (done.returncode, done.stdout) == (0, f"{adapter}\n"), done.stderr
     assert [json.loads(line)["step"] for line in (adapter / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
+    picture = recipe / "losses.png"
+    done = run(*ALIGN, "plot", recipe / "work", "--adapter", adapter, "-o", picture)
+    assert (done.returncode, done.stdout) == (0, f"{picture}\n"), done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
     shipped = recipe / "shipped"
     done = run(
         *ALIGN, "ship", "--base", recipe / "work" / "supervised", "--adapter", adapter, "--scene", 2, "-o", shipped
@@ -80,9 +84,10 @@ def test_from_pairs_to_an_aligned_bundle(recipe: Path):
         (["tune", "{pairs}", "--base", "{nowhere}", "-o", "out"], "does not exist"),
         (["tune", "{pairs}", "--base", "{bundle}", "-o", "out", "-q"], "config.json"),
         (["tune", "{broken}", "--base", "{base}", "-o", "out", "-q"], "broken.jsonl"),
+        (["plot", "{bundle}", "-o", "out"], "vision.jsonl"),
         (["train", "-o", "{work}", "--recipe", "small", "-q"], "another recipe"),
     ],
-    ids=["no base", "not a checkpoint", "malformed pairs", "another recipe"],
+    ids=["no base", "not a checkpoint", "malformed pairs", "no training", "another recipe"],
 )
 def test_bad_input_is_one_line(recipe: Path, arguments: list[str], reason: str, tmp_path: Path):
     (recipe / "broken.jsonl").write_text('{"key": "train:1", "chosen"\n')
