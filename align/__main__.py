@@ -50,6 +50,7 @@ def train(work: Path, recipe: str, workers: int, quiet: bool) -> None:
 @click.option("--steps", default=200, show_default=True)
 @click.option("--batch", default=8, show_default=True)
 @click.option("--learning-rate", default=2e-4, show_default=True)
+@click.option("--connector-rate", default=0.0, show_default=True, help="Rate of connector and projector; 0: fixed.")
 @click.option("--rank", default=32, show_default=True)
 @click.option("--alpha", default=16.0, show_default=True)
 @click.option("--gap", type=float, help="Pairs that differ by so much.  [default: those that were kept]")
@@ -63,6 +64,7 @@ def tune(
     steps: int,
     batch: int,
     learning_rate: float,
+    connector_rate: float,
     rank: int,
     alpha: float,
     gap: float | None,
@@ -70,17 +72,26 @@ def tune(
     quiet: bool,
 ) -> None:
     """Preference training on PAIRS (of scenes, from `intertitle pairs --scenes`): an adapter."""
+    from .features import scene_features
     from .policy import Policy
-    from .prompts import embed_scenes
     from .tune import Tuning, scene_pairs
     from .tune import tune as train_adapter
 
-    how = Tuning(objective, steps=steps, batch=batch, learning_rate=learning_rate, rank=rank, alpha=alpha, seed=seed)
+    how = Tuning(
+        objective,
+        steps=steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        connector_rate=connector_rate,
+        rank=rank,
+        alpha=alpha,
+        seed=seed,
+    )
     scenes, rows = scene_pairs(pairs, gap)
     with ProgressDisplay(quiet) as progress:
         policy = Policy.open(base).eval()
-        prompts = embed_scenes(policy, scenes, None, lambda done, total: progress("embed clips", done, total))
-        click.echo(train_adapter(policy, prompts, rows, how, output, progress))
+        clips = scene_features(policy, scenes, None, lambda done, total: progress("features", done, total))
+        click.echo(train_adapter(policy, clips, rows, how, output, progress))
 
 
 @main.command()

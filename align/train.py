@@ -25,6 +25,7 @@ from ..errors import OptionError
 from ..models.random_checkpoint import write_checkpoint
 from . import towers
 from .data import Clips, render_clips, whole_fbank
+from .features import Features, compute_features
 from .files import write_whole
 from .policy import IGNORED, Policy, pixels
 from .recipe import Recipe
@@ -32,7 +33,6 @@ from .scenes import captions, draw_scene
 
 Progress = Callable[[str, int, int], None]
 _SAVE_EVERY = 250
-_FEATURE_BATCH = 32
 _TOLD = 0.3
 """Weight of the heads beside the captions."""
 
@@ -126,35 +126,15 @@ class Run:
 
     # --- captions
 
-    @torch.no_grad()
     def features(self, policy: Policy, clips: Clips) -> Features:
-        """What the towers make of every clip, on disk in float16."""
-        folder, config = self.work / clips.split, policy.config
-        assert policy.audio is not None
-        audio = policy.audio.config
-        count = len(clips)
-        shapes = {
-            "vision_features": (count, config.num_frames, config.vision.num_patches, config.vision.hidden_size),
-            "audio_features": (count, audio.num_tokens, audio.hidden_size),
-        }
-        done = folder / "features.done"
-        if not done.exists():
-            policy.eval()
-            vision, sound = (
-                np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, shape)
-                for name, shape in shapes.items()
-            )
-            for start in range(0, count, _FEATURE_BATCH):
-                rows = slice(start, min(start + _FEATURE_BATCH, count))
-                seen = policy.vision(pixels(clips.frames[rows], config).flatten(0, 1))
-                vision[rows] = seen.unflatten(0, (-1, config.num_frames)).numpy()
-                fbank = whole_fbank(torch.from_numpy(np.array(clips.fbank[rows])).float(), audio.num_frames)
-                sound[rows] = policy.audio.features(fbank).numpy()
-                self.progress(f"features {clips.split}", rows.stop, count)
-            vision.flush()
-            sound.flush()
-            done.touch()
-        return Features(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in shapes))
+        """What the towers make of every clip, beside the clips."""
+        return compute_features(
+            policy,
+            len(clips),
+            lambda rows: (clips.frames[rows], clips.fbank[rows]),
+            self.work / clips.split,
+            lambda done, total: self.progress(f"features {clips.split}", done, total),
+        )
 
     def _train_captions(
         self, policy: Policy, train: Clips, features: Features, held_out: Features, validation: Clips
@@ -174,8 +154,7 @@ class Run:
             which = rng.integers(0, 5, len(rows)) if clips is train else np.zeros(len(rows), int)
             said = [texts[clips.split][row] for row in rows]
             tokens = policy.encode([lines[i % len(lines)] for lines, i in zip(said, which, strict=True)])
-            visual = policy.visual_tokens(torch.from_numpy(np.array(given.vision[rows])).float())
-            audio = projector(torch.from_numpy(np.array(given.audio[rows])).float())
+            visual, audio = given.tokens(policy, rows)
             with autocast():
                 logits = policy.logits(policy.prompt(visual, audio), tokens).float()
             right = (logits.argmax(-1) == tokens)[tokens != IGNORED].float().mean()
@@ -260,14 +239,6 @@ class Run:
                 saved |= {"schedule": schedule.state_dict(), "step": at}
                 write_whole(state_file, lambda path, saved=saved: torch.save(saved, path))
         modules.eval().requires_grad_(False)
-
-
-@dataclass(frozen=True)
-class Features:
-    """Tower features of clips: vision float16 ``[N, T, P, D]``, audio float16 ``[N, A, D]``."""
-
-    vision: np.ndarray
-    audio: np.ndarray
 
 
 def autocast():

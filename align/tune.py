@@ -1,7 +1,9 @@
-"""Preference training of a captioner's decoder: LoRA through PEFT, one of ``objectives``, an adapter folder as result.
+"""Preference training of a captioner: LoRA through PEFT, one of ``objectives``, an adapter folder as result.
 
-Towers, connector and embeddings stay as they are, so that a clip is its prompt embedding, computed once for all epochs
-and all objectives. The result is merged by ``intertitle compile --adapter``: the graphs stay the same.
+The decoder gets low-rank layers; connector and audio projector are trained whole beside them where a rate for them is
+given, and go into the adapter as PEFT's ``modules_to_save``. Towers and embeddings stay as they are, so that a clip is
+what the towers make of it, computed once for all epochs and all objectives. The result is merged by
+``intertitle compile --adapter``: the graphs stay the same.
 """
 
 from __future__ import annotations
@@ -11,30 +13,30 @@ import inspect
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from .features import Features
 from .files import write_whole
 from .objectives import NEED_REFERENCE, OBJECTIVES, Measures, sequence_sum, supervised
 from .policy import Policy
 from .preference import read_pairs
 from .scenes import Scene, draw_scene
 from .train import autocast, epochs
+from .trained import Trained
 
 Progress = Callable[[str, int, int], None]
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""What SynPO trains (train_synpo.py): every product of the decoder's layers."""
 WEIGHTS, STATE, LOG, SETTINGS = "adapter_model.safetensors", "state.pt", "log.jsonl", "tuning.json"
 """In the adapter's folder; ``STATE`` only until the training is done."""
 
@@ -58,7 +60,8 @@ class Pair:
 class Tuning:
     """One preference training. ``options`` are the objective's own (``{"alpha": 10.0}``).
 
-    ``steps`` are optimizer steps of ``accumulation`` batches of ``batch`` pairs; pairs with a smaller gap than
+    ``connector_rate`` is the learning rate of connector and audio projector, 0 where they stay as they are. ``steps``
+    are optimizer steps of ``accumulation`` batches of ``batch`` pairs; pairs with a smaller gap than
     ``min_gap`` are left out; bfloat16 products are used only where the machine has units for them. SynPO's own, for
     7 B parameters (train_synpo.py): rank 128, alpha 64, learning rate 5e-6, batch 1, accumulation 32, a gap of 4.
     """
@@ -69,6 +72,7 @@ class Tuning:
     batch: int = 8
     accumulation: int = 1
     learning_rate: float = 2e-4
+    connector_rate: float = 0.0
     warmup: float = 0.1
     decay: Literal["constant", "linear"] = "linear"
     weight_decay: float = 0.0
@@ -103,7 +107,7 @@ class Tuning:
 
 def tune(
     policy: Policy,
-    prompts: npt.NDArray[np.floating],
+    clips: Features,
     pairs: Sequence[Pair],
     how: Tuning,
     out: Path,
@@ -111,12 +115,11 @@ def tune(
 ) -> Path:
     """Train an adapter on pairs, or go on where an earlier run stopped, and return its folder ``out``.
 
-    ``prompts`` ``[N, S, H]`` (mapped float16 will do) are ``Policy.prompt`` of every clip. The folder has PEFT's
-    layout, with ``log.jsonl``: a line per step with loss, measures (``objectives.Measures``), the gradient's norm
-    before clipping, and seconds. A run that was stopped and started again ends with the same bytes. The policy is left
-    with the adapter on its decoder, in eval mode: open a new one for another training. Raises ``OptionError`` for no
-    pairs, a row that is not there, a folder of another training, a policy that has an adapter, PEFT not installed, or a
-    loss that is no number.
+    ``clips``: what the policy's towers make of every clip that a pair is of. The folder has PEFT's layout, with
+    ``log.jsonl``: a line per step with loss, measures (``objectives.Measures``), the gradient's norm before clipping,
+    and seconds. A run that was stopped and started again ends with the same bytes. The policy is left with the adapter
+    on it, in eval mode: open a new one for another training. Raises ``OptionError`` for no pairs, a row that is not
+    there, a folder of another training, a policy that has an adapter, PEFT not installed, or a loss that is no number.
     """
     if policy.opened.adapter is not None:
         raise OptionError("the policy has an adapter merged in: save it as a checkpoint, and tune that")
@@ -124,20 +127,27 @@ def tune(
     if not kept:
         raise OptionError(f"none of {len(pairs)} pairs has a gap of {how.min_gap} or more: nothing to train on")
     for pair in kept:
-        if not 0 <= pair.clip < len(prompts):
-            raise OptionError(f"a pair is of clip {pair.clip}, but there are prompts for {len(prompts)} clips")
-    _settle(out, policy, prompts, kept, how)
+        if not 0 <= pair.clip < len(clips):
+            raise OptionError(f"a pair is of clip {pair.clip}, but there are features of {len(clips)} clips")
+    _settle(out, policy, clips, kept, how)
     # LoRA's first values and its dropout draw from PyTorch's global generator: the caller's is left as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.seed)
-        lora = _Lora(policy, how)
+        trained = Trained(
+            policy,
+            rank=how.rank,
+            alpha=how.alpha,
+            dropout=how.dropout,
+            learning_rate=how.learning_rate,
+            connector_rate=how.connector_rate,
+        )
         if (out / WEIGHTS).exists():
-            lora.load(load_file(out / WEIGHTS))
+            trained.load(load_file(out / WEIGHTS))
         else:
-            _train(policy, lora, prompts, kept, how, out, progress)
-            lora.write(out)
+            _train(policy, trained, clips, kept, how, out, progress)
+            trained.write(out / WEIGHTS)
             (out / STATE).unlink(missing_ok=True)
-    policy.decoder.eval()
+    policy.eval()
     return out
 
 
@@ -160,10 +170,10 @@ def scene_pairs(path: Path, gap: float | None = None) -> tuple[list[Scene], list
     ]
 
 
-def _settle(out: Path, policy: Policy, prompts: npt.NDArray[np.floating], pairs: Sequence[Pair], how: Tuning) -> None:
+def _settle(out: Path, policy: Policy, clips: Features, pairs: Sequence[Pair], how: Tuning) -> None:
     """Note what the folder is of, or check that it is of the same."""
     digest = hashlib.sha256(json.dumps([asdict(pair) for pair in pairs]).encode()).hexdigest()
-    about = {**asdict(how), "pairs": len(pairs), "pairs_sha256": digest, "prompts": list(prompts.shape)}
+    about = {**asdict(how), "pairs": len(pairs), "pairs_sha256": digest, "clips": len(clips)}
     about["base"] = policy.opened.fingerprint()
     note = out / SETTINGS
     if note.exists():
@@ -176,39 +186,41 @@ def _settle(out: Path, policy: Policy, prompts: npt.NDArray[np.floating], pairs:
 
 def _train(
     policy: Policy,
-    lora: _Lora,
-    prompts: npt.NDArray[np.floating],
+    trained: Trained,
+    clips: Features,
     pairs: Sequence[Pair],
     how: Tuning,
     out: Path,
     progress: Progress | None,
 ) -> None:
-    optimizer = torch.optim.AdamW(lora.parameters, lr=how.learning_rate, weight_decay=how.weight_decay)
+    optimizer = torch.optim.AdamW(trained.groups(), weight_decay=how.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, how.rate)
     at, log = 0, out / LOG
     if (out / STATE).exists():
         saved = torch.load(out / STATE, weights_only=True)
-        lora.load(saved["lora"])
+        trained.load(saved["trained"])
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         torch.set_rng_state(saved["rng"])
         at = saved["step"]
     _cut(log, at)
     batches = epochs(len(pairs), how.batch, how.seed, at * how.accumulation)
-    policy.decoder.train()
+    # What stays as it is need not be computed twice.
+    fixed = None if how.connector_rate else _fixed_prompts(policy, clips)
+    policy.train()
     while at < how.steps:
         started = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         total: dict[str, float] = {}
         for _ in range(how.accumulation):
             chosen = [pairs[row] for row in next(batches)]
-            loss, measures = _loss(policy, lora, prompts, chosen, how)
+            loss, measures = _loss(policy, trained, clips, fixed, chosen, how)
             (loss / how.accumulation).backward()
             for name, value in {"loss": loss.detach(), **measures}.items():
                 total[name] = total.get(name, 0.0) + float(value) / how.accumulation
         if not np.isfinite(total["loss"]):
             raise OptionError(f"the loss is {total['loss']} at step {at + 1}: try a smaller learning rate")
-        total["grad_norm"] = float(nn.utils.clip_grad_norm_(lora.parameters, how.clip_norm))
+        total["grad_norm"] = float(nn.utils.clip_grad_norm_(trained.parameters, how.clip_norm))
         optimizer.step()
         schedule.step()
         at += 1
@@ -216,94 +228,47 @@ def _train(
         with log.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if at % how.save_every == 0 or at == how.steps:
-            state = {"lora": lora.state(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            state = {"trained": trained.state(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
             state |= {"rng": torch.get_rng_state(), "step": at}
             write_whole(out / STATE, lambda path, state=state: torch.save(state, path))
         if progress is not None:
             progress(f"tune {how.objective}", at, how.steps)
 
 
+@torch.no_grad()
+def _fixed_prompts(policy: Policy, clips: Features, batch: int = 32) -> npt.NDArray[np.float16]:
+    """The prompts of all clips ``[N, S, H]``."""
+    policy.eval()
+    batches = [slice(start, start + batch) for start in range(0, len(clips), batch)]
+    return np.concatenate([clips.prompts(policy, rows).to(torch.float16).numpy() for rows in batches])
+
+
 def _loss(
-    policy: Policy, lora: _Lora, prompts: npt.NDArray[np.floating], pairs: Sequence[Pair], how: Tuning
+    policy: Policy,
+    trained: Trained,
+    clips: Features,
+    fixed: npt.NDArray[np.float16] | None,
+    pairs: Sequence[Pair],
+    how: Tuning,
 ) -> tuple[Tensor, Measures]:
     precision = autocast if how.bfloat16 else nullcontext
-    prompt = torch.from_numpy(np.asarray(prompts[[pair.clip for pair in pairs]], np.float32))
+    rows = np.array([pair.clip for pair in pairs])
+
+    def prompts() -> Tensor:
+        return clips.prompts(policy, rows) if fixed is None else torch.from_numpy(fixed[rows].astype(np.float32))
+
     chosen = [pair.chosen for pair in pairs]
     if how.objective == "supervised":
         with precision():
-            return supervised(*policy.log_probs(prompt, policy.encode(chosen)))
+            return supervised(*policy.log_probs(prompts(), policy.encode(chosen)))
     texts = policy.encode(chosen), policy.encode([pair.rejected for pair in pairs])
     references: tuple[Tensor, ...] = ()
     if how.objective in NEED_REFERENCE:
-        with torch.no_grad(), lora.disabled(), precision():
-            references = tuple(sequence_sum(*each) for each in policy.pair_log_probs(prompt, *texts))
+        with torch.no_grad(), trained.disabled(), precision():
+            references = tuple(sequence_sum(*each) for each in policy.pair_log_probs(prompts(), *texts))
     with precision():
-        winner, loser = policy.pair_log_probs(prompt, *texts)
+        winner, loser = policy.pair_log_probs(prompts(), *texts)
     return OBJECTIVES[how.objective](*winner, *loser, *references, **how.options)
-
-
-class _Lora:
-    """PEFT's layers in a policy's decoder, and their tensors by the names of the released layout."""
-
-    def __init__(self, policy: Policy, how: Tuning) -> None:
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-            from peft.tuners.lora import LoraLayer
-        except ImportError as error:
-            raise OptionError(f"tuning needs PEFT (pip install 'intertitle[align]'): {error}") from None
-        self._config = LoraConfig(
-            r=how.rank,
-            lora_alpha=how.alpha,  # type: ignore[arg-type]  # a float is as good, PEFT's annotation is narrower
-            lora_dropout=how.dropout,
-            target_modules=list(TARGETS),
-            task_type="CAUSAL_LM",
-        )
-        decoder = policy.decoder
-        if any(isinstance(module, LoraLayer) for module in decoder.modules()):
-            raise OptionError("the policy has been tuned already: open a new one")
-        policy.requires_grad_(False)
-        inject_adapter_in_model(self._config, decoder)
-        self._layers = {name: module for name, module in decoder.named_modules() if isinstance(module, LoraLayer)}
-        self._tensors: dict[str, Tensor] = {}
-        for name, layer in self._layers.items():
-            released = next(iter(policy.opened.to_checkpoint("decoder", {f"{name}.weight": layer.weight})))
-            module = f"base_model.model.{released.removesuffix('.weight')}"
-            for side, part in (("A", layer.lora_A), ("B", layer.lora_B)):
-                self._tensors[f"{module}.lora_{side}.weight"] = part.get_parameter("default.weight")
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        return list(self._tensors.values())
-
-    def state(self) -> dict[str, Tensor]:
-        return {name: tensor.detach() for name, tensor in self._tensors.items()}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        for name, tensor in self._tensors.items():
-            tensor.data.copy_(state[name])
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """The decoder as it was before the training."""
-        self._enable(self._layers.values(), False)
-        try:
-            yield
-        finally:
-            self._enable(self._layers.values(), True)
-
-    @staticmethod
-    def _enable(layers: Iterable[Any], enabled: bool) -> None:
-        for layer in layers:
-            layer.enable_adapters(enabled)
-
-    def write(self, out: Path) -> None:
-        """``adapter_config.json`` and, last, the weights: a folder that has them is finished."""
-        settings = self._config.to_dict() | {"target_modules": sorted(TARGETS)}
-        settings |= {"base_model_name_or_path": None, "inference_mode": True}
-        text = json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
-        write_whole(out / "adapter_config.json", lambda path: path.write_text(text))
-        tensors = {name: tensor.contiguous() for name, tensor in self.state().items()}
-        write_whole(out / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
 
 
 def _cut(log: Path, step: int) -> None:

@@ -13,6 +13,7 @@ supervised captioner are paired.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from pathlib import Path
@@ -21,9 +22,9 @@ from typing import Any
 import click
 import numpy as np
 
+from ..align.features import caption_features, scene_features
 from ..align.metrics import Report, difference, evaluate
 from ..align.policy import Policy
-from ..align.prompts import caption_prompts, embed_scenes
 from ..align.scenes import draw_scene
 from ..align.tune import LOG, Tuning, scene_pairs, tune
 from ..console import ProgressDisplay
@@ -47,6 +48,7 @@ MAIN = ("cider", "completeness", "invention", "readable", "repetition", "words")
 @click.option("--steps", default=150, show_default=True)
 @click.option("--batch", default=8, show_default=True)
 @click.option("--learning-rate", default=2e-4, show_default=True)
+@click.option("--connector-rate", default=0.0, show_default=True, help="Rate of connector and projector; 0: fixed.")
 @click.option("--gap", type=float, help="Pairs that differ by so much.  [default: those the run kept]")
 @click.option("--only", multiple=True, type=click.Choice(sorted(CONTESTANTS)), help="These only.  [default: all]")
 @click.option("-o", "--result", default="alignment", show_default=True, help="Name under results/.")
@@ -58,6 +60,7 @@ def main(
     steps: int,
     batch: int,
     learning_rate: float,
+    connector_rate: float,
     gap: float | None,
     only: tuple[str, ...],
     result: str,
@@ -68,20 +71,33 @@ def main(
     scenes, pairs = scene_pairs(pairs_path or work / "pairs.jsonl", gap)
     with ProgressDisplay() as progress:
         policy = Policy.open(base).eval()
-        seen = embed_scenes(policy, test, work / f"test-{count}.npy", lambda a, b: progress("embed test", a, b))
-        prompts = embed_scenes(policy, scenes, None, lambda a, b: progress("embed pairs", a, b))
-        reports: dict[str, list[Report]] = {"supervised": [evaluate(test, caption_prompts(policy, seen), meteor=False)]}
+        seen = scene_features(policy, test, work / f"test-{count}", lambda a, b: progress("features of test", a, b))
+        digest = hashlib.sha256(json.dumps(sorted({str(scene) for scene in scenes})).encode()).hexdigest()[:12]
+        clips = scene_features(
+            policy, scenes, work / f"pairs-{digest}", lambda a, b: progress("features of pairs", a, b)
+        )
+        reports: dict[str, list[Report]] = {
+            "supervised": [evaluate(test, caption_features(policy, seen), meteor=False)]
+        }
         seconds: dict[str, float] = {}
         for name in only or CONTESTANTS:
             for seed in range(seeds):
-                how = Tuning(CONTESTANTS[name], steps=steps, batch=batch, learning_rate=learning_rate, seed=seed)
-                tuned, out = Policy.open(base), work / "adapters" / f"{name}-{learning_rate:g}-{steps}-{seed}"
-                tune(tuned, prompts, pairs, how, out, progress)
+                how = Tuning(
+                    CONTESTANTS[name],
+                    steps=steps,
+                    batch=batch,
+                    learning_rate=learning_rate,
+                    connector_rate=connector_rate,
+                    seed=seed,
+                )
+                out = work / "adapters" / f"{name}-{learning_rate:g}-{connector_rate:g}-{steps}-{seed}"
+                tuned = Policy.open(base)
+                tune(tuned, clips, pairs, how, out, progress)
                 log = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
                 seconds[name] = statistics.median(line["seconds"] for line in log)
                 said = out / f"captions-{count}.json"
                 if not said.exists():
-                    texts = caption_prompts(tuned, seen, progress=lambda a, b, n=name: progress(f"caption {n}", a, b))
+                    texts = caption_features(tuned, seen, progress=lambda a, b, n=name: progress(f"caption {n}", a, b))
                     said.write_text(json.dumps(texts))
                 texts = json.loads(said.read_text())
                 reports.setdefault(name, []).append(evaluate(test, texts, meteor=False))
@@ -92,6 +108,7 @@ def main(
         "steps": steps,
         "batch": batch,
         "learning_rate": learning_rate,
+        "connector_rate": connector_rate,
         "seconds_per_step": seconds,
         "reports": {name: [report.to_json() for report in each] for name, each in reports.items()},
         "mean_over_seeds": {

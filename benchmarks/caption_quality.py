@@ -19,10 +19,10 @@ from typing import Any
 import click
 import numpy as np
 
+from ..align.features import caption_features, scene_features
 from ..align.metrics import Report, difference, evaluate
 from ..align.policy import Policy
 from ..align.preference.items import scene_media
-from ..align.prompts import caption_prompts, embed_scenes
 from ..align.scenes import Heard, Scene, captions, compare, draw_scene
 from ..console import ProgressDisplay
 from ..export.compile import compile_bundle
@@ -142,7 +142,7 @@ def main(checkpoint: Path, adapter: Path | None, count: int, result: str) -> Non
         spec = captioners["int4"].manifest.preprocessing
         clips = [scene_media(scene, spec) for scene in scenes]
         policy = Policy.open(checkpoint, adapter).eval()
-        texts = caption_prompts(policy, embed_scenes(policy, scenes))
+        texts = caption_features(policy, scene_features(policy, scenes))
         reports["pytorch"] = evaluate(scenes, texts, meteor=True)
         rows["pytorch"] = {"report": reports["pytorch"].to_json()}
         for name, how in settings().items():

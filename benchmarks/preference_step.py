@@ -15,8 +15,8 @@ from pathlib import Path
 
 import click
 
+from ..align.features import scene_features
 from ..align.policy import Policy
-from ..align.prompts import embed_scenes
 from ..align.scenes import captions, draw_scene
 from ..align.tune import LOG, Pair, Tuning, tune
 from .harness import alternate, paired_ratio, write_result
@@ -33,14 +33,14 @@ OBJECTIVES = ("synpo", "leanpo", "dpo")
 def main(base: Path, batch: int, steps: int, rounds: int, result: str) -> None:
     """Measure and compare."""
     scenes = [draw_scene("validation", index) for index in range(batch)]
-    prompts = embed_scenes(Policy.open(base).eval(), scenes)
+    clips = scene_features(Policy.open(base).eval(), scenes)
     # A caption of another clip is the rejected one: lengths are those of real pairs.
     pairs = [Pair(i, captions(scenes[i])[0], captions(scenes[i - 1])[0]) for i in range(batch)]
 
     def seconds(objective: str) -> float:
         with tempfile.TemporaryDirectory() as scratch:
             out = tune(
-                Policy.open(base), prompts, pairs, Tuning(objective, steps=steps, batch=batch), Path(scratch) / "a"
+                Policy.open(base), clips, pairs, Tuning(objective, steps=steps, batch=batch), Path(scratch) / "a"
             )
             lines = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
         return statistics.median(line["seconds"] for line in lines[2:])
@@ -48,7 +48,6 @@ def main(base: Path, batch: int, steps: int, rounds: int, result: str) -> None:
     measured = alternate({name: lambda name=name: seconds(name) for name in OBJECTIVES}, rounds)
     figures = {
         "batch": batch,
-        "prompt_tokens": prompts.shape[1],
         "seconds_per_step": {name: round(statistics.median(values), 4) for name, values in measured.items()},
         "over_dpo": {name: paired_ratio(measured[name], measured["dpo"]) for name in OBJECTIVES if name != "dpo"},
         "seconds": measured,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from intertitle.align.features import caption_features, scene_features
 from intertitle.align.policy import Policy
 from intertitle.align.preference.items import scene_media
-from intertitle.align.prompts import caption_prompts, embed_scenes
 from intertitle.align.scenes import compare, draw_scene
 from intertitle.commands import SHIPPED
 from intertitle.export.compile import compile_bundle
@@ -46,7 +46,7 @@ def test_it_fits_into_the_package():
 
 def test_fp32_captions_are_pytorch_s(captioners, clips):
     policy = Policy.open(BASE, ADAPTER).eval()
-    assert said(captioners["fp32"], clips[:8]) == caption_prompts(policy, embed_scenes(policy, SCENES[:8]))
+    assert said(captioners["fp32"], clips[:8]) == caption_features(policy, scene_features(policy, SCENES[:8]))
 
 
 @pytest.mark.parametrize("weights", ["fp32", "int4"])

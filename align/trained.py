@@ -1,0 +1,124 @@
+"""The tensors that a preference training changes, and the adapter that they become."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import OptionError
+from .files import write_whole
+from .policy import Policy
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""What SynPO trains (train_synpo.py): every product of the decoder's layers."""
+_BASE = "base_model.model."
+
+
+class Trained:
+    """PEFT's layers in a policy's decoder, and connector and audio projector whole where ``connector_rate`` says so.
+
+    Tensors go by PEFT's names over the released layout's. Raises ``OptionError`` where PEFT is not installed, and for
+    a policy that has such layers already.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        learning_rate: float,
+        connector_rate: float,
+    ) -> None:
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+            from peft.tuners.lora import LoraLayer
+        except ImportError as error:
+            raise OptionError(f"tuning needs PEFT (pip install 'intertitle[align]'): {error}") from None
+        whole = _projectors(policy) if connector_rate else {}
+        self._config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # a float is as good, PEFT's annotation is narrower
+            lora_dropout=dropout,
+            target_modules=list(TARGETS),
+            modules_to_save=["mm_projector", "mm_projector_a"] if whole else None,
+            task_type="CAUSAL_LM",
+        )
+        decoder = policy.decoder
+        if any(isinstance(module, LoraLayer) for module in decoder.modules()):
+            raise OptionError("the policy has been tuned already: open a new one")
+        policy.requires_grad_(False)
+        inject_adapter_in_model(self._config, decoder)
+        self._rates = (learning_rate, connector_rate)
+        self._layers = {name: module for name, module in decoder.named_modules() if isinstance(module, LoraLayer)}
+        self._low_rank: dict[str, Tensor] = {}
+        for name, layer in self._layers.items():
+            released = next(iter(policy.opened.to_checkpoint("decoder", {f"{name}.weight": layer.weight})))
+            module = f"{_BASE}{released.removesuffix('.weight')}"
+            for side, part in (("A", layer.lora_A), ("B", layer.lora_B)):
+                self._low_rank[f"{module}.lora_{side}.weight"] = part.get_parameter("default.weight")
+        self._whole = [parameter.requires_grad_() for part in whole.values() for parameter in part.values()]
+        self._before = [parameter.detach().clone() for parameter in self._whole]
+        # Views of the parameters, in the released layout's shapes: what is copied into them is trained on.
+        self._tensors = {name: tensor.data for name, tensor in self._low_rank.items()}
+        for component, part in whole.items():
+            views = policy.opened.to_checkpoint(component, {name: tensor.data for name, tensor in part.items()})
+            self._tensors |= {f"{_BASE}{name}": view for name, view in views.items()}
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [*self._low_rank.values(), *self._whole]
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups."""
+        parts = (list(self._low_rank.values()), self._whole)
+        return [{"params": part, "lr": rate} for part, rate in zip(parts, self._rates, strict=True) if part]
+
+    def state(self) -> dict[str, Tensor]:
+        """Every trained tensor by its name in the adapter; changes with the training."""
+        return self._tensors
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        for name, tensor in self._tensors.items():
+            tensor.copy_(state[name])
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The policy as it was before the training, in a block that computes no gradients."""
+        now = [parameter.detach().clone() for parameter in self._whole]
+        self._switch(False, self._before)
+        try:
+            yield
+        finally:
+            self._switch(True, now)
+
+    def _switch(self, adapters: bool, whole: Sequence[Tensor]) -> None:
+        for layer in self._layers.values():
+            layer.enable_adapters(adapters)
+        for parameter, value in zip(self._whole, whole, strict=True):
+            parameter.data.copy_(value)
+
+    def write(self, weights: Path) -> None:
+        """``adapter_config.json`` and, last, the weights: a folder that has them is finished."""
+        settings = self._config.to_dict() | {"target_modules": sorted(TARGETS)}
+        settings |= {"base_model_name_or_path": None, "inference_mode": True}
+        text = json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
+        write_whole(weights.with_name("adapter_config.json"), lambda path: path.write_text(text))
+        tensors = {name: tensor.contiguous() for name, tensor in self.state().items()}
+        write_whole(weights, lambda path: save_file(tensors, path, {"format": "pt"}))
+
+
+def _projectors(policy: Policy) -> dict[str, dict[str, Tensor]]:
+    """Connector and audio projector, by component and the name in it."""
+    found: dict[str, dict[str, Tensor]] = {"connector": dict(policy.connector.named_parameters())}
+    if policy.audio is not None:
+        own = policy.audio.projector.named_parameters()
+        found["audio"] = {f"projector.{name}": tensor for name, tensor in own}
+    return found
