@@ -54,3 +54,50 @@ def dequantize_int4(codes: Tensor, scales: Tensor, width: int) -> Tensor:
     """The float32 weight ``[N, width]`` that codes and scales of ``quantize_int4`` stand for."""
     nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(2).float()
     return ((nibbles - INT4_ZERO) * scales.unsqueeze(2)).flatten(1)[:, :width]
+
+
+#: Divisors of a block's largest magnitude that ``quantize_int4_positive`` tries as its scale.
+_DIVISORS = (7.0, 7.5, 8.0, 8.5)
+
+#: The smallest normal float16 number: what a scale is at least, so that it is positive after rounding.
+_SMALLEST_HALF = 2.0**-14
+
+
+def quantize_int4_positive(weight: Tensor, block_size: int = 32) -> tuple[Tensor, Tensor]:
+    """Symmetric int4 along the input channels with positive scales, as ONNX's blocked DequantizeLinear reads it.
+
+    weight ``[N, K]``, any float dtype, all finite, K a multiple of ``block_size``; it is left as it is. Returns codes
+    int8 ``[K, N]`` from -8 to 7 and scales float16 ``[K / block, N]``, so that ``w[n, k] ~ codes[k, n] *
+    scales[k // block, n]``.
+
+    TensorRT refuses scales that are not positive (onnx/onnx-tensorrt#764). Of the candidates m / 7, m / 7.5, m / 8 and
+    m / 8.5, m being the block's largest magnitude, each block takes that of least squared error, with the scale rounded
+    to float16 first. A scale is at least 2**-14: a block of smaller numbers becomes zero, or coarse.
+    """
+    rows, width = weight.shape
+    if width % block_size:
+        raise ValueError(f"{width} input channels are not blocks of {block_size}")
+    codes = torch.empty((width, rows), dtype=torch.int8)
+    scales = torch.empty((width // block_size, rows), dtype=torch.float16)
+    largest_half = torch.finfo(torch.float16).max
+    step = max(1, _CHUNK // width)
+    for start in range(0, rows, step):
+        part = weight[start : start + step].float().unflatten(1, (-1, block_size))
+        largest = part.abs().amax(dim=2, keepdim=True)
+        least: Tensor | None = None
+        best_scale, best_code = torch.empty_like(largest), torch.empty_like(part)
+        for divisor in _DIVISORS:
+            scale = (largest / divisor).clamp(_SMALLEST_HALF, largest_half).half().float()
+            code = (part / scale).round_().clamp_(-8, 7)
+            error = (code * scale).sub_(part).square_().sum(dim=2, keepdim=True)
+            better = torch.ones_like(error, dtype=torch.bool) if least is None else error < least
+            least = error if least is None else torch.minimum(error, least)
+            best_scale, best_code = torch.where(better, scale, best_scale), torch.where(better, code, best_code)
+        codes[:, start : start + step] = best_code.flatten(1).T.to(torch.int8)
+        scales[:, start : start + step] = best_scale.squeeze(2).T.half()
+    return codes, scales
+
+
+def dequantize_int4_positive(codes: Tensor, scales: Tensor) -> Tensor:
+    """The float32 weight ``[N, K]`` that codes and scales of ``quantize_int4_positive`` stand for."""
+    return (codes.float() * scales.float().repeat_interleave(len(codes) // len(scales), dim=0)).T

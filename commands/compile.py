@@ -18,8 +18,12 @@ from . import options
 @click.option(
     "--adapter", type=options.PATH, metavar="DIR", help="A LoRA adapter (PEFT layout) to merge.  [default: none]"
 )
-@click.option("--target", metavar="NAME", default="cpu", show_default=True, help="What the bundle is for: cpu.")
-@click.option("--weights", metavar="FORMAT", help="The decoder's weights: int4 or fp32.  [default: int4 for cpu]")
+@click.option(
+    "--target", metavar="NAME", default="cpu", show_default=True, help="What the bundle is for: cpu or tensorrt-rtx."
+)
+@click.option(
+    "--weights", metavar="FORMAT", help="The decoder's weights: int4, fp32, or fp16 (not for cpu).  [default: int4]"
+)
 @click.option(
     "--block-size",
     type=int,

@@ -22,6 +22,7 @@ from ..runtime import bundle as schema
 from ..runtime.preprocess.image import ImageSpec
 from ..runtime.text import PromptSpec
 from .components import ComponentGraph, captioner_parts, component_graph, vision_signature
+from .dialects.forms import DIALECTS
 from .dialects.fused import read_fused
 from .graph_writer import DataFile, WeightReader, payload_size, serialize, write_weights
 from .targets import Target, get_target
@@ -88,14 +89,15 @@ def compile_bundle(
     tokenizer = collect_tokenizer(source.path).to_str().encode()
     visual, tokens_per_frame = _visual_spec(source, towers)
     graphs: list[ComponentGraph] = []
-    for part in captioner_parts(source, tokens_per_frame):
+    for part in captioner_parts(source, tokens_per_frame, DIALECTS[record.dialect].cache_dtype(weights)):
         report(f"tracing {part.name}", 0, 0)
-        form = weights if part.name == "decoder" else "fp32"
+        form = record.weights_of(part.name, weights)
         graphs.append(component_graph(part.name, part.module, part.signature, record, form, part.source))
     merging: list[tuple[str, ComponentGraph]] = []
     for ratio, tower in zip(visual.ratios[1:], towers[1:], strict=True):
         report(f"tracing vision, ratio {ratio.keep:g}", 0, 0)
-        graph = component_graph("vision", _tower(tower), vision_signature(tower), record, "fp32")
+        form = record.weights_of("vision", weights)
+        graph = component_graph("vision", _tower(tower), vision_signature(tower), record, form)
         merging.append((ratio.graph, graph))
     embedding = source.embedding()
     total = sum(payload_size(graph.traced) for graph in graphs) + embedding.nbytes + len(tokenizer)

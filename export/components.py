@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from ..models import CaptionerCheckpoint
 from ..models.config import AudioConfig, ConnectorConfig, DecoderConfig, VisionConfig
 from ..models.connectors import SpatialTemporalConnector
-from ..models.decoder import MLP, Decoder, RMSNorm, SelfAttention
-from .dialects import fused, ort
-from .dialects.residuals import fuse_residuals
+from ..models.decoder import Decoder
+from .dialects.forms import DIALECTS, Rules
 from .targets import Target
 from .trace import Signature, TracedGraph, trace
 
@@ -23,8 +22,8 @@ class ComponentGraph:
     """One traced component: its graph, the format of its weights and the number of its parameters.
 
     The entries of ``traced.weights`` are those of the state dict of the checkpoint's component ``source`` (the
-    connector becomes two graphs), where a layer that was lowered to int4 has ``qweight`` and ``scales`` in place of
-    ``weight``.
+    connector becomes two graphs), where a layer that was lowered to int4 has codes and scales in place of ``weight``
+    (``qweight`` and ``scales`` in the ``ort`` dialect, ``codes`` and ``factors`` in the ``standard`` one).
     """
 
     name: str
@@ -94,8 +93,11 @@ def audio_signature(config: AudioConfig) -> Signature:
     return Signature((example,), ({},), ("fbank",), ("audio_tokens",))
 
 
-def decoder_signature(config: DecoderConfig) -> Signature:
-    """New tokens and the static cache in; logits of the asked positions and the cache out (see ``Decoder``)."""
+def decoder_signature(config: DecoderConfig, cache_dtype: torch.dtype = torch.float32) -> Signature:
+    """New tokens and the static cache in; logits of the asked positions and the cache out (see ``Decoder``).
+
+    Embeddings and logits are float32, the cache is ``cache_dtype``.
+    """
     # Example sizes differ from each other and from 0 and 1, which torch.export would take for constants.
     rows, length, max_length, asked = 2, 5, 16, 3
     cache = (rows, config.num_kv_heads, max_length, config.head_dim)
@@ -104,7 +106,7 @@ def decoder_signature(config: DecoderConfig) -> Signature:
         torch.zeros(rows, dtype=torch.int32),
         torch.zeros((), dtype=torch.int32),
         torch.zeros(rows, asked, dtype=torch.int64),
-        [torch.zeros(cache) for _ in range(2 * config.num_layers)],
+        [torch.zeros(cache, dtype=cache_dtype) for _ in range(2 * config.num_layers)],
     )
     axes = (
         {0: "rows", 1: "length"},
@@ -122,7 +124,9 @@ def decoder_signature(config: DecoderConfig) -> Signature:
     )
 
 
-def captioner_parts(source: CaptionerCheckpoint, tokens_per_frame: int) -> Iterator[Part]:
+def captioner_parts(
+    source: CaptionerCheckpoint, tokens_per_frame: int, cache_dtype: torch.dtype = torch.float32
+) -> Iterator[Part]:
     """The components of a captioner in the order in which data passes them; the tower gives ``tokens_per_frame``."""
     config = source.config
     yield Part("vision", "vision", source.module("vision"), vision_signature(config.vision))
@@ -138,11 +142,7 @@ def captioner_parts(source: CaptionerCheckpoint, tokens_per_frame: int) -> Itera
         yield Part("connector", "connector", connector.slot_part(), signature)
     if config.audio is not None:
         yield Part("audio", "audio", source.module("audio"), audio_signature(config.audio))
-    yield Part("decoder", "decoder", source.module("decoder"), decoder_signature(config.decoder))
-
-
-#: What stands in for a module of a type while it is traced.
-Rules = Mapping[type[nn.Module], Callable[..., nn.Module]]
+    yield Part("decoder", "decoder", source.module("decoder"), decoder_signature(config.decoder, cache_dtype))
 
 
 def lower(module: nn.Module, rules: Rules) -> nn.Module:
@@ -161,28 +161,30 @@ def component_graph(
 ) -> ComponentGraph:
     """Lower a component (on the meta device) to the target's dialect and trace it.
 
-    ``weights`` ``"int4"`` turns its linear layers into MatMulNBits. ``source``: the checkpoint's component that the
-    weights are of, where its name is another. The module is not usable afterwards.
+    ``weights`` is the format of its linear layers. ``source``: the checkpoint's component that the weights are of,
+    where its name is another. The module is not usable afterwards.
     """
     source = name if source is None else source
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    rules: dict[type[nn.Module], Callable[..., nn.Module]] = {RMSNorm: ort.RMSNormalization}
-    if weights == "int4":
-
-        def product(linear: nn.Linear) -> nn.Module:
-            return ort.MatMulNBits(linear, target.block_size)
-
-        rules[nn.Linear] = product
-        rules[SelfAttention] = lambda original: fused.FusedSelfAttention(original, product)
-        rules[MLP] = lambda original: fused.FusedMLP(original, product)
-    lowered = lower(module, rules)
-    if not isinstance(lowered, Decoder):
-        traced = trace(lowered, signature, ort.OrtAttention(), ort.OPSET)
+    dialect = DIALECTS[target.dialect]
+    lowered = lower(module, dialect.rules(weights, target.block_size))
+    is_decoder = isinstance(lowered, Decoder)
+    called = _DecoderGraph(lowered) if is_decoder else lowered
+    traced = trace(called, signature, dialect.attention(weights), dialect.opset)
+    dialect.finish(traced, is_decoder)
+    _drop_unused_inputs(traced)
+    if not is_decoder:
         return ComponentGraph(name, traced, weights, parameters, source)
-    traced = trace(_DecoderGraph(lowered), signature, ort.OrtAttention(), ort.OPSET)
-    fuse_residuals(traced.model)
     entries = {
         initializer: replace(weight, entry=weight.entry.removeprefix("decoder."))
         for initializer, weight in traced.weights.items()
     }
     return ComponentGraph(name, TracedGraph(traced.model, entries), weights, parameters, source)
+
+
+def _drop_unused_inputs(graph: TracedGraph) -> None:
+    """An input that the dialect has no use for (``total_length`` where the mask is explicit) is none of the graph's."""
+    inputs = graph.model.graph.inputs
+    for value in list(inputs):
+        if not value.uses() and not value.is_graph_output():
+            inputs.remove(value)

@@ -12,13 +12,26 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from ..calibration.quantize import quantize_int4
+from ..calibration.quantize import quantize_int4, quantize_int4_positive
 from .trace import TracedGraph, Weight
 
 #: Tensors of a page or more start at multiples of one, so that a runtime can map the file instead of reading it; the
 #: smaller ones at multiples of a cache line.
 _PAGE, _LINE = 4096, 64
-_TORCH_DTYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.UINT8: torch.uint8}
+_TORCH_DTYPES = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.UINT8: torch.uint8,
+    ir.DataType.INT4: torch.int8,
+}
+
+#: What makes the two entries of a quantized layer, by the names of either.
+_QUANTIZERS = {
+    "qweight": quantize_int4,
+    "scales": quantize_int4,
+    "codes": quantize_int4_positive,
+    "factors": quantize_int4_positive,
+}
 
 
 class BinaryFile(Protocol):
@@ -35,14 +48,17 @@ class WeightReader:
         self._quantized: tuple[str, tuple[Tensor, Tensor]] | None = None
 
     def read(self, entry: str) -> Tensor:
-        """The tensor of one entry; ``X.qweight`` and ``X.scales`` are made of ``X.weight`` together."""
+        """The tensor of one entry; ``X.qweight`` and ``X.scales`` are made of ``X.weight`` together.
+
+        So are ``X.codes`` and ``X.factors``, of positive scales.
+        """
         layer, _, leaf = entry.rpartition(".")
-        if leaf not in ("qweight", "scales"):
+        if leaf not in _QUANTIZERS:
             return self._tensor(entry)
         if self._quantized is None or self._quantized[0] != layer:
             self._quantized = None  # free the last pair before the next is made
-            self._quantized = (layer, quantize_int4(self._tensor(f"{layer}.weight"), self._block_size))
-        return self._quantized[1][0 if leaf == "qweight" else 1]
+            self._quantized = (layer, _QUANTIZERS[leaf](self._tensor(f"{layer}.weight"), self._block_size))
+        return self._quantized[1][0 if leaf in ("qweight", "codes") else 1]
 
 
 @dataclass
@@ -121,4 +137,13 @@ def _as_stored(tensor: Tensor, weight: Weight) -> np.ndarray:
     if tuple(tensor.shape) != weight.shape:
         raise ValueError(f"{weight.entry}: shape {tuple(tensor.shape)} where the graph has {weight.shape}")
     # Conversion and transposition in one pass, so that there is one copy at most.
-    return tensor.to(_TORCH_DTYPES[weight.dtype], memory_format=torch.contiguous_format).contiguous().numpy()
+    stored = tensor.to(_TORCH_DTYPES[weight.dtype], memory_format=torch.contiguous_format).contiguous().numpy()
+    return pack_int4(stored) if weight.dtype == ir.DataType.INT4 else stored
+
+
+def pack_int4(codes: np.ndarray) -> np.ndarray:
+    """int8 codes -8..7 of any shape, two a byte in the order of the array, the lower nibble first (ONNX, uint8)."""
+    flat = codes.reshape(-1).view(np.uint8)
+    if flat.size % 2:
+        flat = np.append(flat, np.uint8(0))
+    return (flat[0::2] & 15) | (flat[1::2] << 4)

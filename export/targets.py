@@ -15,7 +15,9 @@ class Target:
     first; ``block_size`` the input channels that share a scale in a quantized weight. Blocks of 32 on a CPU: larger
     ones are faster (a step at the 0.5 B shape takes 0.88 of the time with 64, 0.75 with 128), but there ONNX Runtime's
     kernels for one row and for several round differently, and a caption would depend on what shares its batch.
-    ``block_sizes`` are those that may be asked for.
+    ``block_sizes`` are those that may be asked for. ``component_weights`` is the format of all components but the
+    decoder, except that ``--weights fp32`` means all of them. ``engines``: the graphs are built into engines before
+    they run.
     """
 
     name: str
@@ -23,10 +25,27 @@ class Target:
     decoder_weights: tuple[str, ...]
     block_size: int
     block_sizes: tuple[int, ...] = (32, 64, 128)
+    component_weights: str = "fp32"
+    engines: bool = False
+
+    def weights_of(self, component: str, decoder_weights: str) -> str:
+        """The format of a component's weights, where the decoder's is ``decoder_weights``."""
+        if component == "decoder" or decoder_weights == "fp32":
+            return decoder_weights
+        return self.component_weights
 
 
 TARGETS = {
     "cpu": Target(name="cpu", dialect="ort", decoder_weights=("int4", "fp32"), block_size=32),
+    # fp32 is for comparing with PyTorch: TensorRT's fused attention is float16 only.
+    "tensorrt-rtx": Target(
+        name="tensorrt-rtx",
+        dialect="standard",
+        decoder_weights=("int4", "fp16", "fp32"),
+        block_size=32,
+        component_weights="fp16",
+        engines=True,
+    ),
 }
 
 

@@ -52,7 +52,7 @@ class Component(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     graph: str
     data: str | None = None
-    weights: Annotated[str, Meta(pattern="^(fp32|int4|int8)$")]
+    weights: Annotated[str, Meta(pattern="^(fp32|fp16|int4|int8)$")]
     block_size: Positive | None = None
     parameters: NonNegative
     inputs: list[TensorSpec]
@@ -174,7 +174,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     family: Name
     target: Name
     dialect: Name
-    weights: Annotated[str, Meta(pattern="^(fp32|int4)$")]
+    weights: Annotated[str, Meta(pattern="^(fp32|fp16|int4)$")]
     components: dict[str, Component]
     embedding: Embedding
     decoder: DecoderSpec

@@ -20,7 +20,7 @@ from .clip import Clip, array_clip, read_clip
 from .decoding import Decoding, Scheduler, Token, TokenSearch, generate, log_likelihoods, resolve
 from .encoder import EncodedClip, Encoder
 from .inference import FloatArray, Inference
-from .ort import OrtDecoder
+from .ort import DIALECT, OrtDecoder
 from .runner import Runner
 from .task import CaptionTask, Model
 from .timing import Progress, Stages
@@ -92,6 +92,11 @@ class Captioner:
         bundle = Bundle.open(path, progress=lambda done, total: report("checking the bundle", done, total))
         if device not in ("auto", "cpu"):
             raise TargetError(f"device '{device}' is not supported yet; this version runs on: cpu")
+        if bundle.manifest.dialect != DIALECT:
+            raise TargetError(
+                f"{bundle.path}: the bundle is for {bundle.manifest.target}, which this version builds engines for but "
+                "does not run yet; compile the checkpoint with --target cpu"
+            )
         return cls(bundle, threads)
 
     @property

@@ -165,8 +165,8 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="session")
-def compiled(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """``compiled(variant, weights)``: the bundle of a fixture checkpoint, compiled once in a whole test run."""
+def compiled(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``compiled(variant, weights, target)``: the bundle of a fixture checkpoint, compiled once in a whole test run."""
     from filelock import FileLock
     from intertitle.export.compile import compile_bundle
 
@@ -175,13 +175,18 @@ def compiled(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bundles"
     shared.mkdir(exist_ok=True)
 
-    def compile_once(variant: str, weights: str = "fp32") -> Path:
-        how, bundle = VARIANTS[variant], shared / f"{variant}-{weights}"
+    def compile_once(variant: str, weights: str = "fp32", target: str = "cpu") -> Path:
+        how, bundle = VARIANTS[variant], shared / f"{variant}-{weights}-{target}"
         with FileLock(f"{bundle}.lock"):
             if not bundle.exists():
                 adapter = None if how.adapter is None else data_dir / how.adapter
                 compile_bundle(
-                    data_dir / how.checkpoint, bundle, weights=weights, adapter=adapter, visual_tokens=how.keep
+                    data_dir / how.checkpoint,
+                    bundle,
+                    weights=weights,
+                    adapter=adapter,
+                    target=target,
+                    visual_tokens=how.keep,
                 )
         return bundle
 

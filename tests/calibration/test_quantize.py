@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from intertitle.calibration import quantize
-from intertitle.calibration.quantize import dequantize_int4, quantize_int4
+from intertitle.calibration.quantize import (
+    dequantize_int4,
+    dequantize_int4_positive,
+    quantize_int4,
+    quantize_int4_positive,
+)
 from onnx import TensorProto, helper
 from onnxruntime.quantization.matmul_nbits_quantizer import quantize_matmul_4bits
 
@@ -151,3 +156,31 @@ def test_the_kernel_computes_with_the_dequantized_weights(rows, width):
 
     assert run(level=0) < 1e-6
     assert run(level=4) < 2e-2  # int8 activations, where the processor has the instructions
+
+
+@given(
+    hnp.arrays(
+        np.float32, st.tuples(st.integers(1, 5), st.sampled_from([32, 64, 96])), elements=st.floats(-1e4, 1e4, width=32)
+    )
+)
+@settings(deadline=None)
+def test_positive_scales(weight):
+    codes, scales = quantize_int4_positive(torch.from_numpy(weight), 32)
+    assert codes.shape == weight.T.shape
+    assert scales.shape == (weight.shape[1] // 32, len(weight))
+    assert (scales > 0).all()
+    assert codes.min() >= -8
+    assert codes.max() <= 7
+    error = np.abs(dequantize_int4_positive(codes, scales).numpy() - weight).reshape(len(weight), -1, 32)
+    # No block is worse than with m / 7, where every weight is within half a step (and float16's rounding of it).
+    step = np.abs(weight).reshape(error.shape).max(axis=2).clip(7 * 2.0**-14) / 7
+    assert (np.sqrt((error**2).mean(axis=2)) <= 0.5 * step * 1.01 + 1e-30).all()
+
+
+def test_positive_scales_on_gaussian_weights():
+    """Better than m / 7 (9.7 %) and m / 7.5 (9.5 %), as LEADS 13.7 measured them."""
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    rounded = dequantize_int4_positive(*quantize_int4_positive(weight, 32))
+    assert 0.07 < float((rounded - weight).norm() / weight.norm()) < 0.093
+    with pytest.raises(ValueError, match="blocks of 32"):
+        quantize_int4_positive(weight[:, :40])
