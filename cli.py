@@ -14,6 +14,7 @@ import click
 from ._version import __version__
 from .commands import BAD_INPUT, BROKEN_PIPE, DEMO_CLIP, INTERRUPTED, options
 from .commands.batch import batch
+from .commands.build import build
 from .commands.caption import caption
 from .commands.compile import compile_command
 from .commands.demo import demo
@@ -65,7 +66,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _command in (compile_command, caption, batch, pairs, verify, info, demo):
+for _command in (compile_command, build, caption, batch, pairs, verify, info, demo):
     cli.add_command(_command)
 
 

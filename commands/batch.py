@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sys
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -20,22 +19,6 @@ from . import FAILED, options
 if TYPE_CHECKING:
     from ..runtime.batch import Entry, RecordFile, RecordStream, Settings, SubtitleWriter
     from ..runtime.decoding import Decoding
-
-_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-
-
-class _Bytes(click.ParamType):
-    """A number of bytes: ``2GiB``, ``512M``, ``1000000``. Units are powers of 1024."""
-
-    name = "bytes"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:ib|b)?", value.strip(), re.IGNORECASE)
-        if found is None:
-            self.fail(f"{value!r} is not a number of bytes (2GiB, 512MiB)", param, ctx)
-        return int(float(found[1]) * 2 ** _UNITS[found[2].upper()])
 
 
 class _Segments(click.ParamType):
@@ -65,7 +48,9 @@ class _Segments(click.ParamType):
 @options.decoding_options
 @options.device_options
 @click.option("--rows", type=click.IntRange(1), help="Captions generated together.  [default: 8, or what fits]")
-@click.option("--memory", type=_Bytes(), metavar="SIZE", help="Cache at most so large: 2GiB.  [default: what is there]")
+@click.option(
+    "--memory", type=options.Bytes(), metavar="SIZE", help="Cache at most so large: 2GiB.  [default: all]"
+)
 @click.option(
     "--segments",
     type=_Segments(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -28,6 +29,23 @@ debug = click.option(
 quiet = click.option("-q", "--quiet", is_flag=True, help="No progress.")
 no_audio = click.option("--no-audio", is_flag=True, help="Do not listen to the sound.")
 prompt = click.option("--prompt", metavar="TEXT", help="Instruction to the captioner.  [default: the family's own]")
+
+
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+class Bytes(click.ParamType):
+    """A number of bytes: ``2GiB``, ``512M``, ``1000000``. Units are powers of 1024."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:ib|b)?", value.strip(), re.IGNORECASE)
+        if found is None:
+            self.fail(f"{value!r} is not a number of bytes (2GiB, 512MiB)", param, ctx)
+        return int(float(found[1]) * 2 ** _UNITS[found[2].upper()])
 
 
 class VisualTokens(click.ParamType):
@@ -153,7 +171,13 @@ def device_options(command: Command) -> Command:
     """Where a captioner runs: ``device`` and ``threads``."""
     return _with_options(
         command,
-        click.option("--device", metavar="NAME", default="auto", show_default=True, help="Where to run: auto or cpu."),
+        click.option(
+            "--device",
+            metavar="NAME",
+            default="auto",
+            show_default=True,
+            help="Where to run: auto, cpu, tensorrt-rtx or tensorrt.",
+        ),
         click.option("--threads", type=click.IntRange(1), help="Processor threads.  [default: one a core]"),
     )
 

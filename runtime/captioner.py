@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from ..errors import OptionError, TargetError
+from ..errors import OptionError
+from .backends import Backend, Decoder, OrtBackend, open_backend
 from .batching import BatchItem, BatchResult, Pipeline, run_batch
 from .bundle import Bundle
 from .caption import Caption, CaptionStream
@@ -20,7 +21,6 @@ from .clip import Clip, array_clip, read_clip
 from .decoding import Decoding, Scheduler, Token, TokenSearch, generate, log_likelihoods, resolve
 from .encoder import EncodedClip, Encoder
 from .inference import FloatArray, Inference
-from .ort import DIALECT, OrtDecoder
 from .runner import Runner
 from .task import CaptionTask, Model
 from .timing import Progress, Stages
@@ -67,21 +67,21 @@ class PreparedClip:
 class Captioner:
     """A bundle opened for captioning. Not safe for use from several threads at once."""
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend | None = None) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.tokenizer = Tokenizer.from_file(os.fspath(bundle.file("tokenizer.json")))
-        self.encoder = Encoder(bundle, self.tokenizer, threads)
+        self._backend = OrtBackend(bundle) if backend is None else backend
+        self.encoder = Encoder(bundle, self.tokenizer, self._backend)
         self._model = Model(bundle, self.tokenizer, self.encoder)
-        self._threads = threads
-        self._decoder: OrtDecoder | None = None
+        self._decoder: Decoder | None = None
         self._scheduler: Scheduler | None = None
 
     @classmethod
     def load(
         cls, path: Source, device: str = "auto", threads: int | None = None, progress: Progress | None = None
     ) -> Captioner:
-        """Open a bundle on a device (``auto`` or ``cpu`` today).
+        """Open a bundle on a device: ``cpu``, ``tensorrt-rtx`` or ``tensorrt``; ``auto`` is what it was compiled for.
 
         ``threads``: processor threads of each session, one a core when ``None``. ``progress`` hears of the bytes that
         are hashed when a bundle is opened for the first time.
@@ -90,14 +90,12 @@ class Captioner:
         """
         report = Stages(progress).report
         bundle = Bundle.open(path, progress=lambda done, total: report("checking the bundle", done, total))
-        if device not in ("auto", "cpu"):
-            raise TargetError(f"device '{device}' is not supported yet; this version runs on: cpu")
-        if bundle.manifest.dialect != DIALECT:
-            raise TargetError(
-                f"{bundle.path}: the bundle is for {bundle.manifest.target}, which this version builds engines for but "
-                "does not run yet; compile the checkpoint with --target cpu"
-            )
-        return cls(bundle, threads)
+        return cls(bundle, open_backend(bundle, device, threads))
+
+    @property
+    def device(self) -> str:
+        """What the captioner runs on."""
+        return self._backend.device
 
     @property
     def per_frame(self) -> bool:
@@ -305,11 +303,7 @@ class Captioner:
 
     def open_inference(self, max_length: int, rows: int = 1, stages: Stages | None = None) -> Inference:
         """A decoder with an empty cache for ``rows`` sequences of ``max_length`` tokens."""
-        if self._decoder is None:
-            with (stages or Stages()).measure("load"):
-                graph = self.bundle.file(self.manifest.components["decoder"].graph)
-                self._decoder = OrtDecoder(graph, self.manifest.decoder, self.bundle.embed, self._threads)
-        return self._decoder.open(rows=rows, max_length=max_length)
+        return self._load_decoder(stages or Stages()).open(rows=rows, max_length=max_length)
 
     def generate_tokens(self, embeds: FloatArray, max_new_tokens: int) -> Iterator[Token]:
         """Greedy tokens that follow a prompt given as embeddings ``[S, H]``."""
@@ -365,7 +359,7 @@ class Captioner:
         What its rows hold is reused by prompts that begin alike. ``exact``: no more and no longer rows than asked for,
         which bounds the memory and what is generated together.
         """
-        length = _rounded(max_length, self.manifest.decoder.context_length)
+        length = _rounded(max_length, self._load_decoder(stages).longest)
         kept = self._scheduler
         if kept is not None and kept.idle:
             size = kept.inference.rows, kept.inference.max_length
@@ -374,6 +368,12 @@ class Captioner:
         kept = self._scheduler = None  # free its cache before the next is made
         self._scheduler = Scheduler(self.open_inference(length, rows, stages))
         return self._scheduler
+
+    def _load_decoder(self, stages: Stages) -> Decoder:
+        if self._decoder is None:
+            with stages.measure("load"):
+                self._decoder = self._backend.decoder()
+        return self._decoder
 
     def _rows_in(self, memory: int | None, max_length: int, per_caption: int) -> int:
         """Captions whose cache fits into ``memory`` bytes."""
@@ -393,5 +393,5 @@ def _contrasts(decoding: Decoding) -> bool:
     return decoding.contrast == "temporal"
 
 
-def _rounded(max_length: int, context: int) -> int:
-    return min(-(-max_length // _LENGTH_STEP) * _LENGTH_STEP, max(context, max_length))
+def _rounded(max_length: int, longest: int) -> int:
+    return min(-(-max_length // _LENGTH_STEP) * _LENGTH_STEP, max(longest, max_length))

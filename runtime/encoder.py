@@ -6,6 +6,7 @@ width, H decoder width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,12 +14,12 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from ..errors import OptionError
+from .backends import Backend, OrtBackend
 from .bundle import Bundle, MergingRatio
 from .clip import Clip
 from .compression import check_visual_tokens, merge_tokens, wanted_tokens
 from .contrast import Contrast, diffuse, sparse_places
 from .inference import FloatArray
-from .ort import OrtComponent
 from .preprocess.fbank import kaldi_fbank
 from .preprocess.image import preprocess_frames
 from .text import build_prompt
@@ -49,10 +50,11 @@ class EncodedClip:
 class Encoder:
     """The encoders of a bundle. Sessions open at first use, so that a silent clip never loads the audio tower."""
 
-    def __init__(self, bundle: Bundle, tokenizer: Tokenizer, threads: int | None = None) -> None:
-        self._bundle, self._tokenizer, self._threads = bundle, tokenizer, threads
+    def __init__(self, bundle: Bundle, tokenizer: Tokenizer, backend: Backend | None = None) -> None:
+        self._bundle, self._tokenizer = bundle, tokenizer
+        self._backend = OrtBackend(bundle) if backend is None else backend
         self._visual = bundle.manifest.visual
-        self._components: dict[str, tuple[str, OrtComponent]] = {}
+        self._components: dict[str, tuple[str, Callable[[FloatArray], FloatArray]]] = {}
 
     def encode(
         self,
@@ -230,7 +232,7 @@ class Encoder:
         # Of a clip that has no more tokens than the limit nothing was taken away.
         return ratio, [] if ratio.keep == 1 else [note]
 
-    def _component(self, name: str, stages: Stages, graph: str | None = None) -> OrtComponent:
+    def _component(self, name: str, stages: Stages, graph: str | None = None) -> Callable[[FloatArray], FloatArray]:
         """The session of a component, or of another graph of it: the last one is kept, each holds all the weights."""
         graph = self._bundle.manifest.components[name].graph if graph is None else graph
         held = self._components.get(name)
@@ -238,7 +240,7 @@ class Encoder:
             del held
             self._components.pop(name, None)
             with stages.measure("load"):
-                held = self._components[name] = (graph, OrtComponent(self._bundle.file(graph), self._threads))
+                held = self._components[name] = (graph, self._backend.component(name, graph))
         return held[1]
 
 

@@ -79,6 +79,11 @@ class OrtDecoder:
         with huge_pages():
             self.session = open_session(graph, threads)
 
+    @property
+    def longest(self) -> int:
+        """Tokens that a row may hold: what the decoder was trained for."""
+        return self.spec.context_length
+
     def open(self, rows: int, max_length: int) -> OrtInference:
         """A fresh cache. ``OptionError`` when ``max_length`` exceeds what the decoder was trained for."""
         if max_length > self.spec.context_length:

@@ -299,7 +299,7 @@ CONTRADICTIONS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "data without a role": (("components", "connector", "data"), None, "'connector.onnx.data' belongs to no component"),
     "other dialect": (("dialect",), "standard", "graph of component 'decoder'"),
     "other weights": (("weights",), "fp32", "weights are fp32, but the decoder's are int4"),
-    "unknown weights": (("weights",), "int3", "(fp32|int4)"),
+    "unknown weights": (("weights",), "int3", "(fp32|fp16|int4)"),
     "int4 without blocks": (("components", "decoder", "block_size"), None, "block size None"),
     "fp32 with blocks": (("components", "vision", "block_size"), 32, "block size 32"),
     "no inputs": (("components", "vision", "inputs"), [], "no inputs"),

@@ -1,0 +1,145 @@
+"""A bundle's engines, one component after the other, so that memory peaks with the largest of them."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ...errors import TargetError
+from ..bundle import Bundle, Component
+from .build import build_engine
+from .cache import EngineCache, Origin, describe_change
+from .library import Library, check_device
+from .shapes import Limits, profiles
+
+#: ``(what is being done, steps done, steps in all)``.
+Progress = Callable[[str, int, int], None]
+DIALECT = "standard"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A graph of the bundle that becomes an engine: ``name`` is the graph's, without its suffix and dialect."""
+
+    name: str
+    component: Component
+    graph: Path
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine that is in the cache now. ``reason``: why it was built, ``None`` where it was there."""
+
+    name: str
+    path: Path
+    size: int
+    reason: str | None
+    seconds: float
+
+
+def parts(bundle: Bundle) -> list[Part]:
+    """All graphs of a bundle, one for each ratio of merging included. ``TargetError`` for another dialect's bundle."""
+    manifest = bundle.manifest
+    if manifest.dialect != DIALECT:
+        raise TargetError(
+            f"{bundle.path}: the bundle is for {manifest.target}, of which no engines are built; compile the "
+            "checkpoint with --target tensorrt-rtx"
+        )
+    found = [Part(name, component, bundle.file(component.graph)) for name, component in manifest.components.items()]
+    vision = manifest.components["vision"]
+    for ratio in manifest.visual.ratios[1:]:
+        found.append(Part(ratio.graph.removesuffix(".onnx"), vision, bundle.file(ratio.graph)))
+    return found
+
+
+def origin(bundle: Bundle, part: Part, library: Library, capabilities: Sequence[str], limits: Limits) -> Origin:
+    """What the engine of a part depends on. ``capabilities`` are those it will run on, never empty."""
+    files, component = bundle.manifest.files, part.component
+    # A cache's size changes the decoder only, and the encoders with it would be built again for nothing.
+    options = asdict(limits) if part.name == "decoder" else {}
+    return Origin(
+        bundle=bundle.manifest.name,
+        component=part.name,
+        graph=files[part.graph.name].sha256,
+        data=files[component.data].sha256 if component.data else "",
+        library=library.target,
+        version=library.version,
+        platform=f"{sys.platform}-{platform.machine()}",
+        capabilities=tuple(capabilities),
+        options=options,
+    )
+
+
+def find_engines(bundle: Bundle, library: Library, capability: str) -> dict[str, Origin]:
+    """The engines of a bundle that run on a GPU of this compute capability, by name; of the decoder's the largest.
+
+    ``TargetError`` that says what is wrong with those that are there.
+    """
+    cache, found = EngineCache.open(), dict[str, Origin]()
+    for part in parts(bundle):
+        wanted = origin(bundle, part, library, (capability,), Limits(0, 0, 0))
+        candidates = cache.built(wanted)
+        if not candidates:
+            raise TargetError(f"{bundle.path}: no engine of {part.name} was built: run intertitle build")
+        for name in ("graph", "data", "library", "version", "platform"):
+            fitting = [each for each in candidates if getattr(each, name) == getattr(wanted, name)]
+            if not fitting:
+                change = describe_change(candidates[-1], wanted, name)
+                raise TargetError(
+                    f"{bundle.path}: the engine of {part.name} does not fit: {change}; run intertitle build"
+                )
+            candidates = fitting
+        on_device = [each for each in candidates if capability in each.capabilities]
+        if not on_device:
+            check_device(candidates[-1].capabilities, capability, f"the engine of {part.name}")
+        found[part.name] = max(
+            on_device, key=lambda each: (each.options.get("max_length", 0), each.options.get("rows", 0))
+        )
+    return found
+
+
+def limits_of(decoder: Origin) -> Limits:
+    """What a decoder's engine was built for."""
+    return Limits(**decoder.options)
+
+
+def build_bundle(
+    bundle: Bundle,
+    library: Library,
+    capabilities: Sequence[str],
+    limits: Limits,
+    *,
+    current: bool = False,
+    memory: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Built]:
+    """Build what is missing of a bundle's engines and give every one as it is there.
+
+    ``current``: build for the GPU at hand, whose capability ``capabilities`` names. ``TargetError`` where the bundle is
+    of another dialect, TensorRT refuses a graph, or the cache cannot be used.
+    """
+    report, cache = progress or (lambda *_: None), EngineCache.open()
+    with cache.building(lambda: report("waiting for another build", 0, 0)):
+        for part in parts(bundle):
+            wanted, started = origin(bundle, part, library, capabilities, limits), time.perf_counter()
+            reason = cache.why_missing(wanted)
+            if reason is not None:
+                report(f"building {part.name}", 0, 0)
+                engine, timing = build_engine(
+                    library,
+                    part.graph,
+                    profiles(part.name, part.component, bundle.manifest, limits),
+                    max_length=limits.max_length,
+                    capabilities=() if current else capabilities,
+                    memory=memory,
+                    timing=cache.timing(library.target, library.version),
+                    progress=lambda done, total, name=part.name: report(f"building {name}", done, total),
+                )
+                cache.store(wanted, engine)
+                cache.keep_timing(library.target, library.version, timing)
+            path = cache.path(wanted)
+            yield Built(part.name, path, path.stat().st_size, reason, time.perf_counter() - started)

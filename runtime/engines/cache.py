@@ -1,0 +1,225 @@
+"""Where engines live: a folder of this user alone, each engine beside a note of what it was built from.
+
+An engine is an executable: TensorRT runs what is in it. So none is ever read from a bundle, only from a folder that
+this user owns and nobody else can write to, and only if it has the hash that was noted when it was built there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from ...errors import TargetError
+from ..integrity import cache_directory
+
+_NOTE_BYTES = 1 << 20
+
+
+class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """All that an engine depends on.
+
+    ``bundle`` is the captioner's name; ``graph`` and ``data`` are hashes of the bundle's files; ``capabilities`` those
+    (compute capabilities) of the GPUs it runs on; ``options`` the sizes it is built for.
+    """
+
+    bundle: str
+    component: str
+    graph: str
+    data: str
+    library: str
+    version: str
+    platform: str
+    capabilities: tuple[str, ...]
+    options: dict[str, int]
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()[:24]
+
+
+class _Note(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    origin: Origin
+    sha256: str
+    size: int
+
+
+#: What is said of a field that differs between the engine that is there and the one that is wanted.
+_CHANGES = {
+    "graph": "the bundle's graph changed",
+    "data": "the bundle's weights changed",
+    "library": "it was built with {old}, not {new}",
+    "version": "TensorRT is {new}, it was built with {old}",
+    "platform": "it was built for {old}, this is {new}",
+    "capabilities": "it is for compute capability {old}, not {new}",
+    "options": "other sizes are asked for ({new}, not {old})",
+}
+
+
+class EngineCache:
+    """The engines that this user built, of any bundle."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def open(cls) -> EngineCache:
+        """That of the user. ``TargetError`` where there can be no folder of one's own."""
+        folder = cache_directory("engines")
+        if folder is None:
+            raise TargetError(
+                "engines need a cache folder of this user alone (0700): set XDG_CACHE_HOME to a place where one can be"
+            )
+        return cls(folder)
+
+    def path(self, origin: Origin) -> Path:
+        """Where the engine of this origin is, if it is there."""
+        return self.folder / f"{origin.component}-{origin.key}.engine"
+
+    def why_missing(self, origin: Origin) -> str | None:
+        """``None`` where the engine is there and whole; else what is wrong, or how the one that is there differs."""
+        if self.path(origin).exists() or self._note_path(origin).exists():
+            return self._fault(origin)
+        others = [note.origin for note in self._notes(origin)]
+        if not others:
+            return "there is none yet"
+        # The one that differs least.
+        nearest = min(others, key=lambda other: len(_changed(other, origin)))
+        return "; ".join(describe_change(nearest, origin, name) for name in _changed(nearest, origin))
+
+    def built(self, like: Origin) -> list[Origin]:
+        """All engines of the same component of the same captioner."""
+        return [note.origin for note in self._notes(like)]
+
+    def load(self, origin: Origin) -> bytes:
+        """The engine's bytes. ``TargetError`` where it is missing, or not what was built here."""
+        fault = self.why_missing(origin)
+        if fault is not None:
+            raise TargetError(f"no engine of {origin.component}: {fault}; run intertitle build")
+        data = self.path(origin).read_bytes()
+        note = self._read_note(self._note_path(origin))
+        if note is None or hashlib.sha256(data).hexdigest() != note.sha256:
+            raise TargetError(f"{self.path(origin)} was changed while it was read; run intertitle build")
+        return data
+
+    def store(self, origin: Origin, engine: bytes) -> Path:
+        """Keep an engine, whole or not at all; other engines of the component stay."""
+        note = _Note(origin=origin, sha256=hashlib.sha256(engine).hexdigest(), size=len(engine))
+        path = self.path(origin)
+        # The engine without its note is no engine: the note comes last.
+        self._note_path(origin).unlink(missing_ok=True)
+        self._write(path, engine)
+        self._write(self._note_path(origin), msgspec.json.encode(note))
+        return path
+
+    def timing(self, library: str, version: str) -> bytes:
+        """What earlier builds with a TensorRT learned about its kernels; empty where nothing is known."""
+        try:
+            path = self._timing_path(library, version)
+            _check_private(path, stat.S_ISREG)
+            return path.read_bytes()
+        except (OSError, TargetError):
+            return b""
+
+    def keep_timing(self, library: str, version: str, data: bytes) -> None:
+        """Keep it for the next build."""
+        if data:
+            self._write(self._timing_path(library, version), data)
+
+    @contextmanager
+    def building(self, waiting: Callable[[], None]) -> Iterator[None]:
+        """One builder at a time: a second one calls ``waiting`` once and waits. What a killed one left is removed."""
+        path = self.folder / "lock"
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting()
+                fcntl.flock(file, fcntl.LOCK_EX)
+            for partial in self.folder.glob(".*.partial"):
+                partial.unlink(missing_ok=True)
+            yield
+
+    def _fault(self, origin: Origin) -> str | None:
+        path, note_path = self.path(origin), self._note_path(origin)
+        if not note_path.exists() or not path.exists():
+            return "its build was interrupted"
+        _check_private(path, stat.S_ISREG)
+        note = self._read_note(note_path)
+        if note is None or note.origin != origin:
+            return f"{note_path.name} is not what intertitle wrote"
+        if _sha256(path) != note.sha256:
+            return f"{path.name} is not the engine that was built here"
+        return None
+
+    def _notes(self, like: Origin) -> Iterator[_Note]:
+        for path in sorted(self.folder.glob(f"{like.component}-*.json")):
+            note = self._read_note(path)
+            if note is not None and (note.origin.bundle, note.origin.component) == (like.bundle, like.component):
+                yield note
+
+    @staticmethod
+    def _read_note(path: Path) -> _Note | None:
+        try:
+            _check_private(path, stat.S_ISREG)
+            with path.open("rb") as file:
+                return msgspec.json.decode(file.read(_NOTE_BYTES), type=_Note)
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+            return None
+
+    def _note_path(self, origin: Origin) -> Path:
+        return self.path(origin).with_suffix(".json")
+
+    def _timing_path(self, library: str, version: str) -> Path:
+        return self.folder / f"timing-{library}-{version}.cache"
+
+    def _write(self, path: Path, data: bytes) -> None:
+        partial = self.folder / f".{path.name}.{os.getpid()}.partial"
+        try:
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            raise TargetError(f"{path}: cannot be written: {error.strerror}") from None
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(8 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _changed(old: Origin, new: Origin) -> list[str]:
+    """The fields that differ."""
+    return [name for name in _CHANGES if getattr(old, name) != getattr(new, name)]
+
+
+def describe_change(old: Origin, new: Origin, name: str) -> str:
+    """What the difference in a field means."""
+    was, now = getattr(old, name), getattr(new, name)
+    if isinstance(was, dict):
+        names = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
+        was, now = (", ".join(f"{key} {each.get(key)}" for key in names) for each in (was, now))
+    elif isinstance(was, tuple):
+        was, now = (", ".join(each) for each in (was, now))
+    return _CHANGES[name].format(old=was, new=now)
+
+
+def _check_private(path: Path, kind: Callable[[int], bool]) -> None:
+    """``TargetError`` unless the path is of this kind, this user's, and closed to others' writing."""
+    status = path.lstat()
+    if not kind(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise TargetError(f"{path} belongs to another user or is open to others: remove it, and run intertitle build")

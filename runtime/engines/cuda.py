@@ -1,0 +1,159 @@
+"""The GPU at hand, by way of cuda-python: memory, copies, one stream, captured graphs. Nothing here knows TensorRT."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import TargetError
+
+Array = npt.NDArray[Any]
+
+
+class Memory(Protocol):
+    """Bytes on a device, from ``address``; freed with the object."""
+
+    address: int
+    size: int
+
+
+class Device(Protocol):
+    """What a session asks of a GPU. Work is queued on one stream, in order; ``synchronize`` waits for it.
+
+    ``uploaded`` arrays must stay as they are until then, ``downloaded`` ones are filled by then.
+    """
+
+    stream: int
+
+    def allocate(self, size: int) -> Memory: ...
+    def pinned(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array: ...
+    def upload(self, address: int, array: Array) -> None: ...
+    def download(self, array: Array, address: int) -> None: ...
+    def copy(self, target: int, source: int, width: int, height: int, pitch: int) -> None: ...
+    def zero(self, address: int, size: int) -> None: ...
+    def synchronize(self) -> None: ...
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]: ...
+
+
+class Cuda:
+    """A CUDA device. ``TargetError`` where cuda-python, the driver or the GPU is missing."""
+
+    def __init__(self, index: int = 0) -> None:
+        try:
+            from cuda.bindings import runtime  # type: ignore[attr-defined]  # not where lint runs
+        except ImportError as error:
+            raise TargetError(f"cuda-python is not installed (pip install cuda-bindings): {error}") from None
+        self._api = runtime
+        status, count = runtime.cudaGetDeviceCount()
+        if status != runtime.cudaError_t.cudaSuccess or not count:
+            raise TargetError(f"no NVIDIA GPU ({_name(status)})" if int(status) else "no NVIDIA GPU")
+        self._check(runtime.cudaSetDevice(index))
+        properties = self._check(runtime.cudaGetDeviceProperties(index))
+        self.name = bytes(properties.name).split(b"\0")[0].decode()
+        self.capability = f"{properties.major}.{properties.minor}"
+        self.stream = int(self._check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Free and all bytes."""
+        return self._check(self._api.cudaMemGetInfo())
+
+    def allocate(self, size: int) -> Memory:
+        """``size`` bytes. ``TargetError`` where the device has not as many left."""
+        return _Allocation(self, size)
+
+    def pinned(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """An array that the device copies from and to without a detour. It is never freed before the process ends:
+        sessions hold a few small ones."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        address = self._check(self._api.cudaHostAlloc(max(size, 1), self._api.cudaHostAllocDefault))
+        view = (ctypes.c_uint8 * size).from_address(int(address))
+        return np.ctypeslib.as_array(view).view(dtype).reshape(shape)
+
+    def upload(self, address: int, array: Array) -> None:
+        kind = self._api.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._check(self._api.cudaMemcpyAsync(address, array.ctypes.data, array.nbytes, kind, self.stream))
+
+    def download(self, array: Array, address: int) -> None:
+        kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._check(self._api.cudaMemcpyAsync(array.ctypes.data, address, array.nbytes, kind, self.stream))
+
+    def copy(self, target: int, source: int, width: int, height: int, pitch: int) -> None:
+        """``height`` runs of ``width`` bytes, ``pitch`` bytes apart, from one place on the device to another."""
+        kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._check(self._api.cudaMemcpy2DAsync(target, pitch, source, pitch, width, height, kind, self.stream))
+
+    def zero(self, address: int, size: int) -> None:
+        self._check(self._api.cudaMemsetAsync(address, 0, size, self.stream))
+
+    def synchronize(self) -> None:
+        self._check(self._api.cudaStreamSynchronize(self.stream))
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What ``work`` queues, as one launch that can be repeated. It must have run once before."""
+        api = self._api
+        self._check(api.cudaStreamBeginCapture(self.stream, api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+        try:
+            work()
+        finally:
+            graph = self._check(api.cudaStreamEndCapture(self.stream))
+        executable = self._check(api.cudaGraphInstantiate(graph, 0))
+        self._check(api.cudaGraphDestroy(graph))
+        return lambda: self._check(api.cudaGraphLaunch(executable, self.stream))
+
+    def timer(self) -> EventTimer:
+        """Times what is queued inside its ``with`` block, on the device's own clock."""
+        return EventTimer(self)
+
+    def _check(self, result: tuple[Any, ...]) -> Any:
+        status, *values = result
+        if status != self._api.cudaError_t.cudaSuccess:
+            raise TargetError(f"CUDA: {_name(status)}")
+        return values[0] if len(values) == 1 else tuple(values)
+
+
+class EventTimer:
+    """``seconds`` of a ``with`` block, once it has ended."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda, self.seconds = cuda, 0.0
+        self._events = [cuda._check(cuda._api.cudaEventCreate()) for _ in range(2)]
+
+    def __enter__(self) -> EventTimer:
+        self._cuda._check(self._cuda._api.cudaEventRecord(self._events[0], self._cuda.stream))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        api = self._cuda._api
+        self._cuda._check(api.cudaEventRecord(self._events[1], self._cuda.stream))
+        self._cuda._check(api.cudaEventSynchronize(self._events[1]))
+        self.seconds = float(self._cuda._check(api.cudaEventElapsedTime(*self._events))) / 1000
+        for event in self._events:
+            api.cudaEventDestroy(event)
+
+
+class _Allocation:
+    def __init__(self, cuda: Cuda, size: int) -> None:
+        self._cuda, self.size = cuda, size
+        status, address = cuda._api.cudaMalloc(max(size, 1))
+        if status != cuda._api.cudaError_t.cudaSuccess:
+            free = cuda.memory[0]
+            raise TargetError(
+                f"the GPU has {free / 2**20:,.0f} MiB left, {size / 2**20:,.0f} MiB are needed: fewer or shorter rows?"
+            )
+        self.address = int(address)
+
+    def __del__(self) -> None:
+        if getattr(self, "address", 0):
+            self._cuda._api.cudaFree(self.address)
+
+
+def _name(status: Any) -> str:
+    return str(getattr(status, "name", status)).removeprefix("cudaError")

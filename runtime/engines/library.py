@@ -1,0 +1,116 @@
+"""The TensorRT that is installed. TensorRT and TensorRT for RTX are one Python interface under two names; what else
+sets them apart is asked of the module, not of the name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import TargetError
+from .cuda import Cuda
+
+#: Modules by target, in the order in which they are tried, and how to get one.
+_MODULES = {
+    "tensorrt-rtx": (("tensorrt_rtx", "tensorrt_rtx_bindings"), "pip install 'intertitle[tensorrt-rtx]'"),
+    "tensorrt": (
+        ("tensorrt",),
+        "JetPack brings it (apt install python3-libnvinfer); elsewhere pip install 'intertitle[tensorrt]'",
+    ),
+}
+TARGETS = tuple(_MODULES)
+
+
+@dataclass(frozen=True)
+class Library:
+    """One TensorRT: ``target`` is what a bundle calls it, ``module`` its Python interface."""
+
+    target: str
+    module: Any
+
+    @property
+    def version(self) -> str:
+        return str(self.module.__version__)
+
+    @property
+    def ahead_of_time(self) -> tuple[str, ...]:
+        """The compute capabilities (``8.6``) that engines can be built for without such a GPU, or any."""
+        capabilities = getattr(self.module, "ComputeCapability", None)
+        if capabilities is None or not hasattr(self.module.IBuilderConfig, "set_compute_capability"):
+            return ()
+        names = [name.removeprefix("SM") for name in dir(capabilities) if name.startswith("SM")]
+        return tuple(sorted((f"{name[:-1]}.{name[-1]}" for name in names), key=lambda name: float(name)))
+
+    def logger(self, heard: list[str]) -> Any:
+        """A logger that keeps warnings and errors in ``heard`` instead of printing them."""
+        trt = self.module
+
+        class Quiet(trt.ILogger):
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
+                    heard.append(" ".join(message.split()))
+
+        return Quiet()
+
+
+def load_library(target: str) -> Library:
+    """The TensorRT of a target. ``TargetError`` where it is not installed or does not load."""
+    names, remedy = _MODULES[target]
+    for name in names:
+        try:
+            return Library(target, importlib.import_module(name))
+        except ModuleNotFoundError as error:
+            if error.name not in names:
+                raise TargetError(f"{target}: {name} does not load: {error}") from error
+        except (ImportError, OSError, RuntimeError) as error:
+            raise TargetError(f"{target}: {name} does not load: {' '.join(str(error).split())}") from error
+    raise TargetError(f"{target} is not installed: {remedy}")
+
+
+def parse_capabilities(text: str, library: Library) -> tuple[str, ...]:
+    """``86,8.9,120`` as ``("8.6", "8.9", "12.0")``, in order and once each.
+
+    ``TargetError`` for what the library does not build for without having such a GPU.
+    """
+    known, found = library.ahead_of_time, set[str]()
+    if not known:
+        raise TargetError(f"{library.target} {library.version} builds for the GPU at hand only: current, not {text}")
+    for part in text.split(","):
+        digits = part.strip().replace(".", "")
+        name = f"{digits[:-1]}.{digits[-1:]}"
+        if name not in known:
+            raise TargetError(
+                f"{library.target} {library.version} does not build for compute capability {part.strip()!r}; "
+                f"it does for {', '.join(known)}"
+            )
+        found.add(name)
+    return tuple(sorted(found, key=float))
+
+
+def built_for(text: str, library: Library) -> tuple[tuple[str, ...], bool]:
+    """The compute capabilities that ``current`` or a list of them means, and whether it is the GPU at hand.
+
+    ``TargetError`` for ``current`` without a GPU, with what can be done instead.
+    """
+    if text.strip() != "current":
+        return parse_capabilities(text, library), False
+    try:
+        return (Cuda().capability,), True
+    except TargetError as error:
+        known = library.ahead_of_time
+        instead = f"; without one, --compute-capability takes a list of {', '.join(known)}" if known else ""
+        raise TargetError(f"no GPU to build for: {error}{instead}") from None
+
+
+def check_device(built_for: Sequence[str], device: str, where: str) -> None:
+    """``TargetError`` unless engines of these capabilities run on a GPU of the capability ``device``."""
+    if device not in built_for:
+        raise TargetError(
+            f"{where} was built for compute capability {', '.join(built_for)}, but this GPU has {device}: run "
+            "intertitle build on this machine"
+        )

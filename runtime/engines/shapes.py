@@ -1,0 +1,95 @@
+"""The sizes that engines are built for: of every varying axis of every component the least, the usual and the most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ...errors import OptionError
+from ..bundle import Component, Manifest
+
+#: Text around and behind the clip's tokens that a prompt is given room for.
+_TEXT_TOKENS = 256
+_ROUND = 64
+
+Range = tuple[int, int, int]
+"""Least, usual and most."""
+Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+"""Least, usual and largest shape of each input that varies."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a decoder's engine has room for. ``max_length``: tokens of a row, prompt and caption; it is the length of
+    the cache, which TensorRT wants fixed. ``rows``: captions or streams of one step. ``chunk``: prompt tokens of one
+    run, and so the size of the activations."""
+
+    max_length: int
+    rows: int
+    chunk: int
+
+
+def default_limits(
+    manifest: Manifest, max_length: int | None = None, rows: int | None = None, chunk: int | None = None
+) -> Limits:
+    """Room for the family's own prompt over a whole clip and its longest caption, unless something else is asked.
+
+    ``OptionError`` for what leaves no room, or more than the decoder was trained for.
+    """
+    context, visual = manifest.decoder.context_length, manifest.visual
+    if max_length is None:
+        per_block = max([visual.tokens_per_block, *(ratio.tokens_per_block for ratio in visual.ratios)])
+        audio = manifest.preprocessing.audio
+        tokens = visual.blocks * per_block + (audio.num_tokens if audio else 0) + _TEXT_TOKENS
+        tokens += manifest.generation.max_new_tokens
+        max_length = min(-(-tokens // _ROUND) * _ROUND, context)
+    if not 2 <= max_length <= context:
+        raise OptionError(f"a row can hold 2 to {context} tokens, not {max_length}")
+    rows, chunk = 8 if rows is None else rows, 1024 if chunk is None else chunk
+    if rows < 1 or chunk < 1:
+        raise OptionError(f"rows and chunk must be at least 1, not {rows} and {chunk}")
+    return Limits(max_length, rows, min(chunk, max_length))
+
+
+def profiles(name: str, component: Component, manifest: Manifest, limits: Limits) -> list[Profile]:
+    """The optimization profiles of a component: two of the decoder (prompts of one row; one token of every row), one of
+    the others, none of one whose shapes are fixed."""
+    if name == "decoder":
+        phases: list[Mapping[str, Range]] = [
+            {"rows": (1, 1, 1), "length": (1, limits.chunk, limits.chunk), "asked": (1, 1, limits.chunk)},
+            {"rows": (1, 1, limits.rows), "length": (1, 1, 1), "asked": (1, 1, 1)},
+        ]
+    else:
+        frames, visual = manifest.preprocessing.num_frames, manifest.visual
+        slots = max((frames + 2 * visual.time_padding) // visual.time_kernel, 1)
+        counts = [visual.tokens_per_block, *(ratio.tokens_per_block for ratio in visual.ratios)]
+        phases = [
+            {
+                "frames": (1, frames, frames),
+                "slots": (1, slots, slots),
+                "tokens": (min(counts), counts[0], max(counts)),
+            }
+        ]
+    made = [{value.name: _ranged(value.shape, phase, limits) for value in component.inputs} for phase in phases]
+    return [
+        {name: shapes for name, shapes in profile.items() if shapes[0] != shapes[2] or _varies(name, component)}
+        for profile in made
+        if any(_varies(name, component) for name in profile)
+    ]
+
+
+def _ranged(
+    shape: list[int | str], phase: Mapping[str, Range], limits: Limits
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    length = limits.max_length
+    ranges = [
+        (axis,) * 3 if isinstance(axis, int) else (length,) * 3 if axis == "max_length" else phase[axis]
+        for axis in shape
+    ]
+    least, usual, most = (tuple(part[i] for part in ranges) for i in range(3))
+    return least, usual, most
+
+
+def _varies(name: str, component: Component) -> bool:
+    (spec,) = (spec for spec in component.inputs if spec.name == name)
+    return any(isinstance(axis, str) and axis != "max_length" for axis in spec.shape)

@@ -1,0 +1,152 @@
+"""Sessions over engines: the same captions as the original implementations, on a GPU that is none (``conftest``)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from intertitle.calibration.reference import Reference
+from intertitle.errors import OptionError, TargetError
+from intertitle.models import open_checkpoint
+from intertitle.runtime.backends import EngineBackend, open_backend
+from intertitle.runtime.bundle import Bundle
+from intertitle.runtime.captioner import Captioner
+from intertitle.runtime.decoding import Decoding
+from intertitle.runtime.engines.builder import origin, parts
+from intertitle.runtime.engines.cache import EngineCache
+from intertitle.runtime.engines.shapes import default_limits, profiles
+
+pytestmark = pytest.mark.usefixtures("private_engines")
+
+
+@pytest.fixture
+def build(compiled, fake_library, host):
+    """``build(variant, weights)``: a bundle whose engines are "built", and its backend."""
+
+    def make(variant: str, weights: str = "fp32", **sizes):
+        bundle = Bundle.open(compiled(variant, weights, "tensorrt-rtx"))
+        limits = default_limits(bundle.manifest, **sizes)
+        for part in parts(bundle):
+            plan = str(part.graph)
+            fake_library.profiles[plan] = profiles(part.name, part.component, bundle.manifest, limits)
+            wanted = origin(bundle, part, fake_library, (host.capability,), limits)
+            EngineCache.open().store(wanted, plan.encode())
+        return bundle, EngineBackend(bundle, "tensorrt-rtx", fake_library, host)
+
+    return make
+
+
+@pytest.mark.parametrize("variant", ["av-qwen2", "clip-mistral", "auroracap-keep"])
+def test_captions_of_the_fixtures(variant, build, expected):
+    bundle, backend = build(variant)
+    numbers, captioner = expected(variant), Captioner(bundle, backend)
+    assert captioner.device == "tensorrt-rtx 0.0.fake on Host"
+    mode = "audiovideo" if variant == "av-qwen2" else "video"
+    name = next(name for name in (f"{mode}.greedy_tokens", "greedy_tokens") if name in numbers)
+    sound = {"waveform": numbers["audio_int16"], "sample_rate": 16000} if mode == "audiovideo" else {}
+    how = Decoding(max_new_tokens=len(numbers[name]))
+    caption = captioner.caption(frames=numbers["frames_uint8"], decoding=how, **sound)
+    assert caption.token_ids == numbers[name].tolist()
+
+
+def test_contrast_of_the_fixture(build, expected):
+    """Two rows of different lengths in one step."""
+    bundle, backend = build("auroracap-keep", rows=2)
+    numbers = expected("auroracap-keep")
+    want = numbers["contrastive_greedy_tokens.alpha0.5"].tolist()
+    how = Decoding(contrast="temporal", contrast_alpha=0.5, max_new_tokens=len(want))
+    caption = Captioner(bundle, backend).caption(frames=numbers["frames_uint8"], decoding=how)
+    assert caption.token_ids == want
+
+
+def test_steps_are_captured_once_for_each_number_of_rows(build, expected, host):
+    bundle, backend = build("clip-mistral")
+    numbers, captioner = expected("clip-mistral"), Captioner(bundle, backend)
+    for contrast in ("temporal", None, "temporal", None):
+        captioner.caption(frames=numbers["frames_uint8"], decoding=Decoding(max_new_tokens=6, contrast=contrast))
+    assert host.captures == 2
+    # The first step of each number of rows runs as it is; five of six tokens take a step.
+    assert host.launches == 4 * 5 - 2
+
+
+def test_the_seam_with_all_its_methods(build, data_dir):
+    """Prefill in chunks, steps of several rows, rows copied, swapped and cut, against PyTorch."""
+    bundle, backend = build("av-qwen2", chunk=16, max_length=128, rows=3)
+    rng = np.random.default_rng(0)
+    mine = backend.decoder().open(3, 128)
+    theirs = Reference(open_checkpoint(data_dir / "av-qwen2")).open(3, 128)
+    width, vocabulary = bundle.manifest.decoder.hidden_size, bundle.manifest.decoder.vocab_size
+
+    def same(do):
+        got, want = do(mine), do(theirs)
+        if want is not None:
+            assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
+
+    prompts = [rng.standard_normal((length, width)).astype(np.float32) * 0.1 for length in (40, 17, 5)]
+    for row, prompt in enumerate(prompts):
+        same(lambda each, row=row, prompt=prompt: each.prefill(row, prompt, num_logits=min(len(prompt), 20)))
+    ids = rng.integers(0, vocabulary, (6, 3))
+    same(lambda each: each.step(ids[0]))
+    same(lambda each: each.step(ids[1][:2]))
+    same(lambda each: each.rearrange({0: 1, 1: 0, 2: 1}))
+    same(lambda each: each.step(ids[2]))
+    same(lambda each: each.truncate(2, 9))
+    same(lambda each: each.prefill(2, prompts[2]))
+    same(lambda each: each.rearrange({2: 0}, start=0, stop=10))
+    same(lambda each: each.step(ids[3]))
+    same(lambda each: each.step(ids[4][:1]))
+
+
+@pytest.mark.parametrize("weights", ["fp16", "int4"])
+def test_half_precision_caches(weights, build, host):
+    bundle, backend = build("av-qwen2", weights, max_length=64, rows=2)
+    before = host.allocated
+    inference, spec = backend.decoder().open(2, 64), bundle.manifest.decoder
+    logits = inference.prefill(1, np.full((9, spec.hidden_size), 0.1, np.float32))
+    assert np.isfinite(logits).all()
+    cache = 2 * 64 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 2 * 2
+    assert cache <= host.allocated - before < cache + (1 << 20)
+
+
+def test_more_than_the_engine_was_built_for(build):
+    _, backend = build("clip-mistral", max_length=64, rows=2)
+    decoder = backend.decoder()
+    with pytest.raises(OptionError, match=r"65 tokens, the engine was built for 64: .* build --max-length 65"):
+        decoder.open(1, 65)
+    with pytest.raises(OptionError, match=r"3 rows are asked for, the engine was built for 2: .* --rows 3"):
+        decoder.open(3, 64)
+    inference = decoder.open(1, 64)
+    inference.prefill(0, np.zeros((64, decoder.spec.hidden_size), np.float32))
+    with pytest.raises(OptionError, match="the cache holds 64 tokens a row"):
+        inference.step(np.array([1]))
+
+
+def test_an_engine_that_tensorrt_refuses(build, fake_library):
+    _, backend = build("clip-mistral")
+    fake_library.profiles.clear()
+    with pytest.raises(TargetError, match=r"decoder: TensorRT does not load the engine \(complaint of TensorRT\)"):
+        backend.decoder()
+
+
+def test_engines_of_another_gpu_version_or_place(build, compiled, fake_library, host):
+    bundle = Bundle.open(compiled("clip-mistral", "fp32", "tensorrt-rtx"))
+    with pytest.raises(TargetError, match="no engine of vision was built: run intertitle build"):
+        EngineBackend(bundle, "tensorrt-rtx", fake_library, host)
+    build("clip-mistral")
+    host.capability = "12.0"
+    with pytest.raises(TargetError, match=r"vision was built for compute capability 8.9, but this GPU has 12.0"):
+        EngineBackend(bundle, "tensorrt-rtx", fake_library, host)
+    host.capability, fake_library.version = "8.9", "9.9"
+    with pytest.raises(TargetError, match=r"vision does not fit: TensorRT is 9.9, it was built with 0.0.fake"):
+        EngineBackend(bundle, "tensorrt-rtx", fake_library, host)
+
+
+def test_devices_and_bundles_that_do_not_go_together(compiled):
+    cpu = Bundle.open(compiled("clip-mistral", "fp32"))
+    engines = Bundle.open(compiled("clip-mistral", "fp32", "tensorrt-rtx"))
+    with pytest.raises(TargetError, match="device 'tpu' is not supported; this version knows: auto, cpu"):
+        open_backend(cpu, "tpu")
+    with pytest.raises(TargetError, match="for tensorrt compile the checkpoint with --target tensorrt-rtx"):
+        open_backend(cpu, "tensorrt")
+    with pytest.raises(TargetError, match="is for tensorrt-rtx, not for the CPU"):
+        open_backend(engines, "cpu")
+    assert open_backend(cpu).device == "cpu"
