@@ -25,7 +25,7 @@ def build_engine(
     timing: bytes = b"",
     progress: Progress | None = None,
 ) -> tuple[bytes, bytes]:
-    """The engine of a graph, and the timing cache as the build leaves it.
+    """The engine of a graph, and the timing cache as the build leaves it (empty where the library keeps none).
 
     ``max_length``: the size of the axis of that name. ``capabilities``: those of ``parse_capabilities``, none for the
     GPU at hand. ``memory``: bytes of working memory that layers may take. ``progress`` hears of TensorRT's own steps
@@ -52,9 +52,10 @@ def build_engine(
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{name.replace('.', '')}"), index)
     if memory is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, memory)
-    cache = config.create_timing_cache(timing)
-    if cache is not None:
-        config.set_timing_cache(cache, ignore_mismatch=False)
+    # A library that builds for GPUs that are not there times no kernels.
+    times = not library.ahead_of_time
+    if times:
+        config.set_timing_cache(config.create_timing_cache(timing), ignore_mismatch=False)
     for shapes in profiles:
         profile = builder.create_optimization_profile()
         for name, (least, usual, most) in shapes.items():
@@ -67,8 +68,7 @@ def build_engine(
         raise monitor.error
     if plan is None:
         raise TargetError(f"{graph.name}: {library.target} {library.version} builds no engine: {_first(heard, '?')}")
-    cache = config.get_timing_cache()
-    return bytes(plan), b"" if cache is None else bytes(cache.serialize())
+    return bytes(plan), bytes(config.get_timing_cache().serialize()) if times else b""
 
 
 def _strongly_typed(trt: Any) -> int:
