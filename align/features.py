@@ -80,8 +80,9 @@ def compute_features(
                 progress(rows.stop, count)
         if done is None:
             return Features(vision, sound)
-        vision.flush()
-        sound.flush()
+        for array in (vision, sound):
+            if isinstance(array, np.memmap):
+                array.flush()
         done.touch()
     assert folder is not None
     return Features(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in shapes))

@@ -48,9 +48,7 @@ class _Segments(click.ParamType):
 @options.decoding_options
 @options.device_options
 @click.option("--rows", type=click.IntRange(1), help="Captions generated together.  [default: 8, or what fits]")
-@click.option(
-    "--memory", type=options.Bytes(), metavar="SIZE", help="Cache at most so large: 2GiB.  [default: all]"
-)
+@click.option("--memory", type=options.Bytes(), metavar="SIZE", help="Cache at most so large: 2GiB.  [default: all]")
 @click.option(
     "--segments",
     type=_Segments(),

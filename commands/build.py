@@ -27,9 +27,7 @@ from . import options
 )
 @click.option("--max-length", type=click.IntRange(min=2), help="Tokens of a row, prompt and caption.  [default: fits]")
 @click.option("--rows", type=click.IntRange(min=1), help="Captions or streams of one step.  [default: 8]")
-@click.option(
-    "--memory", type=options.Bytes(), metavar="SIZE", help="For a layer at work: 2GiB.  [default: all]"
-)
+@click.option("--memory", type=options.Bytes(), metavar="SIZE", help="For a layer at work: 2GiB.  [default: all]")
 @options.quiet
 @options.debug
 def build(

@@ -38,8 +38,8 @@ class StandardAttention:
         self._shared: tuple[CacheState, tuple[Tensor, ...]] | None = None
 
     def full(self, query: Tensor, key: Tensor, value: Tensor, num_heads: int, bias: Tensor | None = None) -> Tensor:
-        heads = [self._heads(x, num_heads) for x in (query, key, value)]
-        return self._joined(self._attend(*heads, None if bias is None else bias.to(self._dtype)))
+        q, k, v = (self._heads(x, num_heads) for x in (query, key, value))
+        return self._joined(self._attend(q, k, v, None if bias is None else bias.to(self._dtype)))
 
     def cached(
         self,
@@ -115,7 +115,7 @@ class Half(nn.Module):
         return original._conv_forward(x.half(), self.weight, self.bias).float()
 
 
-def _half(parameter: nn.Parameter) -> nn.Parameter:
+def _half(parameter: Tensor) -> nn.Parameter:
     return nn.Parameter(torch.empty_like(parameter, dtype=torch.float16), requires_grad=False)
 
 

@@ -1,0 +1,107 @@
+"""Where ``benchmarks.gpu`` runs: a GPU with TensorRT, or the processor for a dry run."""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..runtime.bundle import Bundle
+from ..runtime.captioner import Captioner
+
+_BLOCK = 1 << 30
+
+
+class Place(Protocol):
+    """``target`` and ``weights`` are what bundles are compiled for."""
+
+    target: str
+    weights: tuple[str, ...]
+    torch_device: str
+
+    def describe(self) -> dict[str, Any]: ...
+    def build(self, bundle: Path, rows: int) -> dict[str, Any]: ...
+    def open(self, bundle: Path) -> Captioner: ...
+    def bandwidth(self) -> float: ...
+    def memory_used(self) -> int: ...
+
+
+class CpuPlace:
+    """The processor."""
+
+    target, weights, torch_device = "cpu", ("fp32", "int4"), "cpu"
+
+    def describe(self) -> dict[str, Any]:
+        return {"device": "cpu"}
+
+    def build(self, bundle: Path, rows: int) -> dict[str, Any]:
+        return {}
+
+    def open(self, bundle: Path) -> Captioner:
+        return Captioner.load(bundle)
+
+    def bandwidth(self) -> float:
+        """Bytes a second read by one thread, the best of three."""
+        block = np.ones(_BLOCK >> 3, np.uint8)
+        return max(_rate(lambda: block.view(np.uint64).sum(), block.nbytes) for _ in range(3))
+
+    def memory_used(self) -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class GpuPlace:
+    """The GPU at hand; engines are built for it."""
+
+    weights, torch_device = ("fp16", "int4"), "cuda"
+
+    def __init__(self, target: str) -> None:
+        from ..runtime.engines.cuda import Cuda
+        from ..runtime.engines.library import load_library
+
+        self.target, self._cuda, self._library = target, Cuda(), load_library(target)
+
+    def describe(self) -> dict[str, Any]:
+        free, total = self._cuda.memory
+        return {
+            "device": self._cuda.name,
+            "compute_capability": self._cuda.capability,
+            "memory_bytes": total,
+            "free_bytes": free,
+            "library": f"{self._library.target} {self._library.version}",
+        }
+
+    def build(self, bundle: Path, rows: int) -> dict[str, Any]:
+        from ..runtime.engines.builder import build_bundle
+        from ..runtime.engines.shapes import default_limits
+
+        opened = Bundle.open(bundle)
+        limits = default_limits(opened.manifest, rows=max(rows, 8))
+        built = build_bundle(opened, self._library, (self._cuda.capability,), limits, current=True)
+        return {each.name: {"bytes": each.size, "seconds": round(each.seconds, 2)} for each in built}
+
+    def open(self, bundle: Path) -> Captioner:
+        return Captioner.load(bundle, device=self.target)
+
+    def bandwidth(self) -> float:
+        """Bytes a second, read and written, of copies within the device's memory; the best of five."""
+        memory = [self._cuda.allocate(_BLOCK) for _ in range(2)]
+        best = 0.0
+        for _ in range(5):
+            with self._cuda.timer() as timer:
+                self._cuda.copy(memory[0].address, memory[1].address, _BLOCK, 1, _BLOCK)
+            best = max(best, 2 * _BLOCK / timer.seconds)
+        return best
+
+    def memory_used(self) -> int:
+        """Of the whole device, other processes included."""
+        free, total = self._cuda.memory
+        return total - free
+
+
+def _rate(work: Any, size: int) -> float:
+    started = time.perf_counter()
+    work()
+    return size / (time.perf_counter() - started)

@@ -1,0 +1,52 @@
+"""The GPU script from end to end on the processor, and a part of it that fails."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from intertitle.benchmarks import gpu, harness
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def run(*options: str):
+    arguments = ["--device", "cpu", "--size", "tiny", "--rows", "1", "--rows", "2", "--tokens", "6", "--rounds", "1"]
+    return CliRunner().invoke(gpu.main, [*arguments, *options], catch_exceptions=False)
+
+
+def test_dry_run(results):
+    done = run("--no-peers")
+    assert done.exit_code == 0, done.output
+    record = json.loads((results / "gpu.json").read_text())
+    assert record["parity shipped fp32"]["logits_error"] < 1e-4
+    assert record["parity shipped fp32"]["greedy_agreement"] == 1.0
+    assert record["parity shipped fp32"]["vision_error"] < 1e-4
+    for weights in ("fp32", "int4"):
+        assert record[f"{weights} stages"]["new_tokens"] <= 6
+        assert set(record[f"{weights} decode"]["step_seconds"]) == {"1", "2"}
+        assert record[f"{weights} decode"]["of_floor"] > 0
+        assert 0.5 < record[f"{weights} decode"]["contrast_over_greedy"] < 10
+
+
+def test_a_part_that_fails_costs_no_other(results, monkeypatch):
+    monkeypatch.setattr(gpu, "parity", lambda *_: 1 / 0)
+    monkeypatch.setattr(gpu._Captioning, "stages", lambda self: 1 / 0)
+    assert run("--no-peers").exit_code == 0
+    record = json.loads((results / "gpu.json").read_text())
+    assert record["parity shipped int4"] == {"failed": "ZeroDivisionError: division by zero"}
+    assert "failed" in record["int4 stages"]
+    assert "step_seconds" in record["int4 decode"]
+
+
+@pytest.mark.slow
+def test_pytorch_beside_it(results):
+    assert run().exit_code == 0
+    record = json.loads((results / "gpu.json").read_text())
+    for kind in ("eager", "compiled"):
+        assert set(record[f"pytorch {kind}"]["step_seconds"]) == {"1", "2"}
