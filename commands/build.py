@@ -14,7 +14,7 @@ from . import options
 @click.argument("bundle", type=options.PATH)
 @click.option(
     "--target",
-    type=click.Choice(["tensorrt-rtx", "tensorrt"]),
+    type=click.Choice(["tensorrt-rtx", "tensorrt", "tensorrt-10.3"]),
     help="TensorRT for RTX (desktop GPUs) or TensorRT (Jetson, data centre).  [default: the bundle's]",
 )
 @click.option(

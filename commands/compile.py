@@ -19,7 +19,11 @@ from . import options
     "--adapter", type=options.PATH, metavar="DIR", help="A LoRA adapter (PEFT layout) to merge.  [default: none]"
 )
 @click.option(
-    "--target", metavar="NAME", default="cpu", show_default=True, help="What the bundle is for: cpu or tensorrt-rtx."
+    "--target",
+    metavar="NAME",
+    default="cpu",
+    show_default=True,
+    help="cpu, tensorrt-rtx, tensorrt (10.15 on) or tensorrt-10.3 (JetPack 6).",
 )
 @click.option(
     "--weights", metavar="FORMAT", help="The decoder's weights: int4, fp32, or fp16 (not for cpu).  [default: int4]"

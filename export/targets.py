@@ -35,17 +35,24 @@ class Target:
         return self.component_weights
 
 
-TARGETS = {
-    "cpu": Target(name="cpu", dialect="ort", decoder_weights=("int4", "fp32"), block_size=32),
+def _engines(name: str, dialect: str) -> Target:
     # fp32 is for comparing with PyTorch: TensorRT's fused attention is float16 only.
-    "tensorrt-rtx": Target(
-        name="tensorrt-rtx",
-        dialect="standard",
+    return Target(
+        name=name,
+        dialect=dialect,
         decoder_weights=("int4", "fp16", "fp32"),
         block_size=32,
         component_weights="fp16",
         engines=True,
-    ),
+    )
+
+
+TARGETS = {
+    "cpu": Target(name="cpu", dialect="ort", decoder_weights=("int4", "fp32"), block_size=32),
+    "tensorrt-rtx": _engines("tensorrt-rtx", "standard"),
+    "tensorrt": _engines("tensorrt", "standard"),
+    # JetPack 6.
+    "tensorrt-10.3": _engines("tensorrt-10.3", "plain"),
 }
 
 

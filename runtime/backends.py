@@ -12,7 +12,7 @@ from ..errors import TargetError
 from .bundle import Bundle
 from .inference import FloatArray, Inference
 
-DEVICES = ("auto", "cpu", "tensorrt-rtx", "tensorrt")
+DEVICES = ("auto", "cpu", "tensorrt-rtx", "tensorrt", "tensorrt-10.3")
 
 
 class Decoder(Protocol):
@@ -105,7 +105,7 @@ def open_backend(bundle: Bundle, device: str = "auto", threads: int | None = Non
     manifest = bundle.manifest
     if device not in DEVICES:
         raise TargetError(f"device '{device}' is not supported; this version knows: {', '.join(DEVICES)}")
-    if manifest.dialect == "standard":
+    if manifest.dialect != "ort":
         target = manifest.target if device == "auto" else device
         if target == "cpu":
             raise TargetError(

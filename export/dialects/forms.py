@@ -11,7 +11,7 @@ from torch import nn
 from ...models.attention import Attention
 from ...models.decoder import MLP, RMSNorm, SelfAttention
 from ..trace import TracedGraph
-from . import fused, ort, standard
+from . import fused, ort, plain, standard
 from .residuals import fuse_residuals
 
 #: What stands in for a module of a type while it is traced.
@@ -52,11 +52,19 @@ def _ort_finish(graph: TracedGraph, decoder: bool) -> None:
 
 
 def _standard_rules(weights: str, block_size: int) -> Rules:
-    rules: dict[type[nn.Module], Callable[..., nn.Module]] = {RMSNorm: ort.RMSNormalization}
+    return {RMSNorm: ort.RMSNormalization, **_typed_products(weights, block_size, standard.OPSET)}
+
+
+def _plain_rules(weights: str, block_size: int) -> Rules:
+    return _typed_products(weights, block_size, plain.OPSET)
+
+
+def _typed_products(weights: str, block_size: int, opset: int) -> Rules:
+    rules: dict[type[nn.Module], Callable[..., nn.Module]] = {}
     if weights != "fp32":
         rules |= {nn.Linear: standard.Half, nn.Conv1d: standard.Half, nn.Conv2d: standard.Half}
     if weights == "int4":
-        rules[nn.Linear] = standard.blocked_product(block_size)
+        rules[nn.Linear] = standard.blocked_product(block_size, opset)
     return rules
 
 
@@ -70,6 +78,13 @@ DIALECTS = {
         standard.OPSET,
         _standard_rules,
         lambda weights: standard.StandardAttention(_standard_dtype(weights)),
+        lambda graph, _: standard.finish(graph),
+        _standard_dtype,
+    ),
+    "plain": Dialect(
+        plain.OPSET,
+        _plain_rules,
+        lambda weights: plain.PlainAttention(_standard_dtype(weights)),
         lambda graph, _: standard.finish(graph),
         _standard_dtype,
     ),

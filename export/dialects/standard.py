@@ -129,9 +129,9 @@ class BlockedProduct(nn.Module):
     codes: Tensor
     factors: Tensor
 
-    def __init__(self, linear: nn.Linear, block_size: int) -> None:
+    def __init__(self, linear: nn.Linear, block_size: int, opset: int = OPSET) -> None:
         super().__init__()
-        self.block_size = block_size
+        self.block_size, self._opset = block_size, opset
         shape = (linear.in_features, linear.out_features)
         with torch.device("meta"):
             # Traced as int8, since PyTorch has no int4 that can be traced: ``finish`` says what it is.
@@ -146,17 +146,17 @@ class BlockedProduct(nn.Module):
             attrs={"axis": 0, "block_size": self.block_size},
             dtype=torch.float16,
             shape=self.codes.shape,
-            version=OPSET,
+            version=self._opset,
         )
         y = x.half() @ weight
         return (y if self.bias is None else y + self.bias).float()
 
 
-def blocked_product(block_size: int) -> Callable[[nn.Linear], nn.Module]:
+def blocked_product(block_size: int, opset: int = OPSET) -> Callable[[nn.Linear], nn.Module]:
     """The rule for the linear layers of an int4 component; a width that no block divides stays in float16."""
 
     def product(linear: nn.Linear) -> nn.Module:
-        return Half(linear) if linear.in_features % block_size else BlockedProduct(linear, block_size)
+        return Half(linear) if linear.in_features % block_size else BlockedProduct(linear, block_size, opset)
 
     return product
 

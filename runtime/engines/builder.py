@@ -18,7 +18,8 @@ from .shapes import Limits, profiles
 
 #: ``(what is being done, steps done, steps in all)``.
 Progress = Callable[[str, int, int], None]
-DIALECT = "standard"
+#: Of bundles that engines are built from.
+DIALECTS = ("standard", "plain")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Built:
 def parts(bundle: Bundle) -> list[Part]:
     """All graphs of a bundle, one for each ratio of merging included. ``TargetError`` for another dialect's bundle."""
     manifest = bundle.manifest
-    if manifest.dialect != DIALECT:
+    if manifest.dialect not in DIALECTS:
         raise TargetError(
             f"{bundle.path}: the bundle is for {manifest.target}, of which no engines are built; compile the "
             "checkpoint with --target tensorrt-rtx"

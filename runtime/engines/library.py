@@ -12,13 +12,15 @@ from typing import Any
 from ...errors import TargetError
 from .cuda import Cuda
 
+_TENSORRT = (
+    ("tensorrt",),
+    "JetPack brings it (apt install python3-libnvinfer); elsewhere pip install 'intertitle[tensorrt]'",
+)
 #: Modules by target, in the order in which they are tried, and how to get one.
 _MODULES = {
     "tensorrt-rtx": (("tensorrt_rtx", "tensorrt_rtx_bindings"), "pip install 'intertitle[tensorrt-rtx]'"),
-    "tensorrt": (
-        ("tensorrt",),
-        "JetPack brings it (apt install python3-libnvinfer); elsewhere pip install 'intertitle[tensorrt]'",
-    ),
+    "tensorrt": _TENSORRT,
+    "tensorrt-10.3": _TENSORRT,
 }
 TARGETS = tuple(_MODULES)
 

@@ -84,9 +84,13 @@ def compare_steps(
     return worst if last is None else max(worst, relative_error(logits[-1], last))
 
 
-@pytest.mark.parametrize(("variant", "weights"), [(v, "fp32") for v in ALL] + [(v, "fp16") for v in SOME])
-def test_components(variant, weights, compiled, expected):
-    bundle, numbers = Bundle.open(compiled(variant, weights, "tensorrt-rtx")), expected(variant)
+CASES = [("tensorrt-rtx", v, "fp32") for v in ALL] + [("tensorrt-rtx", v, "fp16") for v in SOME]
+CASES += [("tensorrt-10.3", v, "fp32") for v in SOME] + [("tensorrt-10.3", "av-qwen2", "fp16")]
+
+
+@pytest.mark.parametrize(("target", "variant", "weights"), CASES)
+def test_components(target, variant, weights, compiled, expected):
+    bundle, numbers = Bundle.open(compiled(variant, weights, target)), expected(variant)
     keep = {"auroracap": ".keep1.0", "auroracap-keep": ".keep0.4"}.get(variant, "")
     features = numbers[f"vision_features{keep}"]
     if variant != "auroracap" or weights == "fp32":
@@ -104,9 +108,9 @@ def test_components(variant, weights, compiled, expected):
         assert relative_error(mine, numbers[f"visual_tokens{keep}"]) < BOUNDS[weights]
 
 
-@pytest.mark.parametrize(("variant", "weights"), [(v, "fp32") for v in ALL] + [(v, "fp16") for v in SOME])
-def test_prefill_and_steps(variant, weights, compiled, expected, data_dir):
-    bundle, numbers = Bundle.open(compiled(variant, weights, "tensorrt-rtx")), expected(variant)
+@pytest.mark.parametrize(("target", "variant", "weights"), CASES)
+def test_prefill_and_steps(target, variant, weights, compiled, expected, data_dir):
+    bundle, numbers = Bundle.open(compiled(variant, weights, target)), expected(variant)
     adapter = data_dir / variant if variant.endswith("lora") else None
     checkpoint = open_checkpoint(data_dir / variant.removesuffix("-lora").removesuffix("-keep"), adapter)
     for name in [name for name in numbers if name.endswith("inputs_embeds")]:
@@ -220,6 +224,18 @@ def test_int4_is_packed_as_onnx_packs_it():
     assert pack_int4(codes).tobytes() == theirs.raw_data or bytes(theirs.int32_data) == pack_int4(codes).tobytes()
 
 
-def test_a_bundle_for_engines_is_refused_by_name(compiled):
-    with pytest.raises(TargetError, match="tensorrt-rtx"):
-        Captioner.load(compiled("av-qwen2", "int4", "tensorrt-rtx"))
+def test_the_plain_dialect_is_plain(compiled):
+    """Operators that opset 21 has, and int4 in blocks."""
+    bundle = compiled("av-qwen2", "int4", "tensorrt-10.3")
+    model = onnx.load(bundle / "decoder.plain.onnx", load_external_data=False)
+    assert [(each.domain, each.version) for each in model.opset_import] == [("", 21)]
+    counts = Counter(node.op_type for node in model.graph.node)
+    assert not {"Attention", "TensorScatter", "RotaryEmbedding", "RMSNormalization", "ScatterND"} & set(counts)
+    assert counts["DequantizeLinear"] == 7 * 3 + 1
+    onnx.checker.check_model(str(bundle / "decoder.plain.onnx"))
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx", "tensorrt-10.3"])
+def test_a_bundle_for_engines_does_not_run_on_the_processor(target, compiled):
+    with pytest.raises(TargetError, match=f"is for {target}, not for the CPU"):
+        Captioner.load(compiled("av-qwen2", "int4", target), device="cpu")

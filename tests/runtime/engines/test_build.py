@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from intertitle.cli import main as cli
+from intertitle.commands import SHIPPED
 from intertitle.errors import OptionError, TargetError
+from intertitle.export.compile import compile_bundle
 from intertitle.runtime.bundle import Bundle
 from intertitle.runtime.engines.build import build_engine
 from intertitle.runtime.engines.builder import build_bundle, parts
@@ -52,6 +54,23 @@ def test_every_component_builds(variant, weights, compiled, library):
     assert all(each.path.stat().st_size == each.size > 1000 for each in built)
     again = list(build_bundle(bundle, library, CAPABILITIES, limits))
     assert [(each.path, each.reason) for each in again] == [(each.path, None) for each in built]
+
+
+@pytest.mark.parametrize("weights", ["fp16", "int4"])
+def test_the_plain_dialect_builds(weights, compiled, library):
+    """TensorRT 10.3 is not to be had here; this TensorRT reads its graphs as well."""
+    bundle = Bundle.open(compiled("av-qwen2", weights, "tensorrt-10.3"))
+    limits = default_limits(bundle.manifest, max_length=256)
+    assert len(list(build_bundle(bundle, library, CAPABILITIES, limits))) == 5
+
+
+@pytest.mark.parametrize("weights", ["fp16", "int4"])
+def test_the_shipped_captioner_builds(weights, library, tmp_path):
+    done = compile_bundle(
+        SHIPPED / "base", tmp_path / "bundle", adapter=SHIPPED / "synpo", weights=weights, target="tensorrt-rtx"
+    )
+    bundle = Bundle.open(done.path)
+    assert len(list(build_bundle(bundle, library, CAPABILITIES, default_limits(bundle.manifest)))) == 5
 
 
 def test_only_what_depends_on_it_is_built_again(compiled, library):

@@ -1,0 +1,68 @@
+"""The ``plain`` dialect: what TensorRT 10.3 (JetPack 6) reads, which knows none of ``standard``'s own operators.
+
+The same graph with attention, rotary embedding and norms spelled out in opset 21, the first with int4 and blocks. The
+cache is written by selecting, slot by slot, between what was there and the new token: a scatter would be a layer that
+TensorRT does not fuse, and it is copied either way, since nothing is updated in place before TensorRT 10.15. Products
+are of the same types as in ``standard``; the softmax is in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...models.attention import CacheState, rotate
+from .standard import StandardAttention
+
+OPSET = 21
+
+
+class PlainAttention(StandardAttention):
+    """Attention in elementary operators; products in ``dtype``."""
+
+    def cached(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
+        state: CacheState,
+        num_heads: int,
+        num_kv_heads: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        start, cos, sin, visible = self._positions(state, query.shape[1], past_key.shape[2])
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        turned = [
+            rotate(x.unflatten(-1, (heads, -1)).transpose(1, 2), cos, sin).to(self._dtype)
+            for x, heads in ((query, num_heads), (key, num_kv_heads))
+        ]
+        present_key = _write(past_key, turned[1], start)
+        present_value = _write(past_value, self._heads(value, num_kv_heads), start)
+        return self._joined(self._attend(turned[0], present_key, present_value, visible)), present_key, present_value
+
+    @staticmethod
+    def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """``[B, heads, S, D]``; heads that share keys and values are grouped, which copies neither."""
+        rows, heads, length, width = query.shape
+        shared = key.shape[1]
+        grouped = query.reshape(rows, shared, heads // shared * length, width)
+        scores = (grouped @ key.transpose(2, 3)).float() * width**-0.5
+        scores = scores.reshape(rows, heads, length, key.shape[2])
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min)
+        elif mask is not None:
+            scores = scores + mask.float()
+        weights = scores.softmax(-1).to(value.dtype)
+        out = weights.reshape(rows, shared, heads // shared * length, key.shape[2]) @ value
+        return out.reshape(rows, heads, length, width)
+
+
+def _write(cache: Tensor, new: Tensor, start: Tensor) -> Tensor:
+    """``cache [B, heads, max, D]`` with ``new [B, heads, S, D]`` from slot ``start [B]`` on."""
+    slots = torch.arange(cache.shape[2]) - start.unsqueeze(1)
+    inside = (slots >= 0) & (slots < new.shape[2])
+    index = slots.clamp(0, new.shape[2] - 1)[:, None, :, None].expand(
+        cache.shape[0], cache.shape[1], -1, cache.shape[3]
+    )
+    return torch.where(inside[:, None, :, None], new.gather(2, index), cache)
