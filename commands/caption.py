@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     "--n-best", type=click.IntRange(1), default=1, help="Captions of each clip, likeliest first.  [default: 1]"
 )
 @options.device_options
+@click.option("--staged", is_flag=True, help="Less memory: one component loaded at a time, anew for each clip.")
 @click.option("--stream", is_flag=True, help="Print text as it is generated.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a caption: text, tokens, timings, notes.")
 @click.option("--srt", type=options.PATH, metavar="FILE", help="Also write the caption as a subtitle file (one clip).")
@@ -53,6 +54,7 @@ def caption(
     n_best: int,
     device: str,
     threads: int | None,
+    staged: bool,
     stream: bool,
     as_json: bool,
     srt: Path | None,
@@ -79,7 +81,7 @@ def caption(
             raise OptionError("--srt takes one clip and one instruction")
         check_savable(srt)
     with ProgressDisplay(quiet) as progress:
-        captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress)
+        captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress, staged=staged)
     asked = _Asked(captioner, prompts, decoding, n_best, {"audio": not no_audio, **viewing})
     failed, result = False, None
     for path in media:

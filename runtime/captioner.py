@@ -67,19 +67,26 @@ class PreparedClip:
 class Captioner:
     """A bundle opened for captioning. Not safe for use from several threads at once."""
 
-    def __init__(self, bundle: Bundle, backend: Backend | None = None) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend | None = None, staged: bool = False) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.tokenizer = Tokenizer.from_file(os.fspath(bundle.file("tokenizer.json")))
         self._backend = OrtBackend(bundle) if backend is None else backend
-        self.encoder = Encoder(bundle, self.tokenizer, self._backend)
+        self.encoder = Encoder(bundle, self.tokenizer, self._backend, staged)
+        self._staged = staged
         self._model = Model(bundle, self.tokenizer, self.encoder)
         self._decoder: Decoder | None = None
         self._scheduler: Scheduler | None = None
 
     @classmethod
     def load(
-        cls, path: Source, device: str = "auto", threads: int | None = None, progress: Progress | None = None
+        cls,
+        path: Source,
+        device: str = "auto",
+        threads: int | None = None,
+        progress: Progress | None = None,
+        *,
+        staged: bool = False,
     ) -> Captioner:
         """Open a bundle on a device: ``cpu``, ``tensorrt-rtx`` or ``tensorrt``; ``auto`` is what it was compiled for.
 
@@ -90,7 +97,7 @@ class Captioner:
         """
         report = Stages(progress).report
         bundle = Bundle.open(path, progress=lambda done, total: report("checking the bundle", done, total))
-        return cls(bundle, open_backend(bundle, device, threads))
+        return cls(bundle, open_backend(bundle, device, threads), staged)
 
     @property
     def device(self) -> str:
@@ -332,6 +339,8 @@ class Captioner:
         visual_tokens = media.get("visual_tokens")
         options: dict[str, Any] = {name: value for name, value in media.items() if name != "visual_tokens"}
         clip = self.read(source, **options, stages=stages)
+        if self._staged:
+            self._scheduler = self._decoder = None
         encoded = self.encoder.encode(clip, stages, visual_tokens=visual_tokens, keep_features=keep_features)
         return encoded, clip
 
@@ -371,6 +380,8 @@ class Captioner:
 
     def _load_decoder(self, stages: Stages) -> Decoder:
         if self._decoder is None:
+            if self._staged:
+                self.encoder.release()
             with stages.measure("load"):
                 self._decoder = self._backend.decoder()
         return self._decoder

@@ -48,12 +48,17 @@ class EncodedClip:
 
 
 class Encoder:
-    """The encoders of a bundle. Sessions open at first use, so that a silent clip never loads the audio tower."""
+    """The encoders of a bundle. Sessions open at first use, so that a silent clip never loads the audio tower.
 
-    def __init__(self, bundle: Bundle, tokenizer: Tokenizer, backend: Backend | None = None) -> None:
+    ``staged``: one component at a time stays loaded.
+    """
+
+    def __init__(
+        self, bundle: Bundle, tokenizer: Tokenizer, backend: Backend | None = None, staged: bool = False
+    ) -> None:
         self._bundle, self._tokenizer = bundle, tokenizer
         self._backend = OrtBackend(bundle) if backend is None else backend
-        self._visual = bundle.manifest.visual
+        self._visual, self._staged = bundle.manifest.visual, staged
         self._components: dict[str, tuple[str, Callable[[FloatArray], FloatArray]]] = {}
 
     def encode(
@@ -232,6 +237,10 @@ class Encoder:
         # Of a clip that has no more tokens than the limit nothing was taken away.
         return ratio, [] if ratio.keep == 1 else [note]
 
+    def release(self) -> None:
+        """Unload the components; they are loaded again when they are needed."""
+        self._components.clear()
+
     def _component(self, name: str, stages: Stages, graph: str | None = None) -> Callable[[FloatArray], FloatArray]:
         """The session of a component, or of another graph of it: the last one is kept, each holds all the weights."""
         graph = self._bundle.manifest.components[name].graph if graph is None else graph
@@ -239,6 +248,8 @@ class Encoder:
         if held is None or held[0] != graph:
             del held
             self._components.pop(name, None)
+            if self._staged:
+                self._components.clear()
             with stages.measure("load"):
                 held = self._components[name] = (graph, self._backend.component(name, graph))
         return held[1]
