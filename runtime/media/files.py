@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from ...errors import MediaError
+from ...errors import MediaError, OptionError
 from .container import audio_stream, open_input, video_stream
 from .sound import ContainerSoundReader
 from .source import Media, check_size
 from .video import ContainerFrameReader
+
+#: Who decodes video: ``pyav`` or ``gstreamer``. A setting of the machine, so it is in its environment.
+DECODER_VARIABLE = "INTERTITLE_VIDEO_DECODER"
+
+
+def _frame_reader() -> type[ContainerFrameReader]:
+    name = os.environ.get(DECODER_VARIABLE) or "pyav"
+    if name == "gstreamer":
+        from .gstreamer import GStreamerFrameReader
+
+        return GStreamerFrameReader
+    if name != "pyav":
+        raise OptionError(f"{DECODER_VARIABLE} is {name!r}; it can be pyav or gstreamer")
+    return ContainerFrameReader
 
 
 def open_container(path: Path) -> Media:
@@ -25,7 +40,7 @@ def open_container(path: Path) -> Media:
             container.close()
             return Media(path, "audio", sound=sound)
         check_size(str(path), video.codec_context.width, video.codec_context.height)
-        return Media(path, "video", ContainerFrameReader(path, container), sound)
+        return Media(path, "video", _frame_reader()(path, container), sound)
     except BaseException:
         container.close()
         raise
