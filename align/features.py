@@ -108,12 +108,18 @@ def caption_features(
     batch: int = 64,
     progress: Progress | None = None,
     max_new_tokens: int = 96,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
 ) -> list[str]:
-    """A greedy caption of every clip."""
+    """A caption of every clip, greedy or (``temperature`` above 0) sampled."""
     texts: list[str] = []
+    random = torch.Generator().manual_seed(seed)
     for start in range(0, len(features), batch):
         prompts = features.prompts(policy, slice(start, start + batch))
-        texts += [policy.decode(ids) for ids in policy.generate(prompts, max_new_tokens)]
+        made = policy.generate(prompts, max_new_tokens, temperature=temperature, top_p=top_p, generator=random)
+        texts += [policy.decode(ids) for ids in made]
         if progress is not None:
             progress(len(texts), len(features))
     return texts

@@ -7,8 +7,8 @@
 
 Every objective starts from the same supervised checkpoint and sees the same pairs, batches, steps, rank and learning
 rate, once for each seed. ``more_supervised`` is the control: cross entropy on the chosen texts, as many steps. Captions
-are greedy, from PyTorch; figures have 95 % bootstrap intervals over the test clips, and the differences from the
-supervised captioner are paired.
+are from PyTorch, greedy and sampled (as the pairs' candidates were); figures have 95 % bootstrap intervals over the
+test clips, and the differences from the supervised captioner are paired.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ CONTESTANTS = {
     "synpo": "synpo",
     "leanpo": "leanpo",
 }
+#: As captions are mostly asked for, and as the candidates of the pairs were drawn.
+DECODINGS: dict[str, dict[str, Any]] = {"greedy": {}, "sampled": {"temperature": 0.9, "top_p": 0.95}}
 MAIN = ("cider", "completeness", "invention", "readable", "repetition", "words")
 
 
@@ -76,9 +79,20 @@ def main(
         clips = scene_features(
             policy, scenes, work / f"pairs-{digest}", lambda a, b: progress("features of pairs", a, b)
         )
-        reports: dict[str, list[Report]] = {
-            "supervised": [evaluate(test, caption_features(policy, seen), meteor=False)]
-        }
+        reports: dict[str, dict[str, list[Report]]] = {decoding: {} for decoding in DECODINGS}
+
+        def report(name: str, policy: Policy, out: Path) -> None:
+            for decoding, how in DECODINGS.items():
+                said = out / f"{decoding}-{count}.json"
+                if not said.exists():
+                    heard = partial(progress, f"caption {name}, {decoding}")
+                    said.write_text(json.dumps(caption_features(policy, seen, progress=heard, **how)))
+                made = evaluate(test, json.loads(said.read_text()), meteor=False)
+                reports[decoding].setdefault(name, []).append(made)
+                click.echo(f"{name}, {decoding}: {_line(made)}", err=True)
+
+        (work / "adapters").mkdir(exist_ok=True)
+        report("supervised", policy, work / f"test-{count}")
         seconds: dict[str, float] = {}
         for name in only or CONTESTANTS:
             for seed in range(seeds):
@@ -95,13 +109,7 @@ def main(
                 tune(tuned, clips, pairs, how, out, progress)
                 log = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
                 seconds[name] = statistics.median(line["seconds"] for line in log)
-                said = out / f"captions-{count}.json"
-                if not said.exists():
-                    texts = caption_features(tuned, seen, progress=lambda a, b, n=name: progress(f"caption {n}", a, b))
-                    said.write_text(json.dumps(texts))
-                texts = json.loads(said.read_text())
-                reports.setdefault(name, []).append(evaluate(test, texts, meteor=False))
-                click.echo(f"{name} {seed}: {_line(reports[name][-1])}", err=True)
+                report(name, tuned, out)
     figures: dict[str, Any] = {
         "test_clips": count,
         "pairs": len(pairs),
@@ -110,6 +118,16 @@ def main(
         "learning_rate": learning_rate,
         "connector_rate": connector_rate,
         "seconds_per_step": seconds,
+        **{decoding: _compared(each) for decoding, each in reports.items()},
+    }
+    path = write_result(result, figures, "python -m intertitle.benchmarks.alignment --work work")
+    click.echo(path)
+
+
+def _compared(reports: dict[str, list[Report]]) -> dict[str, Any]:
+    """Every report, the means over the seeds, and the paired differences from the supervised captioner."""
+    (supervised,) = reports["supervised"]
+    return {
         "reports": {name: [report.to_json() for report in each] for name, each in reports.items()},
         "mean_over_seeds": {
             name: {key: round(float(np.mean([r.figures[key].value for r in each])), 4) for key in MAIN}
@@ -117,21 +135,13 @@ def main(
         },
         "difference_from_supervised": {
             name: [
-                {
-                    key: vars(figure)
-                    for key, figure in difference(report, reports["supervised"][0]).items()
-                    if key in MAIN
-                }
+                {key: vars(figure) for key, figure in difference(report, supervised).items() if key in MAIN}
                 for report in each
             ]
             for name, each in reports.items()
             if name != "supervised"
         },
     }
-    path = write_result(result, figures, "python -m intertitle.benchmarks.alignment --work work")
-    for name, each in reports.items():
-        click.echo(f"{name}: {_line(each[0])}")
-    click.echo(path)
 
 
 def _line(report: Report) -> str:
