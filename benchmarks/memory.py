@@ -66,7 +66,7 @@ def bound(captioner: Captioner, rows: int) -> dict[str, int]:
     prompt = 4 * decoder.hidden_size * inference.max_length
     frames = 3 * 640 * 360 * captioner.manifest.preprocessing.num_frames
     return {
-        "cache": decoder.cache_bytes * inference.rows * inference.max_length,
+        "cache": captioner.manifest.cache_bytes * inference.rows * inference.max_length,
         "prompts": prompt * (rows + 1),
         "clips": frames * (rows + READ_AHEAD + 1),
     }

@@ -77,11 +77,6 @@ class DecoderSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     hidden_size: Positive
     context_length: Positive
 
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of float32 keys and values for one token."""
-        return 2 * 4 * self.num_layers * self.num_kv_heads * self.head_dim
-
 
 class AudioSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Sound into the audio component: ``num_samples`` at ``sample_rate`` Hz, ``num_frames`` fbank frames."""
@@ -185,6 +180,18 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     visual: VisualSpec
     provenance: Provenance
     files: dict[str, FileRecord] = {}
+
+    @property
+    def cache_dtype(self) -> str:
+        """Of the decoder's keys and values."""
+        inputs = self.components["decoder"].inputs
+        return next((value.dtype for value in inputs if value.name.startswith("past.")), "float32")
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values for one token."""
+        decoder, size = self.decoder, 4 if self.cache_dtype == "float32" else 2
+        return 2 * size * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim
 
 
 class _Version(msgspec.Struct):

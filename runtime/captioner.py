@@ -390,7 +390,7 @@ class Captioner:
         """Captions whose cache fits into ``memory`` bytes."""
         if memory is None:
             return sys.maxsize
-        row = self.manifest.decoder.cache_bytes * max_length
+        row = self.manifest.cache_bytes * max_length
         count = memory // (row * per_caption)
         if count < 1:
             raise OptionError(

@@ -180,6 +180,13 @@ def test_what_the_decoder_is_made_of(weights, compiled):
     assert len({(node.input[0], to[node.output[0]]) for node in casts}) == len(casts)
 
 
+def test_what_a_token_takes_in_the_cache(compiled):
+    """Keys and values of 3 layers, 2 heads of 32."""
+    whole, half = (Bundle.open(compiled("av-qwen2", weights, "tensorrt-rtx")).manifest for weights in ("fp32", "int4"))
+    assert (whole.cache_dtype, whole.cache_bytes) == ("float32", 2 * 3 * 2 * 32 * 4)
+    assert (half.cache_dtype, half.cache_bytes) == ("float16", 2 * 3 * 2 * 32 * 2)
+
+
 @pytest.mark.parametrize("component", ["vision", "frame_connector", "connector", "audio"])
 def test_encoders_are_float16_where_the_weights_are(component, compiled):
     graph = nodes(compiled("av-qwen2", "fp16", "tensorrt-rtx"), component)
