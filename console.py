@@ -329,7 +329,8 @@ def describe(manifest: Manifest) -> Iterator[Table | str]:
     yield f"sees {media.num_frames} frames ({media.frame_rule}): {tokens} visual tokens{kept}{sound}; modes: " + (
         ", ".join(manifest.prompts)
     )
-    yield f"context {decoder.context_length} tokens; cache {manifest.cache_bytes:,} bytes a token ({manifest.cache_dtype})"
+    cache = f"{manifest.cache_bytes:,} bytes a token ({manifest.cache_dtype})"
+    yield f"context {decoder.context_length} tokens; cache {cache}"
     made = manifest.provenance
     adapter = f" + adapter {made.adapter}" if made.adapter else ""
     yield f"compiled from {made.checkpoint}{adapter} by intertitle {made.intertitle}"
