@@ -14,6 +14,7 @@ from ..errors import BundleError, OptionError, TargetError
 from .bundle import DecoderSpec
 from .huge_pages import huge_pages
 from .inference import FloatArray
+from .rows import FilledRows
 
 #: The form of the graphs that run here.
 DIALECT = "ort"
@@ -110,20 +111,19 @@ class OrtInference:
         max_length: int,
     ) -> None:
         self._session, self._spec, self._embed = session, spec, embed
-        self._rows, self._max_length = rows, max_length
         shape = (rows, spec.num_kv_heads, max_length, spec.head_dim)
         names = [f"{layer}.{part}" for layer in range(spec.num_layers) for part in ("key", "value")]
         self._cache = {name: np.zeros(shape, np.float32) for name in names}
-        self._filled = np.zeros(rows, np.int64)
+        self._lengths = FilledRows(rows, max_length)
         self._steps: dict[int, _Bound] = {}
 
     @property
     def rows(self) -> int:
-        return self._rows
+        return len(self._lengths)
 
     @property
     def max_length(self) -> int:
-        return self._max_length
+        return self._lengths.max_length
 
     def prefill(
         self, row: int, embeds: FloatArray, num_logits: int = 1, progress: Callable[[int], None] | None = None
@@ -131,7 +131,7 @@ class OrtInference:
         length = len(embeds)
         if not 1 <= num_logits <= length:
             raise ValueError(f"num_logits is {num_logits} for {length} new tokens")
-        self._check_room(row, length)
+        self._lengths.check_room(row, length)
         collected = []
         for start in range(0, length, PREFILL_CHUNK):
             part = embeds[start : start + PREFILL_CHUNK]
@@ -141,8 +141,8 @@ class OrtInference:
             wanted = np.arange(first, len(part)) if first < len(part) else np.array([len(part) - 1])
             bound = self._bind(slice(row, row + 1), len(part), len(wanted))
             bound.embeds[0], bound.logits_index[0] = part, wanted
-            self._filled[row] += len(part)
-            bound.lengths[0], bound.total_length[...] = self._filled[row] - 1, self._filled[row]
+            self._lengths.filled[row] += len(part)
+            bound.lengths[0], bound.total_length[...] = self._lengths.filled[row] - 1, self._lengths.filled[row]
             self._session.run_with_iobinding(bound.binding)
             if progress is not None:
                 progress(start + len(part))
@@ -152,13 +152,10 @@ class OrtInference:
 
     def step(self, token_ids: npt.NDArray[np.int64]) -> FloatArray:
         count = len(token_ids)
-        if not 1 <= count <= self._rows:
-            raise ValueError(f"{count} tokens for {self._rows} rows")
-        for row in range(count):
-            self._check_room(row, 1)
+        self._lengths.check_step(count)
         if count not in self._steps:
             self._steps[count] = self._bind(slice(0, count), length=1, asked=1)
-        bound, filled = self._steps[count], self._filled[:count]
+        bound, filled = self._steps[count], self._lengths.filled[:count]
         bound.embeds[:, 0] = self._embed(token_ids)
         bound.lengths[:] = filled
         filled += 1
@@ -167,33 +164,17 @@ class OrtInference:
         return bound.logits[:, 0]
 
     def rearrange(self, sources: Mapping[int, int], start: int = 0, stop: int | None = None) -> None:
-        moves = {target: source for target, source in sources.items() if target != source}
-        if moves:
-            targets, origins = list(moves), list(moves.values())
-            filled = self._filled[origins] if stop is None else np.minimum(self._filled[origins], stop)
-            longest = int(filled.max())
-            for buffer in self._cache.values():
-                if len(targets) == 1:
-                    buffer[targets[0], :, start:longest] = buffer[origins[0], :, start:longest]
-                else:
-                    # The right side is copied out whole before anything is overwritten.
-                    buffer[targets, :, start:longest] = buffer[origins, :, start:longest]
-            self._filled[targets] = filled
-        if stop is not None:
-            for row in set(sources) - set(moves):
-                self._filled[row] = min(self._filled[row], stop)
+        moves, longest = self._lengths.rearrange(sources, stop)
+        targets, origins = list(moves), list(moves.values())
+        for buffer in self._cache.values() if moves else ():
+            if len(targets) == 1:
+                buffer[targets[0], :, start:longest] = buffer[origins[0], :, start:longest]
+            else:
+                # The right side is copied out whole before anything is overwritten.
+                buffer[targets, :, start:longest] = buffer[origins, :, start:longest]
 
     def truncate(self, row: int, length: int) -> None:
-        if not 0 <= length <= self._filled[row]:
-            raise ValueError(f"row {row} holds {self._filled[row]} tokens, cannot keep {length}")
-        self._filled[row] = length
-
-    def _check_room(self, row: int, count: int) -> None:
-        if self._filled[row] + count > self._max_length:
-            raise OptionError(
-                f"the cache holds {self._max_length} tokens a row; row {row} has {self._filled[row]}, "
-                f"{count} more are asked"
-            )
+        self._lengths.truncate(row, length)
 
     def _bind(self, rows: slice, length: int, asked: int) -> _Bound:
         return _Bound(

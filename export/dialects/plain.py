@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...models.attention import CacheState, rotate
+from ...models.attention import rotate
 from .standard import StandardAttention
 
 OPSET = 21
@@ -20,26 +20,9 @@ OPSET = 21
 class PlainAttention(StandardAttention):
     """Attention in elementary operators; products in ``dtype``."""
 
-    def cached(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        past_key: Tensor,
-        past_value: Tensor,
-        state: CacheState,
-        num_heads: int,
-        num_kv_heads: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        start, cos, sin, visible = self._positions(state, query.shape[1], past_key.shape[2])
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        turned = [
-            rotate(x.unflatten(-1, (heads, -1)).transpose(1, 2), cos, sin).to(self._dtype)
-            for x, heads in ((query, num_heads), (key, num_kv_heads))
-        ]
-        present_key = _write(past_key, turned[1], start)
-        present_value = _write(past_value, self._heads(value, num_kv_heads), start)
-        return self._joined(self._attend(turned[0], present_key, present_value, visible)), present_key, present_value
+    @staticmethod
+    def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(x, cos.unsqueeze(1), sin.unsqueeze(1))
 
     @staticmethod
     def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -57,12 +40,12 @@ class PlainAttention(StandardAttention):
         out = weights.reshape(rows, shared, heads // shared * length, key.shape[2]) @ value
         return out.reshape(rows, heads, length, width)
 
-
-def _write(cache: Tensor, new: Tensor, start: Tensor) -> Tensor:
-    """``cache [B, heads, max, D]`` with ``new [B, heads, S, D]`` from slot ``start [B]`` on."""
-    slots = torch.arange(cache.shape[2]) - start.unsqueeze(1)
-    inside = (slots >= 0) & (slots < new.shape[2])
-    index = slots.clamp(0, new.shape[2] - 1)[:, None, :, None].expand(
-        cache.shape[0], cache.shape[1], -1, cache.shape[3]
-    )
-    return torch.where(inside[:, None, :, None], new.gather(2, index), cache)
+    @staticmethod
+    def _write(cache: Tensor, new: Tensor, start: Tensor) -> Tensor:
+        """``cache [B, heads, max, D]`` with ``new [B, heads, S, D]`` from slot ``start [B]`` on."""
+        slots = torch.arange(cache.shape[2]) - start.unsqueeze(1)
+        inside = (slots >= 0) & (slots < new.shape[2])
+        index = slots.clamp(0, new.shape[2] - 1)[:, None, :, None].expand(
+            cache.shape[0], cache.shape[1], -1, cache.shape[3]
+        )
+        return torch.where(inside[:, None, :, None], new.gather(2, index), cache)

@@ -55,11 +55,11 @@ class StandardAttention:
         """As the protocol says, for rows that hold at least S tokens after the call (S new ones, no padding)."""
         start, cos, sin, visible = self._positions(state, query.shape[1], past_key.shape[2])
         turned = [
-            _rotate(x.unflatten(-1, (heads, -1)).transpose(1, 2), cos, sin).to(self._dtype)
+            self._rotate(x.unflatten(-1, (heads, -1)).transpose(1, 2), cos, sin).to(self._dtype)
             for x, heads in ((query, num_heads), (key, num_kv_heads))
         ]
-        present_key = _write(past_key, turned[1], start)
-        present_value = _write(past_value, self._heads(value, num_kv_heads), start)
+        present_key = self._write(past_key, turned[1], start)
+        present_value = self._write(past_value, self._heads(value, num_kv_heads), start)
         return self._joined(self._attend(turned[0], present_key, present_value, visible)), present_key, present_value
 
     def _positions(self, state: CacheState, length: int, max_length: int) -> tuple[Tensor, ...]:
@@ -82,20 +82,20 @@ class StandardAttention:
     def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return ops.symbolic("Attention", (query, key, value, mask), dtype=query.dtype, shape=query.shape, version=OPSET)
 
+    @staticmethod
+    def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return ops.symbolic("RotaryEmbedding", (x, cos, sin), dtype=x.dtype, shape=x.shape, version=OPSET)
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return ops.symbolic("RotaryEmbedding", (x, cos, sin), dtype=x.dtype, shape=x.shape, version=OPSET)
-
-
-def _write(cache: Tensor, new: Tensor, start: Tensor) -> Tensor:
-    return ops.symbolic(
-        "TensorScatter",
-        (cache, new, start),
-        attrs={"axis": 2, "mode": "linear"},
-        dtype=cache.dtype,
-        shape=cache.shape,
-        version=OPSET,
-    )
+    @staticmethod
+    def _write(cache: Tensor, new: Tensor, start: Tensor) -> Tensor:
+        return ops.symbolic(
+            "TensorScatter",
+            (cache, new, start),
+            attrs={"axis": 2, "mode": "linear"},
+            dtype=cache.dtype,
+            shape=cache.shape,
+            version=OPSET,
+        )
 
 
 class Half(nn.Module):

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from ...errors import OptionError, TargetError
 from ..bundle import Component, DecoderSpec
 from ..inference import FloatArray
+from ..rows import FilledRows
 from .cuda import Device, Memory
 from .library import Library
 from .shapes import Limits
@@ -151,7 +152,6 @@ class EngineInference:
     def __init__(self, decoder: EngineDecoder, rows: int) -> None:
         self._decoder, self._device = decoder, decoder.engine.device
         spec, limits, device = decoder.spec, decoder.limits, self._device
-        self._rows, self._max_length = rows, limits.max_length
         self._token_bytes = spec.head_dim * decoder.cache_dtype.itemsize
         self._run_bytes = limits.max_length * self._token_bytes
         self._row_bytes = spec.num_kv_heads * self._run_bytes
@@ -169,18 +169,18 @@ class EngineInference:
         self._places = {name: device.allocate(array.nbytes) for name, array in self._host.items()}
         self._logits = device.pinned((rows, 1, spec.vocab_size), np.float32)
         self._logits_place = device.allocate(self._logits.nbytes)
-        self._filled = np.zeros(rows, np.int64)
+        self._lengths = FilledRows(rows, limits.max_length)
         self._prompt_context = decoder.engine.context(_PREFILL)
         self._wide_logits: Memory | None = None
         self._steps: dict[int, Callable[[], None]] = {}
 
     @property
     def rows(self) -> int:
-        return self._rows
+        return len(self._lengths)
 
     @property
     def max_length(self) -> int:
-        return self._max_length
+        return self._lengths.max_length
 
     def prefill(
         self, row: int, embeds: FloatArray, num_logits: int = 1, progress: Callable[[int], None] | None = None
@@ -188,7 +188,7 @@ class EngineInference:
         length, chunk, spec = len(embeds), self._decoder.limits.chunk, self._decoder.spec
         if not 1 <= num_logits <= length:
             raise ValueError(f"num_logits is {num_logits} for {length} new tokens")
-        self._check_room(row, length)
+        self._lengths.check_room(row, length)
         logits = np.empty((num_logits, spec.vocab_size), np.float32)
         collected = 0
         for start in range(0, length, chunk):
@@ -196,9 +196,9 @@ class EngineInference:
             # A chunk without a position whose logits were asked for projects its last one, and that is dropped.
             first = max(0, length - num_logits - start)
             asked = np.arange(first, len(part)) if first < len(part) else np.array([len(part) - 1])
-            self._filled[row] += len(part)
+            self._lengths.filled[row] += len(part)
             self._host["inputs_embeds"][: len(part)] = part
-            self._host["lengths"][0] = self._filled[row] - 1
+            self._host["lengths"][0] = self._lengths.filled[row] - 1
             self._host["logits_index"][: len(asked)] = asked
             place = self._prefill_logits(len(asked))
             self._bind(self._prompt_context, row, 1, len(part), len(asked), place.address)
@@ -215,14 +215,11 @@ class EngineInference:
 
     def step(self, token_ids: npt.NDArray[np.int64]) -> FloatArray:
         count = len(token_ids)
-        if not 1 <= count <= self._rows:
-            raise ValueError(f"{count} tokens for {self._rows} rows")
-        for row in range(count):
-            self._check_room(row, 1)
+        self._lengths.check_step(count)
         self._host["inputs_embeds"][:count] = self._decoder.embed(token_ids)
-        self._host["lengths"][:count] = self._filled[:count]
+        self._host["lengths"][:count] = self._lengths.filled[:count]
         self._host["logits_index"][:count] = 0
-        self._filled[:count] += 1
+        self._lengths.filled[:count] += 1
         launch = self._steps.get(count)
         if launch is None:
             context = self._decoder.engine.context(_STEP)
@@ -237,20 +234,12 @@ class EngineInference:
         return self._logits[:count, 0]
 
     def rearrange(self, sources: Mapping[int, int], start: int = 0, stop: int | None = None) -> None:
-        moves = {target: source for target, source in sources.items() if target != source}
+        moves, longest = self._lengths.rearrange(sources, stop)
         if moves:
-            targets, origins = list(moves), list(moves.values())
-            filled = self._filled[origins] if stop is None else np.minimum(self._filled[origins], stop)
-            self._copy_rows(moves, start, int(filled.max()))
-            self._filled[targets] = filled
-        if stop is not None:
-            for row in set(sources) - set(moves):
-                self._filled[row] = min(self._filled[row], stop)
+            self._copy_rows(moves, start, longest)
 
     def truncate(self, row: int, length: int) -> None:
-        if not 0 <= length <= self._filled[row]:
-            raise ValueError(f"row {row} holds {self._filled[row]} tokens, cannot keep {length}")
-        self._filled[row] = length
+        self._lengths.truncate(row, length)
 
     def _copy_rows(self, moves: Mapping[int, int], start: int, stop: int) -> None:
         if start >= stop:
@@ -296,21 +285,14 @@ class EngineInference:
         for name, memory in self._cache.items():
             place = memory.address + row * self._row_bytes
             addresses |= {f"past.{name}": place, f"present.{name}": place}
-            shapes[f"past.{name}"] = (rows, spec.num_kv_heads, self._max_length, spec.head_dim)
+            shapes[f"past.{name}"] = (rows, spec.num_kv_heads, self.max_length, spec.head_dim)
         context.bind(addresses, shapes)
 
     def _prefill_logits(self, asked: int) -> Memory:
         """Room on the device for the logits of a chunk: that of a step is enough but for forced tokens and scores."""
-        if asked <= self._rows:
+        if asked <= self.rows:
             return self._logits_place
         size = asked * self._decoder.spec.vocab_size * 4
         if self._wide_logits is None or self._wide_logits.size < size:
             self._wide_logits = self._device.allocate(size)
         return self._wide_logits
-
-    def _check_room(self, row: int, count: int) -> None:
-        if self._filled[row] + count > self._max_length:
-            raise OptionError(
-                f"the cache holds {self._max_length} tokens a row; row {row} has {self._filled[row]}, "
-                f"{count} more are asked"
-            )
