@@ -244,11 +244,8 @@ class EngineInference:
     def _copy_rows(self, moves: Mapping[int, int], start: int, stop: int) -> None:
         if start >= stop:
             return
-        heads, at, width = (
-            self._decoder.spec.num_kv_heads,
-            start * self._token_bytes,
-            (stop - start) * self._token_bytes,
-        )
+        heads, at, width = self._decoder.spec.num_kv_heads, start * self._token_bytes, stop - start
+        width *= self._token_bytes
         # Where a row is both source and target, all sources are set aside first.
         aside = bool(set(moves) & set(moves.values()))
         spare = self._device.allocate(len(moves) * self._row_bytes) if aside else None

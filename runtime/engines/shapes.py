@@ -10,6 +10,7 @@ from ..bundle import Component, Manifest
 
 #: Text around and behind the clip's tokens that a prompt is given room for.
 _TEXT_TOKENS = 256
+#: Rows are a multiple of so many tokens long: a row of the cache then begins where TensorRT wants tensors to (256 bytes).
 _ROUND = 64
 
 Range = tuple[int, int, int]
@@ -42,9 +43,10 @@ def default_limits(
         audio = manifest.preprocessing.audio
         tokens = visual.blocks * per_block + (audio.num_tokens if audio else 0) + _TEXT_TOKENS
         tokens += manifest.generation.max_new_tokens
-        max_length = min(-(-tokens // _ROUND) * _ROUND, context)
+        max_length = min(tokens, context)
     if not 2 <= max_length <= context:
         raise OptionError(f"a row can hold 2 to {context} tokens, not {max_length}")
+    max_length = min(-(-max_length // _ROUND) * _ROUND, context)
     rows, chunk = 8 if rows is None else rows, 1024 if chunk is None else chunk
     if rows < 1 or chunk < 1:
         raise OptionError(f"rows and chunk must be at least 1, not {rows} and {chunk}")

@@ -145,6 +145,7 @@ def test_sizes(compiled):
     manifest = Bundle.open(compiled("av-qwen2", "int4", "tensorrt-rtx")).manifest
     context = manifest.decoder.context_length
     assert default_limits(manifest).max_length <= context
+    assert [default_limits(manifest, max_length=n).max_length for n in (2, 64, 65, context)] == [64, 64, 128, context]
     for wrong in (1, context + 1):
         with pytest.raises(OptionError, match=f"a row can hold 2 to {context} tokens, not {wrong}"):
             default_limits(manifest, max_length=wrong)
