@@ -25,9 +25,7 @@ from . import options
     show_default=True,
     help="GPUs to build for: current is the one at hand; tensorrt-rtx builds for any without having one (86,89,120).",
 )
-@click.option(
-    "--max-length", type=click.IntRange(min=2), help="Tokens of a row, prompt and caption, in 64s.  [default: fits]"
-)
+@click.option("--max-length", type=click.IntRange(min=2), help="Tokens of prompt and caption, in 64s.  [default: fits]")
 @click.option("--rows", type=click.IntRange(min=1), help="Captions or streams of one step.  [default: 8]")
 @click.option("--memory", type=options.Bytes(), metavar="SIZE", help="For a layer at work: 2GiB.  [default: all]")
 @options.quiet

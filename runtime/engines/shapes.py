@@ -10,7 +10,7 @@ from ..bundle import Component, Manifest
 
 #: Text around and behind the clip's tokens that a prompt is given room for.
 _TEXT_TOKENS = 256
-#: Rows are a multiple of so many tokens long: a row of the cache then begins where TensorRT wants tensors to (256 bytes).
+#: Rows are a multiple of so many tokens long: each then begins where TensorRT wants a tensor to (256 bytes).
 _ROUND = 64
 
 Range = tuple[int, int, int]
