@@ -167,7 +167,7 @@ def test_a_judge_that_fails_for_some(tmp_path: Path, server):
     items = [item for item in scene_items("train:0:7") if item.key != "train:3"]
 
     def judge() -> Judge:
-        return Judge(Endpoint(server.url, "stub", timeout=0.5, retries=1, backoff=0.01))
+        return Judge(Endpoint(server.url, "stub", timeout=3, retries=1, backoff=0.01))
 
     tally = run(path, items, texts, judge(), gap=0)
     assert (tally.captioned, tally.kept, tally.failed) == (4, 4, 2)
