@@ -141,7 +141,6 @@ def _caption(bundle: Path, clip: Path, device: str, rounds: int, tokens: int, st
     """In a process of its own, so that what is free before and after is the captioner's doing."""
     options = ["--device", device, "--max-new-tokens", str(tokens), "--json", *(["--staged"] if staged else [])]
     before = _available()
-    lowest = before
     with PowerMeter() as meter:
         command = [sys.executable, "-m", "intertitle.cli", "caption", str(bundle), *[str(clip)] * rounds, *options]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

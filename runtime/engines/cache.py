@@ -84,14 +84,8 @@ class EngineCache:
 
     def why_missing(self, origin: Origin) -> str | None:
         """``None`` where the engine is there and whole; else what is wrong, or how the one that is there differs."""
-        if self.path(origin).exists() or self._note_path(origin).exists():
-            return self._fault(origin)
-        others = [note.origin for note in self._notes(origin)]
-        if not others:
-            return "there is none yet"
-        # The one that differs least.
-        nearest = min(others, key=lambda other: len(_changed(other, origin)))
-        return "; ".join(describe_change(nearest, origin, name) for name in _changed(nearest, origin))
+        note = self._fitting_note(origin)
+        return note if isinstance(note, str) else self._altered(origin, note, _sha256(self.path(origin)))
 
     def built(self, like: Origin) -> list[Origin]:
         """All engines of the same component of the same captioner."""
@@ -99,13 +93,14 @@ class EngineCache:
 
     def load(self, origin: Origin) -> bytes:
         """The engine's bytes. ``TargetError`` where it is missing, or not what was built here."""
-        fault = self.why_missing(origin)
+        note, data = self._fitting_note(origin), b""
+        if isinstance(note, str):
+            fault = note
+        else:
+            data = self.path(origin).read_bytes()
+            fault = self._altered(origin, note, hashlib.sha256(data).hexdigest())
         if fault is not None:
             raise TargetError(f"no engine of {origin.component}: {fault}; run intertitle build")
-        data = self.path(origin).read_bytes()
-        note = self._read_note(self._note_path(origin))
-        if note is None or hashlib.sha256(data).hexdigest() != note.sha256:
-            raise TargetError(f"{self.path(origin)} was changed while it was read; run intertitle build")
         return data
 
     def store(self, origin: Origin, engine: bytes) -> Path:
@@ -146,17 +141,26 @@ class EngineCache:
                 partial.unlink(missing_ok=True)
             yield
 
-    def _fault(self, origin: Origin) -> str | None:
+    def _fitting_note(self, origin: Origin) -> _Note | str:
+        """The note of the engine of this origin, or why there is none. The engine itself is not read."""
         path, note_path = self.path(origin), self._note_path(origin)
+        if not path.exists() and not note_path.exists():
+            others = [note.origin for note in self._notes(origin)]
+            if not others:
+                return "there is none yet"
+            # The one that differs least.
+            nearest = min(others, key=lambda other: len(_changed(other, origin)))
+            return "; ".join(describe_change(nearest, origin, name) for name in _changed(nearest, origin))
         if not note_path.exists() or not path.exists():
             return "its build was interrupted"
         _check_private(path, stat.S_ISREG)
         note = self._read_note(note_path)
         if note is None or note.origin != origin:
             return f"{note_path.name} is not what intertitle wrote"
-        if _sha256(path) != note.sha256:
-            return f"{path.name} is not the engine that was built here"
-        return None
+        return note
+
+    def _altered(self, origin: Origin, note: _Note, sha256: str) -> str | None:
+        return None if sha256 == note.sha256 else f"{self.path(origin).name} is not the engine that was built here"
 
     def _notes(self, like: Origin) -> Iterator[_Note]:
         for path in sorted(self.folder.glob(f"{like.component}-*.json")):

@@ -72,12 +72,8 @@ def profiles(name: str, component: Component, manifest: Manifest, limits: Limits
                 "tokens": (min(counts), counts[0], max(counts)),
             }
         ]
-    made = [{value.name: _ranged(value.shape, phase, limits) for value in component.inputs} for phase in phases]
-    return [
-        {name: shapes for name, shapes in profile.items() if shapes[0] != shapes[2] or _varies(name, component)}
-        for profile in made
-        if any(_varies(name, component) for name in profile)
-    ]
+    varying = [value for value in component.inputs if any(axis in phases[0] for axis in value.shape)]
+    return [{value.name: _ranged(value.shape, phase, limits) for value in varying} for phase in phases if varying]
 
 
 def _ranged(
@@ -90,8 +86,3 @@ def _ranged(
     ]
     least, usual, most = (tuple(part[i] for part in ranges) for i in range(3))
     return least, usual, most
-
-
-def _varies(name: str, component: Component) -> bool:
-    (spec,) = (spec for spec in component.inputs if spec.name == name)
-    return any(isinstance(axis, str) and axis != "max_length" for axis in spec.shape)
