@@ -58,7 +58,7 @@ class GpuPlace:
     weights, torch_device = ("fp16", "int4"), "cuda"
 
     def __init__(self, target: str) -> None:
-        from ..runtime.engines.cuda import Cuda
+        from ..runtime.cuda import Cuda
         from ..runtime.engines.library import load_library
 
         self.target, self._cuda, self._library = target, Cuda(), load_library(target)

@@ -20,7 +20,7 @@ from ..errors import OptionError
 from ..models import CaptionerCheckpoint
 from ..models.config import ImageProcessing
 from ..models.decoder import Decoder
-from ..runtime.inference import FloatArray
+from ..runtime.inference import FloatArray, FullLogits
 from .quantize import dequantize_int4, quantize_int4
 
 #: Povey's window is a Hann window to this power (Kaldi, feature-window.cc).
@@ -103,7 +103,7 @@ class Reference:
         return self._modules[component]
 
 
-class TorchInference:
+class TorchInference(FullLogits):
     """``runtime.inference.Inference`` over the reference decoder."""
 
     def __init__(

@@ -116,6 +116,7 @@ def batch(
 
     with ProgressDisplay(quiet) as progress:
         captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress)
+    options.say_device(captioner)
     settings = _settings(
         bundle,
         decoding,

@@ -82,6 +82,7 @@ def caption(
         check_savable(srt)
     with ProgressDisplay(quiet) as progress:
         captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress, staged=staged)
+    options.say_device(captioner)
     asked = _Asked(captioner, prompts, decoding, n_best, {"audio": not no_audio, **viewing})
     failed, result = False, None
     for path in media:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -23,6 +24,7 @@ def info(bundle: Path, as_json: bool, quiet: bool) -> None:
     """
     import msgspec
 
+    from ..runtime.backends import where
     from ..runtime.bundle import Bundle
 
     with ProgressDisplay(quiet) as progress:
@@ -30,4 +32,12 @@ def info(bundle: Path, as_json: bool, quiet: bool) -> None:
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(opened.manifest), indent=1).decode())
     else:
-        show(*describe(opened.manifest))
+        show(*describe(opened.manifest), *_here(where(opened)))
+
+
+def _here(devices: list[tuple[str, str | None]]) -> Iterator[str]:
+    if works := [name for name, reason in devices if reason is None]:
+        yield f"runs here on {', '.join(works)}"
+    for name, reason in devices:
+        if reason is not None:
+            yield f"does not run here on {name}: {reason}"

@@ -6,12 +6,15 @@ import re
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..console import say
 from ..errors import OptionError
+
+if TYPE_CHECKING:
+    from ..runtime.captioner import Captioner
 
 Command = Callable[..., Any]
 
@@ -176,10 +179,16 @@ def device_options(command: Command) -> Command:
             metavar="NAME",
             default="auto",
             show_default=True,
-            help="Where to run: auto, cpu, tensorrt-rtx or tensorrt.",
+            help="Where to run: auto (the best that works), cpu, cuda, tensorrt-rtx or tensorrt.",
         ),
         click.option("--threads", type=click.IntRange(1), help="Processor threads.  [default: one a core]"),
     )
+
+
+def say_device(captioner: Captioner) -> None:
+    """Where a captioner runs, if it is not on the best device that its bundle is for, and why."""
+    for note in captioner.device_notes:
+        say(f"running on {captioner.device}, not on {note}")
 
 
 def need_compile_extra() -> Callable[..., Any]:

@@ -133,6 +133,7 @@ def pairs(
 
     with ProgressDisplay(quiet) as progress:
         captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress)
+    options.say_device(captioner)
     settings = _settings(bundle, recipe, scorer=scorer.name, judge_model=judge_model, gap=gap)
     began = time.monotonic()
     with (

@@ -22,9 +22,9 @@ from ..runtime import bundle as schema
 from ..runtime.preprocess.image import ImageSpec
 from ..runtime.text import PromptSpec
 from .components import ComponentGraph, captioner_parts, component_graph, vision_signature
-from .dialects.forms import DIALECTS
 from .dialects.fused import read_fused
 from .graph_writer import DataFile, WeightReader, payload_size, serialize, write_weights
+from .selection import SHORTLIST, Selection, selection_signature
 from .targets import Target, get_target
 from .tokenizer import collect_tokenizer
 from .writer import BundleWriter
@@ -89,10 +89,12 @@ def compile_bundle(
     tokenizer = collect_tokenizer(source.path).to_str().encode()
     visual, tokens_per_frame = _visual_spec(source, towers)
     graphs: list[ComponentGraph] = []
-    for part in captioner_parts(source, tokens_per_frame, DIALECTS[record.dialect].cache_dtype(weights)):
+    for part in captioner_parts(source, tokens_per_frame, record.form(weights).dtype):
         report(f"tracing {part.name}", 0, 0)
         form = record.weights_of(part.name, weights)
         graphs.append(component_graph(part.name, part.module, part.signature, record, form, part.source))
+    if record.selection:
+        graphs.append(_selection(source.config.decoder.vocab_size, record))
     merging: list[tuple[str, ComponentGraph]] = []
     for ratio, tower in zip(visual.ratios[1:], towers[1:], strict=True):
         report(f"tracing vision, ratio {ratio.keep:g}", 0, 0)
@@ -147,6 +149,11 @@ def _open(
     return source, [replace(source.config.vision, keep=float(ratio)) for ratio in dict.fromkeys(ratios)]
 
 
+def _selection(vocab_size: int, target: Target) -> ComponentGraph:
+    module = Selection(min(SHORTLIST, vocab_size))
+    return component_graph("selection", module, selection_signature(vocab_size), target, "fp32")
+
+
 def _tower(config: VisionConfig) -> VisionTower:
     with torch.device("meta"):
         return VisionTower(config).eval().requires_grad_(False)
@@ -192,14 +199,15 @@ def _write_component(
 ) -> schema.Component:
     """One component; ``further`` graphs of the same weights go beside it, by the names of their files."""
     graph_file = f"decoder.{target.dialect}.onnx" if graph.name == "decoder" else f"{graph.name}.onnx"
-    data_file = f"{graph_file}.data"
+    data_file = f"{graph_file}.data" if payload_size(graph.traced) else None
     reader = WeightReader(read_fused(lambda entry: source.tensor(graph.source, entry)), target.block_size)
     files, held = [(graph_file, graph), *further], DataFile()
     report()
-    with writer.create(data_file) as file:
-        for _, each in files:
-            for _ in write_weights(each.traced, file, data_file, reader, held):
-                report()
+    if data_file is not None:
+        with writer.create(data_file) as file:
+            for _, each in files:
+                for _ in write_weights(each.traced, file, data_file, reader, held):
+                    report()
     for name, each in files:
         writer.add_bytes(name, serialize(each.traced))
     return schema.Component(

@@ -166,12 +166,12 @@ def component_graph(
     """
     source = name if source is None else source
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    dialect = DIALECTS[target.dialect]
-    lowered = lower(module, dialect.rules(weights, target.block_size))
+    dialect, form = DIALECTS[target.dialect], target.form(weights)
+    lowered = lower(module, dialect.rules(form))
     is_decoder = isinstance(lowered, Decoder)
     called = _DecoderGraph(lowered) if is_decoder else lowered
-    traced = trace(called, signature, dialect.attention(weights), dialect.opset)
-    dialect.finish(traced, is_decoder)
+    traced = trace(called, signature, dialect.attention(form.dtype), dialect.opset)
+    dialect.finish(traced, form, is_decoder)
     _drop_unused_inputs(traced)
     if not is_decoder:
         return ComponentGraph(name, traced, weights, parameters, source)

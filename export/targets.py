@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ..errors import TargetError
+from .dialects.forms import Form
 
 
 @dataclass(frozen=True)
@@ -16,8 +19,9 @@ class Target:
     ones are faster (a step at the 0.5 B shape takes 0.88 of the time with 64, 0.75 with 128), but there ONNX Runtime's
     kernels for one row and for several round differently, and a caption would depend on what shares its batch.
     ``block_sizes`` are those that may be asked for. ``component_weights`` is the format of all components but the
-    decoder, except that ``--weights fp32`` means all of them. ``engines``: the graphs are built into engines before
-    they run.
+    decoder, except that ``--weights fp32`` means all of them. ``half``: products are in float16, unless the weights are
+    fp32. ``selection``: candidates are found on the device (``selection.py``). ``engines``: the graphs are built into
+    engines before they run.
     """
 
     name: str
@@ -26,6 +30,8 @@ class Target:
     block_size: int
     block_sizes: tuple[int, ...] = (32, 64, 128)
     component_weights: str = "fp32"
+    half: bool = False
+    selection: bool = False
     engines: bool = False
 
     def weights_of(self, component: str, decoder_weights: str) -> str:
@@ -33,6 +39,11 @@ class Target:
         if component == "decoder" or decoder_weights == "fp32":
             return decoder_weights
         return self.component_weights
+
+    def form(self, weights: str) -> Form:
+        """How a component of that format is written."""
+        half = self.half and weights != "fp32"
+        return Form(weights, self.block_size, torch.float16 if half else torch.float32)
 
 
 def _engines(name: str, dialect: str) -> Target:
@@ -43,12 +54,24 @@ def _engines(name: str, dialect: str) -> Target:
         decoder_weights=("int4", "fp16", "fp32"),
         block_size=32,
         component_weights="fp16",
+        half=True,
+        selection=True,
         engines=True,
     )
 
 
 TARGETS = {
     "cpu": Target(name="cpu", dialect="ort", decoder_weights=("int4", "fp32"), block_size=32),
+    # No fp32: ONNX Runtime's fused attention over a cache knows none on a GPU.
+    "cuda": Target(
+        name="cuda",
+        dialect="ort",
+        decoder_weights=("int4", "fp16"),
+        block_size=32,
+        component_weights="fp16",
+        half=True,
+        selection=True,
+    ),
     "tensorrt-rtx": _engines("tensorrt-rtx", "standard"),
     "tensorrt": _engines("tensorrt", "standard"),
     # JetPack 6.

@@ -5,14 +5,19 @@ A backend opens the components of one bundle; the rest of the runtime sees funct
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from ..errors import TargetError
+from ..errors import IntertitleError, OptionError, TargetError
 from .bundle import Bundle
 from .inference import FloatArray, Inference
 
-DEVICES = ("auto", "cpu", "tensorrt-rtx", "tensorrt", "tensorrt-10.3")
+#: What a bundle can run on by the form of its graphs, the best first. ``cuda`` wants float16 products, too.
+_DEVICES = {"ort": ("cuda", "cpu"), "standard": ("tensorrt-rtx", "tensorrt"), "plain": ("tensorrt-10.3",)}
+DEVICES = ("auto", *dict.fromkeys(device for devices in _DEVICES.values() for device in devices))
+
+Options = Mapping[str, Mapping[str, str]]
+"""Of each component, by name: options of the provider that it runs on."""
 
 
 class Decoder(Protocol):
@@ -27,7 +32,8 @@ class Decoder(Protocol):
 class Backend(Protocol):
     """A bundle on a device; ``device`` says which, for a reader."""
 
-    device: str
+    @property
+    def device(self) -> str: ...
 
     def component(self, name: str, graph: str) -> Callable[[FloatArray], FloatArray]:
         """An encoder, loaded: float32 in, float32 out. ``graph``: which of the component's graphs."""
@@ -52,7 +58,51 @@ class OrtBackend:
 
         manifest = self._bundle.manifest
         graph = self._bundle.file(manifest.components["decoder"].graph)
-        return OrtDecoder(graph, manifest.decoder, self._bundle.embed, self._threads)
+        return OrtDecoder(graph, manifest.decoder, self._bundle.embed, self._threads, manifest.cache_dtype)
+
+
+class CudaBackend:
+    """ONNX Runtime's CUDA provider. ``options``: provider options by component, over ours; ``{"device": "cpu"}`` leaves
+    an encoder to the processor. ``TargetError`` where the provider or a GPU is missing."""
+
+    def __init__(self, bundle: Bundle, options: Options | None = None, threads: int | None = None) -> None:
+        from .cuda import Cuda
+        from .ort_cuda import load_cuda_provider
+
+        manifest = bundle.manifest
+        if manifest.cache_dtype != "float16":
+            raise TargetError(_other_target(bundle, "cuda"))
+        self._bundle, self._options, self._processor = bundle, options or {}, OrtBackend(bundle, threads)
+        if unknown := sorted(set(self._options) - set(manifest.components)):
+            raise OptionError(f"there is no component {unknown[0]!r}; there are {', '.join(manifest.components)}")
+        version, self._gpu = load_cuda_provider(), Cuda()
+        self.device = f"cuda, ONNX Runtime {version} on {self._gpu.name}"
+
+    def component(self, name: str, graph: str) -> Callable[[FloatArray], FloatArray]:
+        from .ort_cuda import OrtCudaComponent
+
+        options = dict(self._options.get(name, {}))
+        if options.pop("device", "cuda") == "cpu":
+            return self._processor.component(name, graph)
+        return OrtCudaComponent(self._bundle.file(graph), self._gpu, options)
+
+    def decoder(self) -> Decoder:
+        from .ort_cuda import OrtCudaDecoder, OrtProgram
+
+        manifest = self._bundle.manifest
+
+        def program(name: str) -> OrtProgram:
+            graph = self._bundle.file(manifest.components[name].graph)
+            return OrtProgram.open(graph, self._gpu, self._options.get(name, {}))
+
+        return OrtCudaDecoder(
+            program("decoder"),
+            program("selection") if manifest.shortlist else None,
+            manifest.decoder,
+            self._bundle.embed,
+            cache_dtype=manifest.cache_dtype,
+            shortlist=manifest.shortlist,
+        )
 
 
 class EngineBackend:
@@ -62,7 +112,7 @@ class EngineBackend:
     """
 
     def __init__(self, bundle: Bundle, target: str, library: Any = None, gpu: Any = None) -> None:
-        from .engines.cuda import Cuda
+        from .cuda import Cuda
         from .engines.library import load_library
 
         self._bundle = bundle
@@ -86,8 +136,15 @@ class EngineBackend:
 
         manifest = self._bundle.manifest
         limits = limits_of(self._engines["decoder"])
-        component = manifest.components["decoder"]
-        return EngineDecoder(self._open("decoder"), component, manifest.decoder, limits, self._bundle.embed)
+        return EngineDecoder(
+            self._open("decoder"),
+            self._open("selection") if manifest.shortlist else None,
+            manifest.decoder,
+            limits,
+            self._bundle.embed,
+            cache_dtype=manifest.cache_dtype,
+            shortlist=manifest.shortlist,
+        )
 
     def _open(self, name: str) -> Any:
         from .engines.cache import EngineCache
@@ -97,25 +154,64 @@ class EngineBackend:
         return Engine(self._library, self._gpu, plan, name)
 
 
-def open_backend(bundle: Bundle, device: str = "auto", threads: int | None = None) -> Backend:
-    """The backend of a device; ``auto``: the one that the bundle was compiled for.
+def open_backend(
+    bundle: Bundle, device: str = "auto", threads: int | None = None, options: Options | None = None
+) -> tuple[Backend, list[str]]:
+    """The backend of a device; ``auto``: the best of those that the bundle is for that works here. With it, why better
+    ones do not, a line each.
 
-    ``TargetError`` for a device that is unknown, not there, or not what the bundle was compiled for.
+    ``options``: those of ``CudaBackend``. ``TargetError`` for a device that is unknown, not there, or not what the
+    bundle was compiled for.
     """
-    manifest = bundle.manifest
     if device not in DEVICES:
         raise TargetError(f"device '{device}' is not supported; this version knows: {', '.join(DEVICES)}")
-    if manifest.dialect != "ort":
-        target = manifest.target if device == "auto" else device
-        if target == "cpu":
-            raise TargetError(
-                f"{bundle.path}: the bundle is for {manifest.target}, not for the CPU; compile the checkpoint with "
-                "--target cpu"
-            )
-        return EngineBackend(bundle, target)
-    if device not in ("auto", "cpu"):
-        raise TargetError(
-            f"{bundle.path}: the bundle is for {manifest.target}; for {device} compile the checkpoint with --target "
-            "tensorrt-rtx"
-        )
-    return OrtBackend(bundle, threads)
+    if device != "auto":
+        return _open(bundle, device, threads, options), []
+    reasons: list[str] = []
+    for candidate in candidates(bundle):
+        try:
+            return _open(bundle, candidate, threads, options), reasons
+        except OptionError:
+            raise
+        except IntertitleError as error:
+            reasons.append(f"{candidate}: {error}")
+    raise TargetError("; ".join(reasons))
+
+
+def where(bundle: Bundle) -> list[tuple[str, str | None]]:
+    """The devices that a bundle was compiled for, the best first, and why it does not run there, if it does not."""
+    found: list[tuple[str, str | None]] = []
+    for device in candidates(bundle):
+        try:
+            found.append((_open(bundle, device, None, None).device, None))
+        except IntertitleError as error:
+            found.append((device, str(error)))
+    return found
+
+
+def candidates(bundle: Bundle) -> list[str]:
+    """The devices that a bundle was compiled for, the best first."""
+    manifest = bundle.manifest
+    devices = [name for name in _DEVICES.get(manifest.dialect, ()) if name != "cuda" or manifest.target == "cuda"]
+    # Of two that take the same graphs, the one that was asked for when it was compiled.
+    devices.sort(key=lambda name: name != manifest.target)
+    if not devices:
+        raise TargetError(f"{bundle.path}: the bundle is for {manifest.target}, which this version does not know")
+    return devices
+
+
+def _open(bundle: Bundle, device: str, threads: int | None, options: Options | None) -> Backend:
+    if device not in candidates(bundle):
+        raise TargetError(_other_target(bundle, device))
+    if device == "cpu":
+        return OrtBackend(bundle, threads)
+    if device == "cuda":
+        return CudaBackend(bundle, options, threads)
+    return EngineBackend(bundle, device)
+
+
+def _other_target(bundle: Bundle, device: str) -> str:
+    return (
+        f"{bundle.path}: the bundle is for {bundle.manifest.target}; for {device} compile the checkpoint with --target "
+        f"{device}"
+    )

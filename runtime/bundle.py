@@ -182,6 +182,13 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     files: dict[str, FileRecord] = {}
 
     @property
+    def shortlist(self) -> int:
+        """Tokens of each row that the component ``selection`` gives; 0 without it."""
+        selection = self.components.get("selection")
+        size = next((value.shape[-1] for value in selection.outputs if value.name == "ids"), 0) if selection else 0
+        return size if isinstance(size, int) else 0
+
+    @property
     def cache_dtype(self) -> str:
         """Of the decoder's keys and values."""
         inputs = self.components["decoder"].inputs
@@ -308,7 +315,7 @@ def _inconsistency(manifest: Manifest) -> str | None:
     names = set(manifest.components)
     audio = manifest.preprocessing.audio is not None
     expected = {"vision", "connector", "decoder"} | ({"audio"} if audio else set())
-    if names - {"frame_connector"} != expected:
+    if names - {"frame_connector", "selection"} != expected:
         return f"components are {_listed(sorted(names))}, expected {_listed(sorted(expected))}"
     problem = _visual_inconsistency(manifest)
     if problem is not None:

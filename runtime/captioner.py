@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from ..errors import OptionError
-from .backends import Backend, Decoder, OrtBackend, open_backend
+from .backends import Backend, Decoder, Options, OrtBackend, open_backend
 from .batching import BatchItem, BatchResult, Pipeline, run_batch
 from .bundle import Bundle
 from .caption import Caption, CaptionStream
@@ -67,13 +67,16 @@ class PreparedClip:
 class Captioner:
     """A bundle opened for captioning. Not safe for use from several threads at once."""
 
-    def __init__(self, bundle: Bundle, backend: Backend | None = None, staged: bool = False) -> None:
+    def __init__(
+        self, bundle: Bundle, backend: Backend | None = None, staged: bool = False, notes: Sequence[str] = ()
+    ) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.tokenizer = Tokenizer.from_file(os.fspath(bundle.file("tokenizer.json")))
         self._backend = OrtBackend(bundle) if backend is None else backend
         self.encoder = Encoder(bundle, self.tokenizer, self._backend, staged)
-        self._staged = staged
+        self._staged, self.device_notes = staged, tuple(notes)
+        """Why better devices are not used, a line each."""
         self._model = Model(bundle, self.tokenizer, self.encoder)
         self._decoder: Decoder | None = None
         self._scheduler: Scheduler | None = None
@@ -87,17 +90,22 @@ class Captioner:
         progress: Progress | None = None,
         *,
         staged: bool = False,
+        options: Options | None = None,
     ) -> Captioner:
-        """Open a bundle on a device: ``cpu``, ``tensorrt-rtx`` or ``tensorrt``; ``auto`` is what it was compiled for.
+        """Open a bundle on a device: ``cpu``, ``cuda``, ``tensorrt-rtx`` or ``tensorrt``; ``auto`` is the best that it
+        was compiled for and that works here (``device`` and ``device_notes`` then say which, and why not a better one).
 
         ``threads``: processor threads of each session, one a core when ``None``. ``progress`` hears of the bytes that
-        are hashed when a bundle is opened for the first time.
+        are hashed when a bundle is opened for the first time. ``staged``: one component at a time stays loaded.
+        ``options``: by component, options of ONNX Runtime's CUDA provider, such as ``{"decoder": {"gpu_mem_limit":
+        "4294967296"}}``, and ``{"vision": {"device": "cpu"}}`` to leave an encoder to the processor.
         Raises ``BundleError`` for a bundle that is incomplete, corrupt or tampered with, ``TargetError`` for a device
         that cannot run it.
         """
         report = Stages(progress).report
         bundle = Bundle.open(path, progress=lambda done, total: report("checking the bundle", done, total))
-        return cls(bundle, open_backend(bundle, device, threads), staged)
+        backend, notes = open_backend(bundle, device, threads, options)
+        return cls(bundle, backend, staged, notes)
 
     @property
     def device(self) -> str:

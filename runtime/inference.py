@@ -6,13 +6,56 @@ implementations of it, so that every strategy is written once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a shortlist is made of: the logits of ``row``, or its contrast with the row ``other``,
+    ``(1 + alpha) * row - alpha * other``, of tokens whose logit is no more than ``-log_beta`` below the row's highest.
+    """
+
+    row: int
+    other: int | None = None
+    alpha: float = 0.0
+    log_beta: float = -np.inf
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return (self.row,) if self.other is None else (self.row, self.other)
+
+
+@dataclass(frozen=True, eq=False)
+class Shortlist:
+    """The tokens of the highest scores, ``ids`` int64 ``[K]`` by falling score.
+
+    ``scores`` float32 ``[K]`` as its ``Choice`` says, ``logits`` float32 ``[K]`` those of the row itself; the
+    normalizers are log sum exp of both over the whole vocabulary. ``fetch`` gets the logits of all its rows, each
+    ``[V]``, until the next call. The arrays are only lent.
+    """
+
+    ids: npt.NDArray[np.int64]
+    scores: FloatArray
+    logits: FloatArray
+    normalizer: float
+    score_normalizer: float
+    fetch: Callable[[], list[FloatArray]]
+
+
+class FullLogits:
+    """What an ``Inference`` without shortlists has of them."""
+
+    shortlist_size = 0
+
+    def step_shortlist(self, token_ids: npt.NDArray[np.int64], choices: Sequence[Choice]) -> list[Shortlist]:
+        raise NotImplementedError("there are no shortlists here")
 
 
 class Inference(Protocol):
@@ -43,6 +86,15 @@ class Inference(Protocol):
 
         The returned array is a view that the next call overwrites.
         """
+        ...
+
+    @property
+    def shortlist_size(self) -> int:
+        """How many tokens ``step_shortlist`` gives of each choice; 0 where there is no such thing."""
+        ...
+
+    def step_shortlist(self, token_ids: npt.NDArray[np.int64], choices: Sequence[Choice]) -> list[Shortlist]:
+        """``step`` that leaves the logits on the device: of each choice its shortlist."""
         ...
 
     def rearrange(self, sources: Mapping[int, int], start: int = 0, stop: int | None = None) -> None:

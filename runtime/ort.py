@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ..errors import BundleError, OptionError, TargetError
 from .bundle import DecoderSpec
 from .huge_pages import huge_pages
-from .inference import FloatArray
+from .inference import FloatArray, FullLogits
 from .rows import FilledRows
 
 #: The form of the graphs that run here.
@@ -22,6 +22,11 @@ DIALECT = "ort"
 #: Prompt tokens per decoder run. The attention kernel holds one row of scores per head, new token and cached token;
 #: 512 keeps that at 170 MB for 28 heads over 3000 tokens, where one run over all of them would take 940 MB.
 PREFILL_CHUNK = 512
+
+
+Provider = str | tuple[str, dict[str, str]]
+"""An execution provider by name, or with options."""
+CPU: tuple[Provider, ...] = ("CPUExecutionProvider",)
 
 
 def load_onnxruntime() -> Any:
@@ -37,15 +42,15 @@ def load_onnxruntime() -> Any:
     return onnxruntime
 
 
-def open_session(graph: Path, threads: int | None = None) -> Any:
-    """An ``onnxruntime.InferenceSession`` on the CPU provider. ``BundleError`` when the graph cannot be loaded."""
+def open_session(graph: Path, threads: int | None = None, providers: Sequence[Provider] = CPU) -> Any:
+    """An ``onnxruntime.InferenceSession`` on the given providers. ``BundleError`` when the graph cannot be loaded."""
     ort = load_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return ort.InferenceSession(os.fspath(graph), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(os.fspath(graph), options, providers=list(providers))
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
         reason = " ".join(str(error).split())
         raise BundleError(f"{graph.name}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from error
@@ -75,8 +80,9 @@ class OrtDecoder:
         spec: DecoderSpec,
         embed: Callable[[npt.NDArray[np.int64]], FloatArray],
         threads: int | None = None,
+        cache_dtype: npt.DTypeLike = np.float32,
     ) -> None:
-        self.spec, self.embed = spec, embed
+        self.spec, self.embed, self._cache_dtype = spec, embed, cache_dtype
         with huge_pages():
             self.session = open_session(graph, threads)
 
@@ -87,15 +93,20 @@ class OrtDecoder:
 
     def open(self, rows: int, max_length: int) -> OrtInference:
         """A fresh cache. ``OptionError`` when ``max_length`` exceeds what the decoder was trained for."""
-        if max_length > self.spec.context_length:
-            raise OptionError(
-                f"prompt and caption may take {max_length} tokens, but the decoder's context is "
-                f"{self.spec.context_length}; ask for fewer new tokens or a shorter prompt"
-            )
-        return OrtInference(self.session, self.spec, self.embed, rows, max_length)
+        check_context(max_length, self.spec)
+        return OrtInference(self.session, self.spec, self.embed, rows, max_length, self._cache_dtype)
 
 
-class OrtInference:
+def check_context(max_length: int, spec: DecoderSpec) -> None:
+    """``OptionError`` for rows longer than what a decoder was trained for."""
+    if max_length > spec.context_length:
+        raise OptionError(
+            f"prompt and caption may take {max_length} tokens, but the decoder's context is {spec.context_length}; ask "
+            "for fewer new tokens or a shorter prompt"
+        )
+
+
+class OrtInference(FullLogits):
     """``Inference`` over one shared past/present buffer, all inputs and outputs bound once.
 
     The cache is one array ``[rows, kv_heads, max_length, head_dim]`` for each layer's keys and values, bound as past
@@ -109,11 +120,12 @@ class OrtInference:
         embed: Callable[[npt.NDArray[np.int64]], FloatArray],
         rows: int,
         max_length: int,
+        cache_dtype: npt.DTypeLike = np.float32,
     ) -> None:
         self._session, self._spec, self._embed = session, spec, embed
         shape = (rows, spec.num_kv_heads, max_length, spec.head_dim)
         names = [f"{layer}.{part}" for layer in range(spec.num_layers) for part in ("key", "value")]
-        self._cache = {name: np.zeros(shape, np.float32) for name in names}
+        self._cache = {name: np.zeros(shape, cache_dtype) for name in names}
         self._lengths = FilledRows(rows, max_length)
         self._steps: dict[int, _Bound] = {}
 
@@ -129,9 +141,7 @@ class OrtInference:
         self, row: int, embeds: FloatArray, num_logits: int = 1, progress: Callable[[int], None] | None = None
     ) -> FloatArray:
         length = len(embeds)
-        if not 1 <= num_logits <= length:
-            raise ValueError(f"num_logits is {num_logits} for {length} new tokens")
-        self._lengths.check_room(row, length)
+        self._lengths.check_prefill(row, length, num_logits)
         collected = []
         for start in range(0, length, PREFILL_CHUNK):
             part = embeds[start : start + PREFILL_CHUNK]
@@ -189,7 +199,9 @@ class _Bound:
     needs; the arrays are kept alive here as long as the binding.
     """
 
-    def __init__(self, session: Any, cache: dict[str, FloatArray], spec: DecoderSpec, length: int, asked: int) -> None:
+    def __init__(
+        self, session: Any, cache: dict[str, npt.NDArray[Any]], spec: DecoderSpec, length: int, asked: int
+    ) -> None:
         rows = next(iter(cache.values())).shape[0]
         self.embeds: FloatArray = np.zeros((rows, length, spec.hidden_size), np.float32)
         self.lengths = np.zeros(rows, np.int32)

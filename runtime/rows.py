@@ -26,6 +26,12 @@ class FilledRows:
                 f"{count} more are asked"
             )
 
+    def check_prefill(self, row: int, length: int, num_logits: int) -> None:
+        """``OptionError`` unless ``length`` more tokens fit; ``ValueError`` for logits of other than these tokens."""
+        if not 1 <= num_logits <= length:
+            raise ValueError(f"num_logits is {num_logits} for {length} new tokens")
+        self.check_room(row, length)
+
     def check_step(self, count: int) -> None:
         """``OptionError`` unless each of the first ``count`` rows takes one more token; ``ValueError`` without such."""
         if not 1 <= count <= len(self.filled):

@@ -11,7 +11,7 @@ from torch import nn
 from ...models.attention import Attention
 from ...models.decoder import MLP, RMSNorm, SelfAttention
 from ..trace import TracedGraph
-from . import fused, ort, plain, standard
+from . import fused, half, ort, plain, standard
 from .residuals import fuse_residuals
 
 #: What stands in for a module of a type while it is traced.
@@ -19,73 +19,71 @@ Rules = Mapping[type[nn.Module], Callable[..., nn.Module]]
 
 
 @dataclass(frozen=True)
-class Dialect:
-    """``rules(weights, block_size)`` and ``attention(weights)`` say what a component of that format is traced with.
+class Form:
+    """How a component's products are written: the format of its weights (``fp32``, ``fp16``, ``int4``), the input
+    channels that share a scale of it, and the type that products take and give; the decoder's cache is of it too."""
 
-    ``finish(graph, decoder)`` runs the dialect's graph passes, in place; ``cache_dtype(weights)`` is that of the
-    decoder's keys and values.
-    """
+    weights: str
+    block_size: int
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """``rules(form)`` and ``attention(dtype)`` say what a component is traced with; ``finish(graph, form, decoder)``
+    runs the dialect's graph passes, in place."""
 
     opset: int
-    rules: Callable[[str, int], Rules]
-    attention: Callable[[str], Attention]
-    finish: Callable[[TracedGraph, bool], None]
-    cache_dtype: Callable[[str], torch.dtype]
+    rules: Callable[[Form], Rules]
+    attention: Callable[[torch.dtype], Attention]
+    finish: Callable[[TracedGraph, Form, bool], None]
 
 
-def _ort_rules(weights: str, block_size: int) -> Rules:
+def _ort_rules(form: Form) -> Rules:
     rules: dict[type[nn.Module], Callable[..., nn.Module]] = {RMSNorm: ort.RMSNormalization}
-    if weights == "int4":
 
-        def product(linear: nn.Linear) -> nn.Module:
-            return ort.MatMulNBits(linear, block_size)
+    def product(linear: nn.Linear) -> nn.Module:
+        return ort.MatMulNBits(linear, form.block_size, form.dtype) if form.weights == "int4" else half.Half(linear)
 
+    if form.dtype == torch.float16:
+        rules |= {nn.Conv1d: half.Half, nn.Conv2d: half.Half}
+    if form.weights != "fp32":
         rules[nn.Linear] = product
-        rules[SelfAttention] = lambda original: fused.FusedSelfAttention(original, product)
+        rules[SelfAttention] = lambda original: fused.FusedSelfAttention(original, product, form.dtype)
         rules[MLP] = lambda original: fused.FusedMLP(original, product)
     return rules
 
 
-def _ort_finish(graph: TracedGraph, decoder: bool) -> None:
+def _ort_finish(graph: TracedGraph, form: Form, decoder: bool) -> None:
+    if form.dtype == torch.float16:
+        half.finish(graph)
+        half.narrow_activations(graph.model)
     if decoder:
         fuse_residuals(graph.model)
 
 
-def _standard_rules(weights: str, block_size: int) -> Rules:
-    return {RMSNorm: ort.RMSNormalization, **_typed_products(weights, block_size, standard.OPSET)}
+def _engine_products(opset: int) -> Callable[[Form], Rules]:
+    def rules(form: Form) -> Rules:
+        found: dict[type[nn.Module], Callable[..., nn.Module]] = {}
+        if form.dtype == torch.float16:
+            found |= {nn.Linear: half.Half, nn.Conv1d: half.Half, nn.Conv2d: half.Half}
+        if form.weights == "int4":
+            found[nn.Linear] = standard.blocked_product(form.block_size, opset)
+        return found
 
-
-def _plain_rules(weights: str, block_size: int) -> Rules:
-    return _typed_products(weights, block_size, plain.OPSET)
-
-
-def _typed_products(weights: str, block_size: int, opset: int) -> Rules:
-    rules: dict[type[nn.Module], Callable[..., nn.Module]] = {}
-    if weights != "fp32":
-        rules |= {nn.Linear: standard.Half, nn.Conv1d: standard.Half, nn.Conv2d: standard.Half}
-    if weights == "int4":
-        rules[nn.Linear] = standard.blocked_product(block_size, opset)
     return rules
 
 
-def _standard_dtype(weights: str) -> torch.dtype:
-    return torch.float32 if weights == "fp32" else torch.float16
+def _standard_rules(form: Form) -> Rules:
+    return {RMSNorm: ort.RMSNormalization, **_engine_products(standard.OPSET)(form)}
+
+
+def _engine_finish(graph: TracedGraph, form: Form, decoder: bool) -> None:
+    half.finish(graph)
 
 
 DIALECTS = {
-    "ort": Dialect(ort.OPSET, _ort_rules, lambda _: ort.OrtAttention(), _ort_finish, lambda _: torch.float32),
-    "standard": Dialect(
-        standard.OPSET,
-        _standard_rules,
-        lambda weights: standard.StandardAttention(_standard_dtype(weights)),
-        lambda graph, _: standard.finish(graph),
-        _standard_dtype,
-    ),
-    "plain": Dialect(
-        plain.OPSET,
-        _plain_rules,
-        lambda weights: plain.PlainAttention(_standard_dtype(weights)),
-        lambda graph, _: standard.finish(graph),
-        _standard_dtype,
-    ),
+    "ort": Dialect(ort.OPSET, _ort_rules, ort.OrtAttention, _ort_finish),
+    "standard": Dialect(standard.OPSET, _standard_rules, standard.StandardAttention, _engine_finish),
+    "plain": Dialect(plain.OPSET, _engine_products(plain.OPSET), plain.PlainAttention, _engine_finish),
 }

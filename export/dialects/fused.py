@@ -47,26 +47,26 @@ def _joined(*layers: nn.Linear) -> nn.Linear:
 class FusedSelfAttention(nn.Module):
     """``models.decoder.SelfAttention`` with one product for query, key and value, which the kernel takes packed."""
 
-    def __init__(self, original: SelfAttention, product: Product) -> None:
+    def __init__(self, original: SelfAttention, product: Product, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = original.num_heads, original.num_kv_heads
         self.qkv_proj = product(_joined(original.q_proj, original.k_proj, original.v_proj))
         self.o_proj = product(original.o_proj)
-        self.width = original.q_proj.out_features
+        self.width, self.dtype = original.q_proj.out_features, dtype
 
     def forward(
         self, x: Tensor, past_key: Tensor, past_value: Tensor, state: CacheState
     ) -> tuple[Tensor, Tensor, Tensor]:
-        packed = self.qkv_proj(x)
+        packed, cos, sin = (x.to(self.dtype) for x in (self.qkv_proj(x), state.cos, state.sin))
         out, present_key, present_value = ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
-            (packed, None, None, past_key, past_value, state.lengths, state.total_length, state.cos, state.sin),
+            (packed, None, None, past_key, past_value, state.lengths, state.total_length, cos, sin),
             attrs={"num_heads": self.num_heads, "kv_num_heads": self.num_kv_heads, "do_rotary": 1},
-            dtypes=(x.dtype, past_key.dtype, past_value.dtype),
+            dtypes=(self.dtype, past_key.dtype, past_value.dtype),
             shapes=((*x.shape[:-1], self.width), past_key.shape, past_value.shape),
             version=1,
         )
-        return self.o_proj(out), present_key, present_value
+        return self.o_proj(out.float()), present_key, present_value
 
 
 class FusedMLP(nn.Module):

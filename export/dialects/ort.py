@@ -15,6 +15,7 @@ from torch.onnx import ops
 
 from ...models.attention import CacheState
 from ...models.decoder import RMSNorm
+from .half import half_parameter
 
 #: What ``torch.onnx.ops`` takes as an operator's attribute.
 Attribute: TypeAlias = "int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]"
@@ -24,17 +25,22 @@ OPSET = 23
 
 
 class OrtAttention:
-    """MultiHeadAttention for the towers, GroupQueryAttention (rotary and cache inside) for the decoder."""
+    """MultiHeadAttention for the towers, GroupQueryAttention (rotary and cache inside) for the decoder, in ``dtype``
+    between float32 neighbours."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self._dtype = dtype
 
     def full(self, query: Tensor, key: Tensor, value: Tensor, num_heads: int, bias: Tensor | None = None) -> Tensor:
+        q, k, v = (x.to(self._dtype) for x in (query, key, value))
         return ops.symbolic(
             "com.microsoft::MultiHeadAttention",
-            (query, key, value, None, None, bias),
+            (q, k, v, None, None, None if bias is None else bias.to(self._dtype)),
             attrs={"num_heads": num_heads},
-            dtype=query.dtype,
+            dtype=self._dtype,
             shape=query.shape,
             version=1,
-        )
+        ).float()
 
     def cached(
         self,
@@ -47,15 +53,16 @@ class OrtAttention:
         num_heads: int,
         num_kv_heads: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, cos, sin = (x.to(self._dtype) for x in (query, key, value, state.cos, state.sin))
         out, present_key, present_value = ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
-            (query, key, value, past_key, past_value, state.lengths, state.total_length, state.cos, state.sin),
+            (q, k, v, past_key, past_value, state.lengths, state.total_length, cos, sin),
             attrs={"num_heads": num_heads, "kv_num_heads": num_kv_heads, "do_rotary": 1},
-            dtypes=(query.dtype, past_key.dtype, past_value.dtype),
+            dtypes=(self._dtype, past_key.dtype, past_value.dtype),
             shapes=(query.shape, past_key.shape, past_value.shape),
             version=1,
         )
-        return out, present_key, present_value
+        return out.float(), present_key, present_value
 
 
 class RMSNormalization(nn.Module):
@@ -79,37 +86,37 @@ class RMSNormalization(nn.Module):
 class MatMulNBits(nn.Module):
     """An int4 product in place of ``nn.Linear``; its two initializers are named ``qweight`` and ``scales``.
 
-    ``accuracy_level`` 4 lets the kernel quantize the activations to int8 block by block (about three times as fast
-    on a CPU as level 0, LEADS 13.1); level 0 keeps them in float32.
+    In float32 the kernel may quantize the activations to int8 block by block (accuracy level 4: about three times as
+    fast on a CPU as level 0, LEADS 13.1). In float16, which is for GPUs, it may not (level 0).
     """
 
     qweight: Tensor
     scales: Tensor
 
-    def __init__(self, linear: nn.Linear, block_size: int, accuracy_level: int = 4) -> None:
+    def __init__(self, linear: nn.Linear, block_size: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         blocks = -(-linear.in_features // block_size)
         with torch.device("meta"):
             self.register_buffer(
                 "qweight", torch.empty(linear.out_features, blocks, block_size // 2, dtype=torch.uint8)
             )
-            self.register_buffer("scales", torch.empty(linear.out_features, blocks))
-        self.bias = linear.bias
-        self.out_features = linear.out_features
+            self.register_buffer("scales", torch.empty(linear.out_features, blocks, dtype=dtype))
+        self.bias = linear.bias if linear.bias is None or dtype == torch.float32 else half_parameter(linear.bias)
+        self.out_features, self.dtype = linear.out_features, dtype
         self.attributes: dict[str, Attribute] = {
             "K": linear.in_features,
             "N": linear.out_features,
             "bits": 4,
             "block_size": block_size,
-            "accuracy_level": accuracy_level,
+            "accuracy_level": 4 if dtype == torch.float32 else 0,
         }
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.symbolic(
             "com.microsoft::MatMulNBits",
-            (x, self.qweight, self.scales, None, None, self.bias),
+            (x.to(self.dtype), self.qweight, self.scales, None, None, self.bias),
             attrs=self.attributes,
-            dtype=x.dtype,
+            dtype=self.dtype,
             shape=(*x.shape[:-1], self.out_features),
             version=1,
-        )
+        ).float()

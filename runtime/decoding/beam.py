@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..inference import FloatArray
+from ..inference import Choice, FloatArray, Shortlist
 from .options import Settings
 from .scores import LogNormalizer, Token, processed
 from .search import Turn
@@ -73,6 +73,12 @@ class BeamSearch:
         spare = self.rows - len(running)
         next_ids = [hypothesis.tokens[-1].id for hypothesis in running] + [running[0].tokens[-1].id] * spare
         return Turn(next_ids, sources=sources + [sources[0]] * spare)
+
+    def choice(self, rows: Sequence[int], size: int) -> Choice | None:
+        return None
+
+    def advance_shortlist(self, shortlist: Shortlist) -> Turn:
+        return self.advance(shortlist.fetch())
 
     def _candidates(self, logits: Sequence[FloatArray]) -> list[tuple[int, Hypothesis]]:
         """The best continuations of all hypotheses, best first, each with the number of the one it continues."""

@@ -18,7 +18,7 @@ import numpy as np
 from ...errors import OptionError
 from ..inference import FloatArray, Inference
 from .scores import Token, log_likelihoods
-from .search import Search, Turn
+from .search import Search, Turn, step
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,9 +131,10 @@ class Scheduler:
         token_ids = np.zeros(len(held), np.int64)
         for ticket in self._tickets:
             token_ids[ticket.rows] = ticket.turn.next_ids
-        logits = self.inference.step(token_ids)
-        for ticket in list(self._tickets):
-            self._take_turn(ticket, ticket.request.search.advance([logits[row] for row in ticket.rows]))
+        tickets = list(self._tickets)
+        turns = step(self.inference, token_ids, [(ticket.request.search, ticket.rows) for ticket in tickets])
+        for ticket, turn in zip(tickets, turns, strict=True):
+            self._take_turn(ticket, turn)
 
     def cancel(self, ticket: Ticket) -> None:
         """Stop a caption; its rows are free at once."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..inference import FloatArray
+from ..inference import FloatArray, Shortlist
 from .options import Settings
 
 #: Scores of which the highest is found first when the few highest of all are wanted.
@@ -53,13 +53,17 @@ def log_likelihoods(logits: FloatArray, token_ids: Sequence[int]) -> list[float]
     return [float(row[token]) - normalize(row) for row, token in zip(logits, token_ids, strict=True)]
 
 
+def log_beta(beta: float | None) -> float:
+    """How far below the highest logit of the full stream a token may be: -inf without a cutoff."""
+    return float(np.log(beta)) if beta else -np.inf
+
+
 class Combination:
     """``(1 + alpha) * full - alpha * other``; with ``beta``, only of tokens at least beta times as likely as the
     likeliest one of the full stream (the others become -inf). SynPO ``generate_cd`` and VCD ``vcd_sample`` (FACTS)."""
 
     def __init__(self, alpha: float, beta: float | None) -> None:
-        self._alpha = np.float32(alpha)
-        self._log_beta = None if beta is None else (float(np.log(beta)) if beta > 0 else -np.inf)
+        self._alpha, self._log_beta = np.float32(alpha), log_beta(beta)
         self._scores: FloatArray = np.empty(0, np.float32)
         self._scaled: FloatArray = np.empty(0, np.float32)
 
@@ -70,7 +74,7 @@ class Combination:
         np.multiply(full, 1 + self._alpha, out=self._scores)
         np.multiply(other, self._alpha, out=self._scaled)
         self._scores -= self._scaled
-        if self._log_beta is not None:
+        if self._log_beta > -np.inf:
             np.copyto(self._scores, -np.inf, where=full < full.max() + np.float32(self._log_beta))
         return self._scores
 
@@ -100,15 +104,39 @@ def repeated_ngram_tokens(seen: Sequence[int], size: int) -> list[int]:
 
 @contextmanager
 def processed(scores: FloatArray, seen: Sequence[int], settings: Settings) -> Iterator[None]:
-    """Repetition penalty and n-gram ban on ``scores``, in place, for the length of a ``with`` block."""
+    """Repetition penalty and n-gram ban on ``scores``, in place, for the length of a ``with`` block.
+
+    A ban of all that a contrast's cutoff has left is none.
+    """
     with penalty_applied(scores, seen, settings.repetition_penalty):
         banned = repeated_ngram_tokens(seen, settings.no_repeat_ngram)
         kept = scores[banned]
         scores[banned] = -np.inf
+        if banned and scores.max() == -np.inf:
+            scores[banned] = kept
         try:
             yield
         finally:
             scores[banned] = kept
+
+
+def shortlisted(
+    shortlist: Shortlist, seen: Sequence[int], settings: Settings
+) -> tuple[npt.NDArray[np.intp], FloatArray] | None:
+    """Places in a shortlist in the order of their tokens' ids, and the scores of those after penalty and ban.
+
+    ``None`` where a token that is not on the list could be chosen: penalties only lower a score, so those that are
+    wanted (one, or ``top_k``) must be above the lowest of the list, which nothing outside exceeds.
+    """
+    order = np.argsort(shortlist.ids)
+    ids, scores = shortlist.ids[order], shortlist.scores[order]
+    repeated = np.isin(ids, seen)
+    values, penalty = scores[repeated], np.float32(settings.repetition_penalty)
+    scores[repeated] = np.where(values < 0, values * penalty, values / penalty)
+    scores[np.isin(ids, repeated_ngram_tokens(seen, settings.no_repeat_ngram))] = -np.inf
+    wanted = settings.top_k if settings.strategy == "sample" else 1
+    last = np.partition(scores, len(scores) - wanted)[len(scores) - wanted]
+    return (order, scores) if last > shortlist.scores[-1] else None
 
 
 def chooser(settings: Settings) -> Callable[[FloatArray], int]:

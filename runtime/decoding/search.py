@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from ..inference import FloatArray, Inference
+from ..inference import Choice, FloatArray, Inference, Shortlist
 from .options import Settings
-from .scores import Combination, LogNormalizer, Token, chooser, processed
+from .scores import Combination, LogNormalizer, Token, chooser, log_beta, processed, shortlisted
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,15 @@ class Search(Protocol):
         """``logits [V]`` of each row after its token of the last turn. The arrays are only lent."""
         ...
 
+    def choice(self, rows: Sequence[int], size: int) -> Choice | None:
+        """What a shortlist of ``size`` tokens is to be made of for the next turn, whose rows are these; ``None`` for a
+        strategy that has to see all logits."""
+        ...
+
+    def advance_shortlist(self, shortlist: Shortlist) -> Turn:
+        """``advance`` on a shortlist of ``choice``: the same turn."""
+        ...
+
 
 @dataclass
 class TokenSearch:
@@ -69,12 +79,48 @@ class TokenSearch:
         with processed(scores, self._seen, self.settings):
             chosen = self._choose(scores)
         combined = None if self._combine is None else float(scores[chosen]) - self._normalize(scores)
+        return self._turn(chosen, float(full[chosen]) - self._normalize(full), combined)
+
+    def choice(self, rows: Sequence[int], size: int) -> Choice | None:
+        how = self.settings
+        # A penalty below 1 raises tokens from anywhere; sampling from more than the list holds would never do.
+        if how.repetition_penalty < 1 or (how.strategy == "sample" and not 0 < how.top_k <= size // 2):
+            return None
+        if how.contrast is None:
+            return Choice(rows[0])
+        return Choice(rows[0], rows[1], how.contrast[0], log_beta(how.contrast[1]))
+
+    def advance_shortlist(self, shortlist: Shortlist) -> Turn:
+        found = shortlisted(shortlist, self._seen, self.settings)
+        if found is None:
+            return self.advance(shortlist.fetch())
+        order, scores = found
+        place = order[self._choose(scores)]
+        combined = None if self._combine is None else float(shortlist.scores[place]) - shortlist.score_normalizer
+        return self._turn(int(shortlist.ids[place]), float(shortlist.logits[place]) - shortlist.normalizer, combined)
+
+    def _turn(self, chosen: int, logprob: float, combined: float | None) -> Turn:
         is_eos = chosen in self.settings.eos_token_ids
-        token = Token(chosen, float(full[chosen]) - self._normalize(full), is_eos, combined)
+        token = Token(chosen, logprob, is_eos, combined)
         self._seen.append(chosen)
         self._made += 1
         done = is_eos or self._made == self.settings.max_new_tokens
         return Turn((), (token,)) if done else Turn([chosen] * self.rows, (token,))
+
+
+def step(
+    inference: Inference, token_ids: npt.NDArray[np.int64], searches: Sequence[tuple[Search, Sequence[int]]]
+) -> list[Turn]:
+    """One step of the decoder and the turn that each strategy, with its rows, makes of it; by shortlists, if there are
+    such and all can do with one."""
+    size = inference.shortlist_size
+    choices = [search.choice(rows, size) for search, rows in searches] if size else []
+    wanted = [choice for choice in choices if choice is not None]
+    if len(wanted) < len(searches):
+        logits = inference.step(token_ids)
+        return [search.advance([logits[row] for row in rows]) for search, rows in searches]
+    shortlists = inference.step_shortlist(token_ids, wanted)
+    return [search.advance_shortlist(each) for (search, _), each in zip(searches, shortlists, strict=True)]
 
 
 def generate(inference: Inference, logits: FloatArray, search: Search) -> Iterator[Token]:
@@ -92,4 +138,4 @@ def generate(inference: Inference, logits: FloatArray, search: Search) -> Iterat
             return
         if turn.sources is not None:
             inference.rearrange(dict(enumerate(turn.sources)))
-        turn = search.advance(list(inference.step(np.asarray(turn.next_ids))))
+        turn = step(inference, np.asarray(turn.next_ids), [(search, range(search.rows))])[0]

@@ -61,7 +61,9 @@ def origin(bundle: Bundle, part: Part, library: Library, capabilities: Sequence[
     """What the engine of a part depends on. ``capabilities`` are those it will run on, never empty."""
     files, component = bundle.manifest.files, part.component
     # A cache's size changes the decoder only, and the encoders with it would be built again for nothing.
-    options = asdict(limits) if part.name == "decoder" else {}
+    options = asdict(limits)
+    if part.name != "decoder":
+        options = {"rows": limits.rows} if part.name == "selection" else {}
     return Origin(
         bundle=bundle.manifest.name,
         component=part.name,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import TargetError
-from .cuda import Cuda
+from ..cuda import Cuda
 
 _TENSORRT = (
     ("tensorrt",),

@@ -61,6 +61,8 @@ def profiles(name: str, component: Component, manifest: Manifest, limits: Limits
             {"rows": (1, 1, 1), "length": (1, limits.chunk, limits.chunk), "asked": (1, 1, limits.chunk)},
             {"rows": (1, 1, limits.rows), "length": (1, 1, 1), "asked": (1, 1, 1)},
         ]
+    elif name == "selection":
+        phases = [{"rows": (1, 1, limits.rows)}]
     else:
         frames, visual = manifest.preprocessing.num_frames, manifest.visual
         slots = max((frames + 2 * visual.time_padding) // visual.time_kernel, 1)

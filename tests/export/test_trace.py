@@ -203,6 +203,7 @@ def test_targets():
     assert get_target("cpu") is TARGETS["cpu"]
     for name, target in TARGETS.items():
         assert target.name == name
-        assert "fp32" in target.decoder_weights
+        # Attention over a cache knows no float32 on ONNX Runtime's CUDA provider.
+        assert ("fp32" in target.decoder_weights) == (name != "cuda")
         # MatMulNBits takes blocks of powers of two from 16.
         assert target.block_size in (16, 32, 64, 128, 256)

@@ -1,10 +1,12 @@
-"""Clips that the tests of media encode for themselves, and what decoding all of one gives."""
+"""Clips that the tests of media encode for themselves, and what decoding all of one gives; a GPU that is none."""
 
 from __future__ import annotations
 
+import ctypes
 import struct
 import wave
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -171,3 +173,83 @@ class Clips:
 @pytest.fixture
 def clips(tmp_path: Path) -> Clips:
     return Clips(tmp_path)
+
+
+@dataclass
+class Block:
+    array: np.ndarray
+
+    @property
+    def address(self) -> int:
+        return self.array.ctypes.data
+
+    @property
+    def size(self) -> int:
+        return self.array.nbytes
+
+
+class HostDevice:
+    """A GPU that is none: ``cuda.Device`` over the process's own memory. ``launches``: of captured work.
+
+    Captured work is what was queued, with the addresses and shapes of that moment, as in a CUDA graph.
+    """
+
+    stream, name, capability = 7, "Host", "8.9"
+
+    def __init__(self) -> None:
+        self.launches = self.captures = self.allocated = 0
+        self._recorded: list[Callable[[], None]] | None = None
+
+    @staticmethod
+    def at(address: int, shape: tuple[int, ...], dtype) -> np.ndarray:
+        """The array at an address."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)).view(dtype).reshape(shape)
+
+    def allocate(self, size: int) -> Block:
+        self.allocated += size
+        # Not zeros: device memory holds whatever was there.
+        return Block(np.full(max(size, 1), 0xFF, np.uint8))
+
+    def pinned(self, shape, dtype) -> np.ndarray:
+        return np.empty(shape, dtype)
+
+    def queue(self, work: Callable[[], None]) -> None:
+        if self._recorded is None:
+            work()
+        else:
+            self._recorded.append(work)
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        self.queue(lambda: np.copyto(self.at(address, array.shape, array.dtype), array))
+
+    def download(self, array: np.ndarray, address: int) -> None:
+        self.queue(lambda: np.copyto(array, self.at(address, array.shape, array.dtype)))
+
+    def copy(self, target: int, source: int, width: int, height: int, pitch: int) -> None:
+        for row in range(height):
+            ctypes.memmove(target + row * pitch, source + row * pitch, width)
+
+    def zero(self, address: int, size: int) -> None:
+        ctypes.memset(address, 0, size)
+
+    def synchronize(self) -> None:
+        pass
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.captures += 1
+        self._recorded = recorded = []
+        work()
+        self._recorded = None
+
+        def launch() -> None:
+            self.launches += 1
+            for each in recorded:
+                each()
+
+        return launch
+
+
+@pytest.fixture
+def host() -> HostDevice:
+    return HostDevice()

@@ -41,6 +41,8 @@ class Oracle:
             progress(len(embeds))
         return np.stack(rows[-num_logits:])
 
+    shortlist_size = 0
+
     def step(self, token_ids: np.ndarray) -> np.ndarray:
         assert 1 <= len(token_ids) <= self.rows
         self.steps.append(len(token_ids))

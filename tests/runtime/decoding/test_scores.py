@@ -30,7 +30,7 @@ DEFAULTS = GenerationSpec(
 class Table:
     """An ``Inference`` whose logits depend on the last token only: row t of a matrix."""
 
-    rows, max_length = 1, 10_000
+    rows, max_length, shortlist_size = 1, 10_000, 0
 
     def __init__(self, table: np.ndarray) -> None:
         self.table = table

@@ -1,4 +1,4 @@
-"""A TensorRT and a GPU that are none: graphs run in ONNX Runtime on the processor, device memory is the process's own.
+"""A TensorRT that is none: its graphs run in ONNX Runtime on the processor, over the memory of ``HostDevice``.
 
 What a session does with addresses, shapes, profiles and captured work is the real thing, and a wrong one shows in the
 numbers: tensors are read from and written to exactly the addresses that were bound.
@@ -6,9 +6,6 @@ numbers: tensors are read from and written to exactly the addresses that were bo
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,81 +20,6 @@ _TYPES = {
 }
 
 
-def at(address: int, shape: tuple[int, ...], dtype) -> np.ndarray:
-    """The array at an address."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)).view(dtype).reshape(shape)
-
-
-@dataclass
-class Block:
-    array: np.ndarray
-
-    @property
-    def address(self) -> int:
-        return self.array.ctypes.data
-
-    @property
-    def size(self) -> int:
-        return self.array.nbytes
-
-
-class HostDevice:
-    """``cuda.Device`` over host memory. ``launches``: how often captured work was launched.
-
-    Captured work is what was queued, with the addresses and shapes of that moment, as in a CUDA graph.
-    """
-
-    stream, name, capability = 7, "Host", "8.9"
-
-    def __init__(self) -> None:
-        self.launches = self.captures = self.allocated = 0
-        self._recorded: list[Callable[[], None]] | None = None
-
-    def allocate(self, size: int) -> Block:
-        self.allocated += size
-        # Not zeros: device memory holds whatever was there.
-        return Block(np.full(max(size, 1), 0xFF, np.uint8))
-
-    def pinned(self, shape, dtype) -> np.ndarray:
-        return np.empty(shape, dtype)
-
-    def queue(self, work: Callable[[], None]) -> None:
-        if self._recorded is None:
-            work()
-        else:
-            self._recorded.append(work)
-
-    def upload(self, address: int, array: np.ndarray) -> None:
-        self.queue(lambda: np.copyto(at(address, array.shape, array.dtype), array))
-
-    def download(self, array: np.ndarray, address: int) -> None:
-        self.queue(lambda: np.copyto(array, at(address, array.shape, array.dtype)))
-
-    def copy(self, target: int, source: int, width: int, height: int, pitch: int) -> None:
-        for row in range(height):
-            ctypes.memmove(target + row * pitch, source + row * pitch, width)
-
-    def zero(self, address: int, size: int) -> None:
-        ctypes.memset(address, 0, size)
-
-    def synchronize(self) -> None:
-        pass
-
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        self.captures += 1
-        self._recorded = recorded = []
-        work()
-        self._recorded = None
-
-        def launch() -> None:
-            self.launches += 1
-            for each in recorded:
-                each()
-
-        return launch
-
-
 class FakeContext:
     def __init__(self, engine: FakeEngine) -> None:
         self.engine, self.profile = engine, 0
@@ -105,7 +27,7 @@ class FakeContext:
         self.addresses: dict[str, int] = {}
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
-        assert stream == HostDevice.stream
+        assert stream == self.engine.device.stream
         self.profile = profile
         return True
 
@@ -127,25 +49,25 @@ class FakeContext:
         return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in self.engine.outputs[name].shape)
 
     def execute_async_v3(self, stream: int) -> bool:
-        assert stream == HostDevice.stream
-        addresses, shapes = dict(self.addresses), dict(self.shapes)
+        assert stream == self.engine.device.stream
+        addresses, shapes, device = dict(self.addresses), dict(self.shapes), self.engine.device
 
         def run() -> None:
             assert (addresses, shapes) == (self.addresses, self.shapes), "a captured context was changed"
             feeds = {
-                name: at(addresses[name], shapes[name], _TYPES[value.type])
+                name: device.at(addresses[name], shapes[name], _TYPES[value.type])
                 for name, value in self.engine.inputs.items()
             }
             results = self.engine.session.run(None, feeds)
             for (name, value), result in zip(self.engine.outputs.items(), results, strict=True):
-                at(addresses[name], result.shape, _TYPES[value.type])[...] = result
+                device.at(addresses[name], result.shape, _TYPES[value.type])[...] = result
 
         self.engine.device.queue(run)
         return True
 
 
 class FakeEngine:
-    def __init__(self, graph: str, profiles: list, device: HostDevice) -> None:
+    def __init__(self, graph: str, profiles: list, device) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
@@ -154,6 +76,14 @@ class FakeEngine:
         self.outputs = {value.name: value for value in self.session.get_outputs()}
         self.profiles, self.device = profiles, device
         self.num_optimization_profiles = max(len(profiles), 1)
+        self.names = [*self.inputs, *self.outputs]
+        self.num_io_tensors = len(self.names)
+
+    def get_tensor_name(self, index: int) -> str:
+        return self.names[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "in" if name in self.inputs else "out"
 
     def create_execution_context(self, strategy: str) -> FakeContext:
         assert strategy == "on profile change"
@@ -165,7 +95,7 @@ class FakeLibrary:
 
     target, version = "tensorrt-rtx", "0.0.fake"
 
-    def __init__(self, device: HostDevice) -> None:
+    def __init__(self, device) -> None:
         self.profiles: dict[str, list] = {}
         library = self
 
@@ -178,17 +108,15 @@ class FakeLibrary:
 
         strategies = SimpleNamespace(ON_PROFILE_CHANGE="on profile change")
         self.module = SimpleNamespace(
-            Runtime=Runtime, ExecutionContextAllocationStrategy=strategies, __version__=self.version
+            Runtime=Runtime,
+            ExecutionContextAllocationStrategy=strategies,
+            TensorIOMode=SimpleNamespace(INPUT="in"),
+            __version__=self.version,
         )
 
     def logger(self, heard: list[str]) -> object:
         heard.append("complaint of TensorRT")
         return object()
-
-
-@pytest.fixture
-def host() -> HostDevice:
-    return HostDevice()
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ from contextlib import suppress
 
 import pytest
 from intertitle.errors import TargetError
-from intertitle.runtime.engines import build, cuda, library, session
+from intertitle.runtime import cuda
+from intertitle.runtime.engines import build, library, session
 
 
 def test_cuda_python_has_every_name_that_is_used():

@@ -143,10 +143,11 @@ def test_engines_of_another_gpu_version_or_place(build, compiled, fake_library, 
 def test_devices_and_bundles_that_do_not_go_together(compiled):
     cpu = Bundle.open(compiled("clip-mistral", "fp32"))
     engines = Bundle.open(compiled("clip-mistral", "fp32", "tensorrt-rtx"))
-    with pytest.raises(TargetError, match="device 'tpu' is not supported; this version knows: auto, cpu"):
+    with pytest.raises(TargetError, match="device 'tpu' is not supported; this version knows: auto, cuda, cpu"):
         open_backend(cpu, "tpu")
-    with pytest.raises(TargetError, match="for tensorrt compile the checkpoint with --target tensorrt-rtx"):
+    with pytest.raises(TargetError, match="is for cpu; for tensorrt compile the checkpoint with --target tensorrt"):
         open_backend(cpu, "tensorrt")
-    with pytest.raises(TargetError, match="is for tensorrt-rtx, not for the CPU"):
+    with pytest.raises(TargetError, match="is for tensorrt-rtx; for cpu compile the checkpoint with --target cpu"):
         open_backend(engines, "cpu")
-    assert open_backend(cpu).device == "cpu"
+    backend, notes = open_backend(cpu)
+    assert (backend.device, notes) == ("cpu", [])

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import TargetError
+from ..errors import TargetError
 
 Array = npt.NDArray[Any]
 
