@@ -2,44 +2,48 @@
 
     python -m intertitle.benchmarks.gpu                                # an NVIDIA GPU with TensorRT for RTX
     python -m intertitle.benchmarks.gpu --device tensorrt              # ... with TensorRT (data centre, Jetson)
+    python -m intertitle.benchmarks.gpu --device cuda                  # ... with ONNX Runtime's CUDA provider
     python -m intertitle.benchmarks.gpu --device cpu --size tiny       # dry run, no GPU
 
 Parity of the sessions with PyTorch for fixtures and the shipped captioner; then at a released shape with random
 weights, for each weight format: seconds by stage, time to first token, tokens a second greedy, in contrast and for
-batches, memory, beside PyTorch (transformers' decoder of the same shape, eager and compiled) and beside the floor that
-the weights' bytes over the measured bandwidth set. A part that fails is noted with its reason and the others go on.
+batches, with candidates from the device and without, memory, beside PyTorch (transformers' decoder of the same shape,
+eager and compiled) and beside the floor that the weights' bytes over the measured bandwidth set. A part that fails is
+noted with its reason and the others go on.
 """
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+import numpy.typing as npt
 
 from ..commands import SHIPPED
 from ..export.compile import compile_bundle
 from ..models import open_checkpoint
 from ..models.random_checkpoint import SIZES, write_checkpoint
 from ..runtime.captioner import Captioner
-from ..runtime.decoding import Decoding, Settings, TokenSearch, generate
-from .gpu_device import CpuPlace, GpuPlace, Place
+from ..runtime.decoding import Decoding, Settings, TokenSearch
+from ..runtime.decoding.search import Turn, step
+from ..runtime.inference import FloatArray, FullLogits, Inference
+from .gpu_device import Place, open_place
 from .harness import write_result
 from .parity import parity
 from .peers.torch_decoder import torch_decoder_seconds
 
-DEVICES = ("tensorrt-rtx", "tensorrt", "cpu")
+DEVICES = ("tensorrt-rtx", "tensorrt", "cuda", "cpu")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--device", type=click.Choice(["tensorrt-rtx", "tensorrt", "cpu"]), default="tensorrt-rtx", show_default=True
-)
+@click.option("--device", type=click.Choice(DEVICES), default="tensorrt-rtx", show_default=True)
 @click.option("--size", type=click.Choice(sorted(SIZES)), default="7b", show_default=True)
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Use (or write and keep) the checkpoint there.")
 @click.option("--fixtures", type=click.Path(path_type=Path), help="Folder of fixture checkpoints.  [default: none]")
@@ -73,7 +77,7 @@ def main(
         click.echo(f"{name}: {figures[name]} ({time.perf_counter() - started:.0f} s)", err=True)
         write_result(result, figures, command)
 
-    place: Place = CpuPlace() if device == "cpu" else GpuPlace(device)
+    place = open_place(device)
     figures["place"] = place.describe()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -108,6 +112,7 @@ def main(
                         config, place.torch_device, compiled, rows, prompt=256, tokens=tokens, rounds=rounds
                     ),
                 )
+            part("summary", lambda: summary(figures))
     click.echo(write_result(result, figures, command))
 
 
@@ -161,35 +166,46 @@ class _Captioning:
         }
 
     def decode(self, rows: tuple[int, ...]) -> dict[str, Any]:
-        """Seconds of a step by rows, after prompts of 256 tokens; contrast is two rows, one a third as long."""
-        captioner, prompt = self._loaded(), 256
-        spec, rng = captioner.manifest.decoder, np.random.default_rng(0)
-        embeds = rng.standard_normal((prompt, spec.hidden_size)).astype(np.float32) * 0.02
-        files, name = captioner.manifest.files, captioner.manifest.components["decoder"]
-        weight_bytes = sum(files[file].size for file in (name.graph, name.data) if file)
+        """Seconds of a step by rows, after prompts of 256 tokens, its logits on the host; and seconds a token of the
+        greedy and the contrastive loop, choosing included, with candidates from the device and with all logits."""
+        captioner, manifest = self._loaded(), self._loaded().manifest
+        embeds = np.random.default_rng(0).standard_normal((256, manifest.decoder.hidden_size)).astype(np.float32) * 0.02
+        files, component = manifest.files, manifest.components["decoder"]
+        weight_bytes = sum(files[file].size for file in (component.graph, component.data) if file)
         seconds: dict[str, float] = {}
+        loops: dict[str, dict[str, float]] = {"logits": {}, "shortlist": {}}
         for count in rows:
-            inference = captioner.open_inference(prompt + self._tokens + 1, count)
+            inference = captioner.open_inference(len(embeds) + self._tokens + 1, count)
             for row in range(count):
                 inference.prefill(row, embeds)
             seconds[str(count)] = self._step_seconds(inference, np.zeros(count, np.int64))
+            for kind, chosen in self._inferences(inference).items():
+                loops[kind][str(count)] = self._loop_seconds(chosen, embeds, [None] * count)
             del inference
-        pair = captioner.open_inference(prompt + self._tokens + 1, 2)
-        pair.prefill(0, embeds)
-        pair.prefill(1, embeds[: prompt // 3])
-        contrast = self._contrast_seconds(pair)
+        pair = captioner.open_inference(len(embeds) + self._tokens + 1, 2)
+        contrast = {
+            kind: round(self._loop_seconds(chosen, embeds, [(0.5, None)]) / loops[kind]["1"], 3)
+            for kind, chosen in self._inferences(pair).items()
+            if "1" in loops[kind]
+        }
         floor = weight_bytes / self._figures["bandwidth_bytes_per_second"]
         return {
             "weight_bytes": weight_bytes,
             "floor_seconds": floor,
             "step_seconds": seconds,
             "tokens_per_second": {count: round(int(count) / value, 2) for count, value in seconds.items()},
-            "of_floor": round(floor / seconds["1"], 3),
-            "contrast_over_greedy": round(contrast / self._greedy_seconds(captioner, embeds), 3),
+            "loop_seconds": loops,
+            "of_floor": round(floor / seconds["1"], 3) if "1" in seconds else None,
+            "contrast_over_greedy": contrast,
             "memory_bytes": self._place.memory_used(),
         }
 
-    def _step_seconds(self, inference: Any, ids: np.ndarray) -> float:
+    @staticmethod
+    def _inferences(inference: Inference) -> dict[str, Inference]:
+        """The cache as it is, where it gives shortlists, and without them."""
+        return {"logits": _AllLogits(inference), **({"shortlist": inference} if inference.shortlist_size else {})}
+
+    def _step_seconds(self, inference: Inference, ids: npt.NDArray[np.int64]) -> float:
         for _ in range(3):
             inference.step(ids)
         taken = []
@@ -199,27 +215,28 @@ class _Captioning:
             taken.append(time.perf_counter() - started)
         return statistics.median(taken)
 
-    def _greedy_seconds(self, captioner: Captioner, embeds: np.ndarray) -> float:
-        inference = captioner.open_inference(len(embeds) + self._tokens + 1, 1)
-        return self._search_seconds(inference, [inference.prefill(0, embeds)[0].copy()], None)
-
-    def _contrast_seconds(self, inference: Any) -> float:
-        embeds = np.zeros((1, self._loaded().manifest.decoder.hidden_size), np.float32)
-        logits = [inference.prefill(row, embeds)[0].copy() for row in range(2)]
-        return self._search_seconds(inference, logits, (0.5, None))
-
-    def _search_seconds(
-        self, inference: Any, logits: list[np.ndarray], contrast: tuple[float, float | None] | None
+    def _loop_seconds(
+        self, inference: Inference, embeds: FloatArray, captions: list[tuple[float, float | None] | None]
     ) -> float:
-        """Seconds a token of the strategy's own loop, choosing included."""
-        count = self._tokens - 2
-        settings = Settings(max_new_tokens=count + 1, eos_token_ids=(), contrast=contrast)
-        tokens = generate(inference, np.stack(logits), TokenSearch(settings))
-        next(tokens)
-        started = time.perf_counter()
-        for _ in tokens:
-            pass
-        return (time.perf_counter() - started) / count
+        """Seconds a step of so many greedy captions together, each with its contrast: the decoder and the choice."""
+        searches: list[tuple[TokenSearch, list[int]]] = []
+        turns: list[Turn] = []
+        for contrast in captions:
+            search = TokenSearch(Settings(max_new_tokens=1 << 30, eos_token_ids=(), contrast=contrast))
+            free = sum(len(held) for _, held in searches)
+            searches.append((search, list(range(free, free + search.rows))))
+            first = []
+            # A contrasted prompt is a third as long.
+            for row, prompt in zip(searches[-1][1], (embeds, embeds[: len(embeds) // 3]), strict=False):
+                inference.truncate(row, 0)
+                first.append(inference.prefill(row, prompt)[0].copy())
+            turns.append(search.start(first))
+        taken = []
+        for _ in range(self._tokens):
+            started = time.perf_counter()
+            turns = step(inference, np.concatenate([turn.next_ids for turn in turns]), searches)
+            taken.append(time.perf_counter() - started)
+        return statistics.median(taken[3:])
 
     def _loaded(self) -> Captioner:
         if self._captioner is None:
@@ -227,8 +244,33 @@ class _Captioning:
         return self._captioner
 
     def close(self) -> None:
-        """Free what it holds on the device."""
+        """Free what it holds on the device and on disk: two bundles and a checkpoint of 7 B would be too many."""
         self._captioner = None
+        shutil.rmtree(self._bundle, ignore_errors=True)
+
+
+class _AllLogits(FullLogits):
+    """An ``Inference`` whose shortlists are not used."""
+
+    def __init__(self, inference: Inference) -> None:
+        self.rows, self.max_length = inference.rows, inference.max_length
+        self.prefill, self.step = inference.prefill, inference.step
+        self.rearrange, self.truncate = inference.rearrange, inference.truncate
+
+
+def summary(figures: Mapping[str, Any]) -> dict[str, float]:
+    """The ratios that are asked about: a step of one row against PyTorch's, and of the floor."""
+    found: dict[str, float] = {}
+    for weights in ("fp16", "int4"):
+        mine = figures.get(f"{weights} decode", {})
+        if "step_seconds" not in mine or "1" not in mine["step_seconds"]:
+            continue
+        for kind in ("eager", "compiled"):
+            theirs = figures.get(f"pytorch {kind}", {}).get("step_seconds", {})
+            if "1" in theirs:
+                found[f"{weights} over pytorch {kind}"] = round(theirs["1"] / mine["step_seconds"]["1"], 2)
+        found[f"{weights} of the floor"] = mine["of_floor"]
+    return found
 
 
 if __name__ == "__main__":

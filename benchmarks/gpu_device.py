@@ -1,4 +1,4 @@
-"""Where ``benchmarks.gpu`` runs: a GPU with TensorRT, or the processor for a dry run."""
+"""Where ``benchmarks.gpu`` runs: a GPU with TensorRT or ONNX Runtime, or the processor for a dry run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ import numpy as np
 
 from ..runtime.bundle import Bundle
 from ..runtime.captioner import Captioner
+from ..runtime.cuda import Cuda
+from ..runtime.engines.builder import build_bundle
+from ..runtime.engines.library import load_library
+from ..runtime.engines.shapes import default_limits
+from ..runtime.ort_cuda import load_cuda_provider
 
 _BLOCK = 1 << 30
 
@@ -52,16 +57,13 @@ class CpuPlace:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class GpuPlace:
-    """The GPU at hand; engines are built for it."""
+class _Gpu:
+    """The GPU at hand."""
 
     weights, torch_device = ("fp16", "int4"), "cuda"
 
     def __init__(self, target: str) -> None:
-        from ..runtime.cuda import Cuda
-        from ..runtime.engines.library import load_library
-
-        self.target, self._cuda, self._library = target, Cuda(), load_library(target)
+        self.target, self._cuda = target, Cuda()
 
     def describe(self) -> dict[str, Any]:
         free, total = self._cuda.memory
@@ -70,17 +72,7 @@ class GpuPlace:
             "compute_capability": self._cuda.capability,
             "memory_bytes": total,
             "free_bytes": free,
-            "library": f"{self._library.target} {self._library.version}",
         }
-
-    def build(self, bundle: Path, rows: int) -> dict[str, Any]:
-        from ..runtime.engines.builder import build_bundle
-        from ..runtime.engines.shapes import default_limits
-
-        opened = Bundle.open(bundle)
-        limits = default_limits(opened.manifest, rows=max(rows, 8))
-        built = build_bundle(opened, self._library, (self._cuda.capability,), limits, current=True)
-        return {each.name: {"bytes": each.size, "seconds": round(each.seconds, 2)} for each in built}
 
     def open(self, bundle: Path) -> Captioner:
         return Captioner.load(bundle, device=self.target)
@@ -99,6 +91,44 @@ class GpuPlace:
         """Of the whole device, other processes included."""
         free, total = self._cuda.memory
         return total - free
+
+
+class CudaPlace(_Gpu):
+    """ONNX Runtime's CUDA provider."""
+
+    def __init__(self) -> None:
+        super().__init__("cuda")
+        self._version = load_cuda_provider()
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "library": f"ONNX Runtime {self._version}"}
+
+    def build(self, bundle: Path, rows: int) -> dict[str, Any]:
+        return {}
+
+
+class EnginePlace(_Gpu):
+    """TensorRT; engines are built for the GPU at hand."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(target)
+        self._library = load_library(target)
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "library": f"{self._library.target} {self._library.version}"}
+
+    def build(self, bundle: Path, rows: int) -> dict[str, Any]:
+        opened = Bundle.open(bundle)
+        limits = default_limits(opened.manifest, rows=max(rows, 8))
+        built = build_bundle(opened, self._library, (self._cuda.capability,), limits, current=True)
+        return {each.name: {"bytes": each.size, "seconds": round(each.seconds, 2)} for each in built}
+
+
+def open_place(device: str) -> Place:
+    """Where a device's name says. ``TargetError`` where it is not to be had."""
+    if device == "cpu":
+        return CpuPlace()
+    return CudaPlace() if device == "cuda" else EnginePlace(device)
 
 
 def _rate(work: Any, size: int) -> float:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..models.connectors import SqueezeExcite
 
 #: int4 codes as ONNX Runtime's MatMulNBits reads them without a zero point: 0..15, of which 8 stands for zero.
 INT4_ZERO = 8
@@ -101,3 +105,94 @@ def quantize_int4_positive(weight: Tensor, block_size: int = 32) -> tuple[Tensor
 def dequantize_int4_positive(codes: Tensor, scales: Tensor) -> Tensor:
     """The float32 weight ``[N, K]`` that codes and scales of ``quantize_int4_positive`` stand for."""
     return (codes.float() * scales.float().repeat_interleave(len(codes) // len(scales), dim=0)).T
+
+
+#: int8 codes as MatMulNBits reads them without a zero point: 0..255, of which 128 stands for zero.
+INT8_ZERO = 128
+
+
+def quantize_int8(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 along the input channels, blocks of ``block_size``, in MatMulNBits layout.
+
+    weight ``[N, K]``, any float dtype, all finite. Returns codes uint8 ``[N, ceil(K / block), block]`` and scales
+    float32 ``[N, ceil(K / block)]``, so that ``w ~ (code - 128) * scale``; the scale is the block's largest magnitude
+    over 127. A last block that K does not fill is padded with zeros, and a block of zeros, or of numbers too small for
+    a normal float32 scale, becomes zero.
+    """
+    width = weight.shape[1]
+    part = torch.nn.functional.pad(weight.float(), (0, -width % block_size)).unflatten(1, (-1, block_size))
+    scales = part.abs().amax(dim=2) / 127
+    scales = torch.where(scales < torch.finfo(torch.float32).tiny, torch.zeros_like(scales), scales)
+    inverse = torch.where(scales == 0, torch.zeros_like(scales), 1 / scales)
+    codes = (part * inverse.unsqueeze(2)).round_().clamp_(-127, 127).add_(INT8_ZERO).to(torch.uint8)
+    return codes, scales
+
+
+def dequantize_int8(codes: Tensor, scales: Tensor, width: int) -> Tensor:
+    """The float32 weight ``[N, width]`` that codes and scales of ``quantize_int8`` stand for."""
+    return ((codes.float() - INT8_ZERO) * scales.unsqueeze(2)).flatten(1)[:, :width]
+
+
+def quantize_int8_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 with one scale for an output channel, as ONNX's DequantizeLinear reads it.
+
+    weight ``[N, K]``, any float dtype, all finite. Returns codes int8 ``[K, N]`` from -127 to 127 and scales float16
+    ``[N]``, at least 2**-14, so that ``w[n, k] ~ codes[k, n] * scales[n]``.
+    """
+    wide = weight.float()
+    scales = (wide.abs().amax(dim=1) / 127).clamp(_SMALLEST_HALF, torch.finfo(torch.float16).max).half()
+    codes = (wide / scales.float().unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8)
+    return codes.T.contiguous(), scales
+
+
+def dequantize_int8_channels(codes: Tensor, scales: Tensor) -> Tensor:
+    """The float32 weight ``[N, K]`` that codes and scales of ``quantize_int8_channels`` stand for."""
+    return (codes.float() * scales.float()).T
+
+
+#: Weights below which a product is not worth int8.
+FEW_WEIGHTS = 1 << 12
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What a bundle makes of the products of a component: ``dialect`` of its graphs, ``weights`` in their format, and
+    the input channels that share a scale (``block_size``, where the format has blocks)."""
+
+    dialect: str
+    weights: str
+    block_size: int = 32
+
+    def round(self, weight: Tensor) -> Tensor:
+        """The float32 weight ``[N, K]`` that the graph computes with. Formats without codes (fp32, fp16) leave it, and
+        so does a width that no block divides where one must."""
+        if self.weights == "int4" and self.dialect == "ort":
+            return dequantize_int4(*quantize_int4(weight, self.block_size), weight.shape[1])
+        if self.weights == "int4" and weight.shape[1] % self.block_size == 0:
+            return dequantize_int4_positive(*quantize_int4_positive(weight, self.block_size))
+        if self.weights == "int8" and self.dialect == "ort":
+            return dequantize_int8(*quantize_int8(weight, self.block_size), weight.shape[1])
+        if self.weights == "int8":
+            return dequantize_int8_channels(*quantize_int8_channels(weight))
+        return weight
+
+    def apply(self, module: nn.Module) -> None:
+        """Round the linear layers of a component in place, those that ``quantized`` names."""
+        for layer in quantized(module, self.weights):
+            layer.weight.data = self.round(layer.weight.data)
+
+
+def quantized(module: nn.Module, weights: str) -> list[nn.Linear]:
+    """The layers of a component that have codes in a format: all linear ones in int4; in int8, which is for encoders,
+    not those of few weights, and not squeeze-excite, which scales whole channels."""
+    if weights not in ("int4", "int8"):
+        return []
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    if weights == "int8":
+        gates = {name for name, child in module.named_modules() if isinstance(child, SqueezeExcite)}
+        layers = {
+            name: layer
+            for name, layer in layers.items()
+            if name.rpartition(".")[0] not in gates and layer.weight.numel() >= FEW_WEIGHTS
+        }
+    return list(layers.values())

@@ -21,7 +21,7 @@ from ..models import CaptionerCheckpoint
 from ..models.config import ImageProcessing
 from ..models.decoder import Decoder
 from ..runtime.inference import FloatArray, FullLogits
-from .quantize import dequantize_int4, quantize_int4
+from .quantize import Rounding
 
 #: Povey's window is a Hann window to this power (Kaldi, feature-window.cc).
 _POVEY_POWER = 0.85
@@ -38,13 +38,13 @@ class GreedyCaption:
 class Reference:
     """A checkpoint's components in float32 PyTorch, loaded at first use and kept.
 
-    ``decoder_weights="int4"`` rounds the decoder's linear layers to the int4 values that a bundle stores, so that a
-    compiled graph can be told apart from what quantization does to the model.
+    ``rounded``: by component, what rounds its linear layers to the values that a bundle stores, so that a compiled
+    graph can be told apart from what quantization does to the model.
     """
 
-    def __init__(self, checkpoint: CaptionerCheckpoint, decoder_weights: str = "fp32", block_size: int = 32) -> None:
+    def __init__(self, checkpoint: CaptionerCheckpoint, rounded: Mapping[str, Rounding] | None = None) -> None:
         self.checkpoint, self.config = checkpoint, checkpoint.config
-        self._decoder_weights, self._block_size = decoder_weights, block_size
+        self._rounded = rounded or {}
         self._modules: dict[str, nn.Module] = {}
         self._embedding: Tensor | None = None
 
@@ -94,11 +94,8 @@ class Reference:
         """A component in eval mode, its weights as the reference has them."""
         if component not in self._modules:
             module = self.checkpoint.load(component)
-            if component == "decoder" and self._decoder_weights == "int4":
-                for layer in module.modules():
-                    if isinstance(layer, nn.Linear):
-                        codes, scales = quantize_int4(layer.weight.data, self._block_size)
-                        layer.weight.data = dequantize_int4(codes, scales, layer.in_features)
+            if component in self._rounded:
+                self._rounded[component].apply(module)
             self._modules[component] = module
         return self._modules[component]
 

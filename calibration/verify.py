@@ -41,9 +41,12 @@ from .comparison import (
     compare_tokens,
     conclude,
     measure_drift,
+    near_tie,
     relative_error,
+    tolerance,
 )
 from .exact_decoder import ExactDecoder, accuracy_level
+from .quantize import Rounding
 from .reference import GreedyCaption, Reference
 
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "torch", "numpy")
@@ -67,11 +70,11 @@ def verify_bundle(
     captioner = Captioner.load(bundle)
     manifest = captioner.manifest
     source = open_checkpoint(Path(checkpoint), None if adapter is None else Path(adapter), manifest.visual.keep)
-    quantized = manifest.components["decoder"].block_size
+    quantized, rounded = manifest.components["decoder"].block_size, roundings(manifest)
     original = Reference(source)
     report = verify(
         captioner,
-        original if quantized is None else Reference(source, manifest.weights, quantized),
+        Reference(source, rounded) if rounded else original,
         media,
         original=None if quantized is None else original,
         max_new_tokens=max_new_tokens,
@@ -95,14 +98,24 @@ def verify(
 ) -> Report:
     """Compare on every clip of ``media``.
 
-    ``reference`` has the decoder weights that the bundle stores; ``original``, the float32 weights, is needed for
-    ``Drift`` when they differ.
+    ``reference`` has the weights that the bundle stores (``roundings``); ``original``, the float32 weights, is needed
+    for ``Drift`` when the decoder's differ.
     """
     check_same_model(captioner.manifest, reference)
     check = _Check(captioner, reference, original, max_new_tokens, progress or (lambda _: None))
     clips = [check.run(os.fspath(source), captioner.read(source, audio=audio)) for source in media]
     verdict, divergent = conclude(clips)
     return Report(verdict, divergent, captioner.manifest.weights, clips)
+
+
+def roundings(manifest: Manifest) -> dict[str, Rounding]:
+    """What a bundle rounds, by the checkpoint's components."""
+    return {
+        # The parts of the connector are one component there.
+        name.removeprefix("frame_"): Rounding(manifest.dialect, component.weights, component.block_size or 0)
+        for name, component in manifest.components.items()
+        if component.weights in ("int4", "int8")
+    }
 
 
 def check_same_model(manifest: Manifest, reference: Reference) -> None:
@@ -184,8 +197,10 @@ class _Check:
         self._captioner, self._encoder = captioner, captioner.encoder
         self._reference, self._original = reference, original
         self._max_new_tokens, self._report = max_new_tokens, report
-        quantized = captioner.manifest.components["decoder"].block_size is not None
-        self._exact = ExactDecoder(captioner.bundle) if quantized else None
+        manifest = captioner.manifest
+        # Where products are in float16, activations are rounded to nothing else.
+        rounds = manifest.components["decoder"].block_size is not None and manifest.cache_dtype == "float32"
+        self._exact = ExactDecoder(captioner.bundle) if rounds else None
         self._stages = Stages()
 
     def run(self, name: str, clip: Clip) -> ClipResult:
@@ -274,7 +289,7 @@ class _Check:
         prompt = self._encoder.prompt_embeds(self._encoder.encode(clip, self._stages), manifest.default_instruction)
         mine = [token.id for token in self._captioner.generate_tokens(prompt, self._max_new_tokens)]
         penalty = self._reference.config.generation.repetition_penalty
-        self._result.tokens = compare_tokens(mine, caption, penalty, manifest.weights)
+        self._result.tokens = compare_tokens(mine, caption, penalty, near_tie(manifest))
         return mine
 
     def _drift(
@@ -294,7 +309,7 @@ class _Check:
 
     def _hold(self, stage: str, mine: FloatArray, theirs: FloatArray) -> None:
         """Compare one stage's output with the reference's and keep the result."""
-        result = compare_stage(stage, mine, theirs)
+        result = compare_stage(stage, mine, theirs, tolerance(stage, self._captioner.manifest))
         self._result.stages.append(result)
         self._say(f"{stage} {result.problem or format(result.error, '.1e')}")
 

@@ -23,10 +23,16 @@ from . import options
     metavar="NAME",
     default="cpu",
     show_default=True,
-    help="cpu, tensorrt-rtx, tensorrt (10.15 on) or tensorrt-10.3 (JetPack 6).",
+    help="cpu, cuda, tensorrt-rtx, tensorrt (10.15 on) or tensorrt-10.3 (JetPack 6).",
 )
 @click.option(
     "--weights", metavar="FORMAT", help="The decoder's weights: int4, fp32, or fp16 (not for cpu).  [default: int4]"
+)
+@click.option(
+    "--encoder-weights",
+    metavar="FORMAT",
+    help="Weights of vision, connector and audio: fp32 (cpu), fp16 (others), or int8, a quarter or half of it."
+    "  [default: fp32 or fp16]",
 )
 @click.option(
     "--block-size",
@@ -52,6 +58,7 @@ def compile_command(
     adapter: Path | None,
     target: str,
     weights: str | None,
+    encoder_weights: str | None,
     block_size: int | None,
     visual_tokens: tuple[float, ...],
     overwrite: bool,
@@ -70,6 +77,7 @@ def compile_command(
             adapter=adapter,
             target=target,
             weights=weights,
+            encoder_weights=encoder_weights,
             block_size=block_size,
             visual_tokens=visual_tokens or None,
             overwrite=overwrite,

@@ -59,6 +59,7 @@ def compile_bundle(
     adapter: str | os.PathLike[str] | None = None,
     target: str = "cpu",
     weights: str | None = None,
+    encoder_weights: str | None = None,
     block_size: int | None = None,
     visual_tokens: float | Sequence[float] | None = None,
     overwrite: bool = False,
@@ -67,16 +68,15 @@ def compile_bundle(
     """Compile a checkpoint in its released layout into a bundle.
 
     ``adapter``: a LoRA adapter (PEFT layout), merged in fp32. ``weights``: the decoder's format, the target's default
-    when ``None``; ``block_size``: int4 weights that share a scale (larger: faster, coarser, and a caption may come out
-    otherwise in a batch than alone). ``visual_tokens``: the ratio of visual tokens that AuroraCap's merging keeps, or
-    several of which the first is the default at run time (``DEFAULT_RATIOS`` when ``None``); they share the weights.
-    ``overwrite``: replace a bundle that is there already. The bundle appears under ``output`` whole or not at all.
-    Raises ``CheckpointError``, ``OptionError`` or ``TargetError``, and ``IntertitleError`` for a full disk.
+    when ``None``, and ``encoder_weights`` that of vision, connector and audio; ``block_size``: int4 weights that share
+    a scale (larger: faster, coarser, and a caption may come out otherwise in a batch than alone). ``visual_tokens``:
+    the ratio of visual tokens that AuroraCap's merging keeps, or several of which the first is the default at run time
+    (``DEFAULT_RATIOS`` when ``None``); they share the weights. ``overwrite``: replace a bundle that is there already.
+    The bundle appears under ``output`` whole or not at all. Raises ``CheckpointError``, ``OptionError`` or
+    ``TargetError``, and ``IntertitleError`` for a full disk.
     """
     record = get_target(target)
-    weights = record.decoder_weights[0] if weights is None else weights
-    if weights not in record.decoder_weights:
-        raise OptionError(f"target '{target}' takes weights {' or '.join(record.decoder_weights)}, not '{weights}'")
+    weights, encoders = record.check_weights(weights, encoder_weights)
     if block_size is not None:
         if weights != "int4" or block_size not in record.block_sizes:
             known = ", ".join(map(str, record.block_sizes))
@@ -91,15 +91,14 @@ def compile_bundle(
     graphs: list[ComponentGraph] = []
     for part in captioner_parts(source, tokens_per_frame, record.form(weights).dtype):
         report(f"tracing {part.name}", 0, 0)
-        form = record.weights_of(part.name, weights)
+        form = weights if part.name == "decoder" else encoders
         graphs.append(component_graph(part.name, part.module, part.signature, record, form, part.source))
     if record.selection:
         graphs.append(_selection(source.config.decoder.vocab_size, record))
     merging: list[tuple[str, ComponentGraph]] = []
     for ratio, tower in zip(visual.ratios[1:], towers[1:], strict=True):
         report(f"tracing vision, ratio {ratio.keep:g}", 0, 0)
-        form = record.weights_of("vision", weights)
-        graph = component_graph("vision", _tower(tower), vision_signature(tower), record, form)
+        graph = component_graph("vision", _tower(tower), vision_signature(tower), record, encoders)
         merging.append((ratio.graph, graph))
     embedding = source.embedding()
     total = sum(payload_size(graph.traced) for graph in graphs) + embedding.nbytes + len(tokenizer)
@@ -200,7 +199,8 @@ def _write_component(
     """One component; ``further`` graphs of the same weights go beside it, by the names of their files."""
     graph_file = f"decoder.{target.dialect}.onnx" if graph.name == "decoder" else f"{graph.name}.onnx"
     data_file = f"{graph_file}.data" if payload_size(graph.traced) else None
-    reader = WeightReader(read_fused(lambda entry: source.tensor(graph.source, entry)), target.block_size)
+    block_size = target.form(graph.weights).block_size
+    reader = WeightReader(read_fused(lambda entry: source.tensor(graph.source, entry)), block_size)
     files, held = [(graph_file, graph), *further], DataFile()
     report()
     if data_file is not None:
@@ -214,7 +214,7 @@ def _write_component(
         graph=graph_file,
         data=data_file,
         weights=graph.weights,
-        block_size=target.block_size if graph.weights == "int4" else None,
+        block_size=block_size if graph.weights in ("int4", "int8") else None,
         parameters=graph.parameters,
         inputs=[_tensor_spec(value) for value in graph.traced.model.graph.inputs],
         outputs=[_tensor_spec(value) for value in graph.traced.model.graph.outputs],

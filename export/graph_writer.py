@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from ..calibration.quantize import quantize_int4, quantize_int4_positive
+from ..calibration.quantize import quantize_int4, quantize_int4_positive, quantize_int8, quantize_int8_channels
 from .trace import TracedGraph, Weight
 
 #: Tensors of a page or more start at multiples of one, so that a runtime can map the file instead of reading it; the
@@ -22,16 +22,20 @@ _TORCH_DTYPES = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.FLOAT16: torch.float16,
     ir.DataType.UINT8: torch.uint8,
+    ir.DataType.INT8: torch.int8,
     ir.DataType.INT4: torch.int8,
 }
 
-#: What makes the two entries of a quantized layer, by the names of either.
-_QUANTIZERS = {
-    "qweight": quantize_int4,
-    "scales": quantize_int4,
-    "codes": quantize_int4_positive,
-    "factors": quantize_int4_positive,
+Quantizer = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+#: The two entries of a quantized layer, codes and scales, and what makes them of its weight and the block size.
+_PAIRS: dict[tuple[str, str], Quantizer] = {
+    ("qweight", "scales"): quantize_int4,
+    ("codes", "factors"): quantize_int4_positive,
+    ("qweight8", "scales8"): quantize_int8,
+    ("codes8", "factors8"): lambda weight, _: quantize_int8_channels(weight),
 }
+_QUANTIZERS = {leaf: (place, make) for pair, make in _PAIRS.items() for place, leaf in enumerate(pair)}
 
 
 class BinaryFile(Protocol):
@@ -48,17 +52,15 @@ class WeightReader:
         self._quantized: tuple[str, tuple[Tensor, Tensor]] | None = None
 
     def read(self, entry: str) -> Tensor:
-        """The tensor of one entry; ``X.qweight`` and ``X.scales`` are made of ``X.weight`` together.
-
-        So are ``X.codes`` and ``X.factors``, of positive scales.
-        """
+        """The tensor of one entry; ``X.qweight`` and ``X.scales``, and the like, are made of ``X.weight`` together."""
         layer, _, leaf = entry.rpartition(".")
         if leaf not in _QUANTIZERS:
             return self._tensor(entry)
+        place, make = _QUANTIZERS[leaf]
         if self._quantized is None or self._quantized[0] != layer:
             self._quantized = None  # free the last pair before the next is made
-            self._quantized = (layer, _QUANTIZERS[leaf](self._tensor(f"{layer}.weight"), self._block_size))
-        return self._quantized[1][0 if leaf in ("qweight", "codes") else 1]
+            self._quantized = (layer, make(self._tensor(f"{layer}.weight"), self._block_size))
+        return self._quantized[1][place]
 
 
 @dataclass

@@ -76,7 +76,11 @@ class CudaBackend:
         if unknown := sorted(set(self._options) - set(manifest.components)):
             raise OptionError(f"there is no component {unknown[0]!r}; there are {', '.join(manifest.components)}")
         version, self._gpu = load_cuda_provider(), Cuda()
-        self.device = f"cuda, ONNX Runtime {version} on {self._gpu.name}"
+        self._name, self._captured = f"cuda, ONNX Runtime {version} on {self._gpu.name}", True
+
+    @property
+    def device(self) -> str:
+        return self._name if self._captured else f"{self._name}, steps not captured"
 
     def component(self, name: str, graph: str) -> Callable[[FloatArray], FloatArray]:
         from .ort_cuda import OrtCudaComponent
@@ -93,7 +97,9 @@ class CudaBackend:
 
         def program(name: str) -> OrtProgram:
             graph = self._bundle.file(manifest.components[name].graph)
-            return OrtProgram.open(graph, self._gpu, self._options.get(name, {}))
+            opened = OrtProgram.open(graph, self._gpu, self._options.get(name, {}))
+            self._captured = self._captured and opened.captured
+            return opened
 
         return OrtCudaDecoder(
             program("decoder"),

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from ..errors import IntertitleError, TargetError
 from .bundle import DecoderSpec
 from .cuda import Device
-from .device_decoder import PREFILL, Context, DeviceInference, Shape
+from .device_decoder import STEP, Context, DeviceInference, Shape
 from .inference import FloatArray
 from .ort import Provider, check_context, load_onnxruntime, open_session
 
@@ -109,22 +109,31 @@ def device_errors(what: str) -> Iterator[None]:
 
 
 class OrtProgram:
-    """A graph with all its tensors at given addresses."""
+    """A graph with all its tensors at given addresses. ``captured``: whether its steps are."""
 
-    def __init__(self, session: Any, device: Device) -> None:
-        self.session, self.device = session, device
+    def __init__(self, session: Any, device: Device, captured: bool = True) -> None:
+        self.session, self.device, self.captured = session, device, captured
         self.inputs = {value.name: _TYPES[value.type] for value in session.get_inputs()}
         self.outputs = {value.name: _TYPES[value.type] for value in session.get_outputs()}
         self._numbers = itertools.count(1)
 
     @classmethod
     def open(cls, graph: Path, device: Device, options: Mapping[str, str]) -> OrtProgram:
-        """Raises what ``open_cuda_session`` does."""
-        return cls(open_cuda_session(graph, device, options, captures=True), device)
+        """Raises what ``open_cuda_session`` does.
+
+        A session that ONNX Runtime will not capture (it has nodes that this version leaves to the processor) runs
+        without.
+        """
+        try:
+            return cls(open_cuda_session(graph, device, options, captures=True), device)
+        except IntertitleError as error:
+            if "capture" not in str(error).lower() and "cuda graph" not in str(error).lower():
+                raise
+            return cls(open_cuda_session(graph, device, options, captures=False), device, captured=False)
 
     def context(self, phase: int) -> Context:
         """See ``Program``. What differs from run to run is not captured, so prompts are not."""
-        return _OrtContext(self, -1 if phase == PREFILL else next(self._numbers))
+        return _OrtContext(self, next(self._numbers) if phase == STEP and self.captured else -1)
 
 
 class _OrtContext:

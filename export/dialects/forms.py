@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from ...calibration.quantize import FEW_WEIGHTS
 from ...models.attention import Attention
+from ...models.connectors import SqueezeExcite
 from ...models.decoder import MLP, RMSNorm, SelfAttention
 from ..trace import TracedGraph
 from . import fused, half, ort, plain, standard
 from .residuals import fuse_residuals
 
-#: What stands in for a module of a type while it is traced.
-Rules = Mapping[type[nn.Module], Callable[..., nn.Module]]
+Rule = Callable[..., Any]
+Rules = Mapping[type[nn.Module], Rule]
+"""What stands in for a module of a type while it is traced."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a component's products are written: the format of its weights (``fp32``, ``fp16``, ``int4``), the input
-    channels that share a scale of it, and the type that products take and give; the decoder's cache is of it too."""
+    """How a component's products are written: the format of its weights (``fp32``, ``fp16``, ``int8``, ``int4``), the
+    input channels that share a scale of it, and the type that products take and give, which is the decoder's cache's
+    too."""
 
     weights: str
     block_size: int
@@ -39,16 +44,39 @@ class Dialect:
     finish: Callable[[TracedGraph, Form, bool], None]
 
 
-def _ort_rules(form: Form) -> Rules:
-    rules: dict[type[nn.Module], Callable[..., nn.Module]] = {RMSNorm: ort.RMSNormalization}
+def _products(form: Form, quantized: Callable[[nn.Linear], nn.Module]) -> dict[type[nn.Module], Rule]:
+    """Layers in float16 where the form has it, linear ones quantized where it has codes (``calibration.quantize``'s
+    ``quantized`` names the same ones)."""
+    plain: Rule = half.Half if form.dtype == torch.float16 else _as_it_is
 
     def product(linear: nn.Linear) -> nn.Module:
-        return ort.MatMulNBits(linear, form.block_size, form.dtype) if form.weights == "int4" else half.Half(linear)
+        few = form.weights == "int8" and linear.weight.numel() < FEW_WEIGHTS
+        return plain(linear) if few else quantized(linear)
 
+    def unquantized(gate: SqueezeExcite) -> nn.Module:
+        for name in ("fc1", "fc2"):
+            setattr(gate, name, plain(getattr(gate, name)))
+        return gate
+
+    rules: dict[type[nn.Module], Rule] = {}
     if form.dtype == torch.float16:
-        rules |= {nn.Conv1d: half.Half, nn.Conv2d: half.Half}
-    if form.weights != "fp32":
+        rules |= dict.fromkeys((nn.Linear, nn.Conv1d, nn.Conv2d), half.Half)
+    if form.weights in ("int4", "int8"):
         rules[nn.Linear] = product
+    if form.weights == "int8":
+        rules[SqueezeExcite] = unquantized
+    return rules
+
+
+def _as_it_is(module: nn.Module) -> nn.Module:
+    return module
+
+
+def _ort_rules(form: Form) -> Rules:
+    bits = {"int4": 4, "int8": 8}.get(form.weights, 0)
+    rules = _products(form, lambda linear: ort.MatMulNBits(linear, form.block_size, form.dtype, bits))
+    rules[RMSNorm] = ort.RMSNormalization
+    if product := rules.get(nn.Linear):
         rules[SelfAttention] = lambda original: fused.FusedSelfAttention(original, product, form.dtype)
         rules[MLP] = lambda original: fused.FusedMLP(original, product)
     return rules
@@ -64,12 +92,9 @@ def _ort_finish(graph: TracedGraph, form: Form, decoder: bool) -> None:
 
 def _engine_products(opset: int) -> Callable[[Form], Rules]:
     def rules(form: Form) -> Rules:
-        found: dict[type[nn.Module], Callable[..., nn.Module]] = {}
-        if form.dtype == torch.float16:
-            found |= {nn.Linear: half.Half, nn.Conv1d: half.Half, nn.Conv2d: half.Half}
-        if form.weights == "int4":
-            found[nn.Linear] = standard.blocked_product(form.block_size, opset)
-        return found
+        if form.weights == "int8":
+            return _products(form, lambda linear: standard.ChannelProduct(linear, opset))
+        return _products(form, standard.blocked_product(form.block_size, opset))
 
     return rules
 

@@ -84,29 +84,27 @@ class RMSNormalization(nn.Module):
 
 
 class MatMulNBits(nn.Module):
-    """An int4 product in place of ``nn.Linear``; its two initializers are named ``qweight`` and ``scales``.
+    """An int4 or int8 product in place of ``nn.Linear``; its two initializers are named ``qweight`` and ``scales``
+    (``qweight8`` and ``scales8``).
 
     In float32 the kernel may quantize the activations to int8 block by block (accuracy level 4: about three times as
     fast on a CPU as level 0, LEADS 13.1). In float16, which is for GPUs, it may not (level 0).
     """
 
-    qweight: Tensor
-    scales: Tensor
-
-    def __init__(self, linear: nn.Linear, block_size: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, linear: nn.Linear, block_size: int, dtype: torch.dtype = torch.float32, bits: int = 4) -> None:
         super().__init__()
         blocks = -(-linear.in_features // block_size)
+        self._names = {4: ("qweight", "scales"), 8: ("qweight8", "scales8")}[bits]
         with torch.device("meta"):
-            self.register_buffer(
-                "qweight", torch.empty(linear.out_features, blocks, block_size // 2, dtype=torch.uint8)
-            )
-            self.register_buffer("scales", torch.empty(linear.out_features, blocks, dtype=dtype))
+            codes = torch.empty(linear.out_features, blocks, block_size * bits // 8, dtype=torch.uint8)
+            self.register_buffer(self._names[0], codes)
+            self.register_buffer(self._names[1], torch.empty(linear.out_features, blocks, dtype=dtype))
         self.bias = linear.bias if linear.bias is None or dtype == torch.float32 else half_parameter(linear.bias)
         self.out_features, self.dtype = linear.out_features, dtype
         self.attributes: dict[str, Attribute] = {
             "K": linear.in_features,
             "N": linear.out_features,
-            "bits": 4,
+            "bits": bits,
             "block_size": block_size,
             "accuracy_level": 4 if dtype == torch.float32 else 0,
         }
@@ -114,7 +112,7 @@ class MatMulNBits(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.symbolic(
             "com.microsoft::MatMulNBits",
-            (x.to(self.dtype), self.qweight, self.scales, None, None, self.bias),
+            (x.to(self.dtype), *(getattr(self, name) for name in self._names), None, None, self.bias),
             attrs=self.attributes,
             dtype=self.dtype,
             shape=(*x.shape[:-1], self.out_features),

@@ -125,6 +125,38 @@ class BlockedProduct(nn.Module):
         return (y if self.bias is None else y + self.bias).float()
 
 
+class ChannelProduct(nn.Module):
+    """An int8 product in place of ``nn.Linear``: DequantizeLinear with a scale for each output channel, then MatMul.
+
+    Its initializers are ``codes8`` (int8 ``[K, N]``) and ``factors8`` (float16 ``[N]``, all positive): what
+    ``quantize_int8_channels`` gives.
+    """
+
+    codes8: Tensor
+    factors8: Tensor
+
+    def __init__(self, linear: nn.Linear, opset: int) -> None:
+        super().__init__()
+        self._opset = opset
+        with torch.device("meta"):
+            codes = torch.empty(linear.in_features, linear.out_features, dtype=torch.int8)
+            self.register_buffer("codes8", codes)
+            self.register_buffer("factors8", torch.empty(linear.out_features, dtype=torch.float16))
+        self.bias = None if linear.bias is None else half_parameter(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = ops.symbolic(
+            "DequantizeLinear",
+            (self.codes8, self.factors8),
+            attrs={"axis": 1},
+            dtype=torch.float16,
+            shape=self.codes8.shape,
+            version=self._opset,
+        )
+        y = x.half() @ weight
+        return (y if self.bias is None else y + self.bias).float()
+
+
 def blocked_product(block_size: int, opset: int = OPSET) -> Callable[[nn.Linear], nn.Module]:
     """The rule for the linear layers of an int4 component; a width that no block divides stays in float16."""
 

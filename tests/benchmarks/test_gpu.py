@@ -31,7 +31,8 @@ def test_dry_run(results):
         assert record[f"{weights} stages"]["new_tokens"] <= 6
         assert set(record[f"{weights} decode"]["step_seconds"]) == {"1", "2"}
         assert record[f"{weights} decode"]["of_floor"] > 0
-        assert 0.5 < record[f"{weights} decode"]["contrast_over_greedy"] < 10
+        assert 0.5 < record[f"{weights} decode"]["contrast_over_greedy"]["logits"] < 10
+        assert set(record[f"{weights} decode"]["loop_seconds"]["logits"]) == {"1", "2"}
 
 
 def test_a_part_that_fails_costs_no_other(results, monkeypatch):
@@ -50,3 +51,4 @@ def test_pytorch_beside_it(results):
     record = json.loads((results / "gpu.json").read_text())
     for kind in ("eager", "compiled"):
         assert set(record[f"pytorch {kind}"]["step_seconds"]) == {"1", "2"}
+        assert record["summary"][f"int4 over pytorch {kind}"] > 0

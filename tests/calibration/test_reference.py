@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from intertitle.calibration.quantize import Rounding
 from intertitle.calibration.reference import Reference, reference_fbank, reference_pixels, repetition_penalty
 from intertitle.errors import OptionError
 from intertitle.models import open_checkpoint
@@ -31,7 +32,9 @@ def opened(data_dir):
         if (variant, weights) not in cache:
             adapter = data_dir / variant if variant == "clip-mistral-lora" else None
             checkpoint = data_dir / ("clip-mistral" if adapter else variant)
-            cache[variant, weights] = Reference(open_checkpoint(checkpoint, adapter), weights)
+            cache[variant, weights] = Reference(
+                open_checkpoint(checkpoint, adapter), {"decoder": Rounding("ort", weights)}
+            )
         return cache[variant, weights]
 
     return get

@@ -22,6 +22,7 @@ from intertitle.calibration.comparison import Report
 from intertitle.calibration.reference import Reference
 from intertitle.calibration.verify import verify_bundle
 from intertitle.errors import MediaError, OptionError
+from intertitle.export.compile import compile_bundle
 from intertitle.models import open_checkpoint
 from intertitle.runtime.bundle import Bundle
 from intertitle.runtime.timing import Stages
@@ -365,3 +366,23 @@ def test_environment_and_progress(check, compiled, data_dir):
     assert all(line.startswith(str(DEMO)) for line in heard)
     assert json.loads(json.dumps(asdict(report), allow_nan=False))["environment"] == environment
     assert msgspec.json.encode(asdict(report))
+
+
+@pytest.mark.parametrize(
+    ("target", "weights", "encoders"), [("cuda", "fp16", None), ("cuda", "int4", "int8"), ("cpu", "int4", "int8")]
+)
+def test_float16_and_int8_are_held_to_what_they_can(target, weights, encoders, check, data_dir, tmp_path):
+    """A right bundle of either passes, with the tolerance of its format, and a wrong one of it does not."""
+    bundle, half = tmp_path / "bundle", target == "cuda"
+    compile_bundle(data_dir / "av-qwen2", bundle, target=target, weights=weights, encoder_weights=encoders)
+    report = check("av-qwen2", bundle)
+    assert report.verdict == "PASS"
+    allowed = {stage.stage: stage.tolerance for stage in report.clips[0].stages}
+    assert (allowed["pixels"], allowed["vision"]) == (1e-6, 2e-2 if half else 1e-1)
+    assert allowed["decode logits"] == (2e-2 if half else 1e-4)
+    # Codes or weights in the order of their mirror image.
+    data = np.memmap(bundle / "vision.onnx.data", mode="r+")
+    data[len(data) // 2 :] = data[len(data) // 2 :][::-1].copy()
+    data.flush()
+    report = check("av-qwen2", seal(bundle))
+    assert (report.verdict, report.first_divergent) == ("FAIL", "vision")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from intertitle.calibration.quantize import Rounding
 from intertitle.calibration.reference import Reference
 from intertitle.export.compile import compile_bundle
 from intertitle.export.components import (
@@ -166,7 +167,8 @@ def test_int4_graph_is_the_rounded_model(variant, compiled, expected, data_dir):
     bundle = Bundle.open(compiled(variant, "int4"))
     mine = decoder(bundle).open(1, len(embeds)).prefill(0, embeds)
     block = bundle.manifest.components["decoder"].block_size
-    rounded = Reference(open_checkpoint(data_dir / variant), "int4", block).open(1, len(embeds)).prefill(0, embeds)
+    int4 = {"decoder": Rounding("ort", "int4", block or 0)}
+    rounded = Reference(open_checkpoint(data_dir / variant), int4).open(1, len(embeds)).prefill(0, embeds)
     original = Reference(open_checkpoint(data_dir / variant)).open(1, len(embeds)).prefill(0, embeds)
     assert relative_error(mine, rounded) < 5e-2
     # Without this the line above could not tell a rounded model from the original.

@@ -193,6 +193,23 @@ def test_options_of_a_component(backend, expected):
         backend("clip-mistral", options={"visoin": {}})
 
 
+def test_a_session_that_cannot_be_captured_runs_without(backend, monkeypatch):
+    bundle, made = backend("clip-mistral")
+    opened = ort_cuda.open_session
+
+    def refuse(graph, threads=None, providers=CPU):
+        if providers[0][1]["enable_cuda_graph"] == "1":
+            raise BundleError(f"{graph.name}: This session cannot use the graph capture feature: nodes on the CPU")
+        return opened(graph, threads, providers)
+
+    monkeypatch.setattr(ort_cuda, "open_session", refuse)
+    inference = made.decoder().open(1, 64)
+    inference.prefill(0, np.full((4, bundle.manifest.decoder.hidden_size), 0.1, np.float32))
+    assert np.isfinite(inference.step(np.array([1]))).all()
+    assert made.runs == ["-1", "-1"]
+    assert made.device.endswith("on Host, steps not captured")
+
+
 # --- what can go wrong
 
 
