@@ -35,9 +35,11 @@ MAIN = ("cider", "completeness", "invention", "readable", "repetition", "words")
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to caption: on which bundle, how many visual tokens, how decoded, and how many of the clips."""
+    """One way to caption: on which bundle (decoder's and encoders' weights), with how many visual tokens, how decoded,
+    and how many of the clips."""
 
     weights: str = "int4"
+    encoders: str = "fp32"
     visual_tokens: float | None = None
     decoding: Decoding = field(default_factory=Decoding)
     every: int = 2
@@ -47,6 +49,7 @@ class Setting:
 def settings() -> dict[str, Setting]:
     """All that is measured. Quantization over all clips, the rest over every second."""
     found = {"fp32": Setting("fp32", every=1), "int4": Setting(every=1)}
+    found["int4, int8 encoders"] = Setting(encoders="int8", every=1)
     for keep in (0.75, 0.5, 0.25, 0.1):
         found[f"keep {keep}"] = Setting(visual_tokens=keep, group="compression")
     for alpha in (0.25, 0.5, 1.0):
@@ -128,26 +131,30 @@ def ablation(captioner: Captioner, scenes: Sequence[Scene], clips: Sequence[Medi
 @click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), required=True, help="The captioner.")
 @click.option("--adapter", type=click.Path(path_type=Path, exists=True), help="Its adapter.  [default: none]")
 @click.option("--test", "count", default=600, show_default=True, help="Test clips.")
+@click.option("--only", multiple=True, help="Settings to measure; repeatable.  [default: all]")
 @click.option("-o", "--result", default="caption-quality", show_default=True, help="Name under results/.")
-def main(checkpoint: Path, adapter: Path | None, count: int, result: str) -> None:
+def main(checkpoint: Path, adapter: Path | None, count: int, only: tuple[str, ...], result: str) -> None:
     """Measure every setting and draw quality against time."""
     scenes = [draw_scene("test", index) for index in range(count)]
+    wanted = {name: how for name, how in settings().items() if not only or name in only}
     rows: dict[str, dict[str, Any]] = {}
     reports: dict[str, Report] = {}
     with tempfile.TemporaryDirectory() as scratch, ProgressDisplay() as progress:
         captioners = {}
-        for weights in ("fp32", "int4"):
-            path = compile_bundle(checkpoint, Path(scratch) / weights, adapter=adapter, weights=weights).path
-            captioners[weights] = Captioner.load(path)
-        spec = captioners["int4"].manifest.preprocessing
+        for weights, encoders in {(how.weights, how.encoders) for how in wanted.values()}:
+            path = Path(scratch) / f"{weights}-{encoders}"
+            compile_bundle(checkpoint, path, adapter=adapter, weights=weights, encoder_weights=encoders)
+            captioners[weights, encoders] = Captioner.load(path)
+        usual = captioners.get(("int4", "fp32"), next(iter(captioners.values())))
+        spec = usual.manifest.preprocessing
         clips = [scene_media(scene, spec) for scene in scenes]
         policy = Policy.open(checkpoint, adapter).eval()
         texts = caption_features(policy, scene_features(policy, scenes))
         reports["pytorch"] = evaluate(scenes, texts, meteor=True)
         rows["pytorch"] = {"report": reports["pytorch"].to_json()}
-        for name, how in settings().items():
+        for name, how in wanted.items():
             said, costs = caption_all(
-                captioners[how.weights], clips[:: how.every], how, lambda a, b, n=name: progress(n, a, b)
+                captioners[how.weights, how.encoders], clips[:: how.every], how, lambda a, b, n=name: progress(n, a, b)
             )
             reports[name] = evaluate(
                 scenes[:: how.every], said, [captions(s) for s in scenes[:: how.every]], meteor=False
@@ -167,9 +174,10 @@ def main(checkpoint: Path, adapter: Path | None, count: int, result: str) -> Non
                         k: vars(v) for k, v in difference(reports[name], reports["pytorch"]).items() if k in MAIN
                     },
                 }
-                for name in ("fp32", "int4")
+                for name in ("fp32", "int4", "int4, int8 encoders")
+                if name in reports
             },
-            "sound_ablation": ablation(captioners["int4"], scenes[::2], clips[::2]),
+            "sound_ablation": ablation(usual, scenes[::2], clips[::2]),
         }
     click.echo(figures["sound_ablation"], err=True)
     click.echo(draw(rows, RESULTS / f"{result}.png"))

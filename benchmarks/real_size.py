@@ -27,6 +27,7 @@ _INTERTITLE = [sys.executable, "-m", "intertitle.cli"]
 @click.option("--bundle", type=click.Path(path_type=Path), help="Write and keep the bundle there.")
 @click.option("--clip", type=click.Path(path_type=Path, exists=True), default=DEMO_CLIP, help="What to caption.")
 @click.option("--weights", default="int4", show_default=True)
+@click.option("--encoder-weights", "encoders", multiple=True, default=("fp32", "int8"), show_default=True)
 @click.option("--max-new-tokens", default=64, show_default=True)
 @click.option("--size", default="7b", show_default=True, help="Another size of random checkpoint, to try the script.")
 @click.option("-o", "--result", default="real-size-7b-av", show_default=True, help="Name under results/.")
@@ -35,6 +36,7 @@ def main(
     bundle: Path | None,
     clip: Path,
     weights: str,
+    encoders: tuple[str, ...],
     max_new_tokens: int,
     size: str,
     result: str,
@@ -45,34 +47,44 @@ def main(
         bundle = bundle or Path(scratch) / "bundle"
         if not checkpoint.exists():
             write_checkpoint(checkpoint, size)  # type: ignore[arg-type]
-        if bundle.exists():
-            shutil.rmtree(bundle)
-        compiled = run_process([*_INTERTITLE, "compile", str(checkpoint), "-o", str(bundle), "--weights", weights])
-        started = time.perf_counter()
-        captioned = run_process(
-            [*_INTERTITLE, "caption", str(bundle), str(clip), "--json", "--max-new-tokens", str(max_new_tokens)]
-        )
-        record = json.loads(captioned.stdout)
-        sizes = {file.name: file.stat().st_size for file in sorted(bundle.iterdir())}
-        new_tokens = len(record["token_ids"])
-        figures = {
+        figures: dict[str, object] = {
             "size": size,
             "weights": weights,
             "checkpoint_bytes": sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()),
-            "bundle_bytes": sum(sizes.values()),
-            "bundle_files": sizes,
-            "compile_seconds": round(compiled.seconds, 1),
-            "compile_peak_bytes": compiled.peak_bytes,
-            "caption_seconds": round(time.perf_counter() - started, 1),
-            "caption_peak_bytes": captioned.peak_bytes,
-            "caption_stages": {name: round(seconds, 3) for name, seconds in record["timings"].items()},
-            "mode": record["mode"],
-            "prompt_tokens": record["prompt_tokens"],
-            "new_tokens": new_tokens,
-            "decode_tokens_per_second": round((new_tokens - 1) / record["timings"]["decode"], 3),
         }
-        path = write_result(result, figures, "python -m intertitle.benchmarks.real_size")
-    click.echo(f"{path}\n{json.dumps(figures, indent=1)}")
+        for form in encoders:
+            figures[f"{form} encoders"] = _measure(checkpoint, bundle, clip, weights, form, max_new_tokens)
+            click.echo(write_result(result, figures, "python -m intertitle.benchmarks.real_size"))
+    click.echo(json.dumps(figures, indent=1))
+
+
+def _measure(
+    checkpoint: Path, bundle: Path, clip: Path, weights: str, encoders: str, max_new_tokens: int
+) -> dict[str, object]:
+    formats = ["--weights", weights, "--encoder-weights", encoders]
+    if bundle.exists():
+        shutil.rmtree(bundle)
+    compiled = run_process([*_INTERTITLE, "compile", str(checkpoint), "-o", str(bundle), *formats])
+    started = time.perf_counter()
+    captioned = run_process(
+        [*_INTERTITLE, "caption", str(bundle), str(clip), "--json", "--max-new-tokens", str(max_new_tokens)]
+    )
+    record = json.loads(captioned.stdout)
+    sizes = {file.name: file.stat().st_size for file in sorted(bundle.iterdir())}
+    new_tokens = len(record["token_ids"])
+    return {
+        "bundle_bytes": sum(sizes.values()),
+        "bundle_files": sizes,
+        "compile_seconds": round(compiled.seconds, 1),
+        "compile_peak_bytes": compiled.peak_bytes,
+        "caption_seconds": round(time.perf_counter() - started, 1),
+        "caption_peak_bytes": captioned.peak_bytes,
+        "caption_stages": {name: round(seconds, 3) for name, seconds in record["timings"].items()},
+        "mode": record["mode"],
+        "prompt_tokens": record["prompt_tokens"],
+        "new_tokens": new_tokens,
+        "decode_tokens_per_second": round((new_tokens - 1) / record["timings"]["decode"], 3),
+    }
 
 
 if __name__ == "__main__":
