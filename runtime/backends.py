@@ -6,11 +6,14 @@ A backend opens the components of one bundle; the rest of the runtime sees funct
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import IntertitleError, OptionError, TargetError
 from .bundle import Bundle
 from .inference import FloatArray, Inference
+
+if TYPE_CHECKING:
+    from .ort_cuda import OrtProgram
 
 #: What a bundle can run on by the form of its graphs, the best first. ``cuda`` wants float16 products, too.
 _DEVICES = {"ort": ("cuda", "cpu"), "standard": ("tensorrt-rtx", "tensorrt"), "plain": ("tensorrt-10.3",)}
@@ -63,20 +66,20 @@ class OrtBackend:
 
 class CudaBackend:
     """ONNX Runtime's CUDA provider. ``options``: provider options by component, over ours; ``{"device": "cpu"}`` leaves
-    an encoder to the processor. ``TargetError`` where the provider or a GPU is missing."""
+    an encoder to the processor. ``TargetError`` where the provider or a GPU is missing or does not work."""
 
     def __init__(self, bundle: Bundle, options: Options | None = None, threads: int | None = None) -> None:
         from .cuda import Cuda
         from .ort_cuda import load_cuda_provider
 
-        manifest = bundle.manifest
-        if manifest.cache_dtype != "float16":
-            raise TargetError(_other_target(bundle, "cuda"))
+        components = bundle.manifest.components
         self._bundle, self._options, self._processor = bundle, options or {}, OrtBackend(bundle, threads)
-        if unknown := sorted(set(self._options) - set(manifest.components)):
-            raise OptionError(f"there is no component {unknown[0]!r}; there are {', '.join(manifest.components)}")
+        if unknown := sorted(set(self._options) - set(components)):
+            raise OptionError(f"there is no component {unknown[0]!r}; there are {', '.join(components)}")
         version, self._gpu = load_cuda_provider(), Cuda()
         self._name, self._captured = f"cuda, ONNX Runtime {version} on {self._gpu.name}", True
+        # Now, since it is small: whether the provider works is seen when it is loaded.
+        self._selection = self._program("selection")
 
     @property
     def device(self) -> str:
@@ -91,24 +94,25 @@ class CudaBackend:
         return OrtCudaComponent(self._bundle.file(graph), self._gpu, options)
 
     def decoder(self) -> Decoder:
-        from .ort_cuda import OrtCudaDecoder, OrtProgram
+        from .ort_cuda import OrtCudaDecoder
 
         manifest = self._bundle.manifest
-
-        def program(name: str) -> OrtProgram:
-            graph = self._bundle.file(manifest.components[name].graph)
-            opened = OrtProgram.open(graph, self._gpu, self._options.get(name, {}))
-            self._captured = self._captured and opened.captured
-            return opened
-
         return OrtCudaDecoder(
-            program("decoder"),
-            program("selection") if manifest.shortlist else None,
+            self._program("decoder"),
+            self._selection,
             manifest.decoder,
             self._bundle.embed,
             cache_dtype=manifest.cache_dtype,
             shortlist=manifest.shortlist,
         )
+
+    def _program(self, name: str) -> OrtProgram:
+        from .ort_cuda import OrtProgram
+
+        graph = self._bundle.file(self._bundle.manifest.components[name].graph)
+        opened = OrtProgram.open(graph, self._gpu, self._options.get(name, {}))
+        self._captured = self._captured and opened.captured
+        return opened
 
 
 class EngineBackend:
@@ -166,11 +170,15 @@ def open_backend(
     """The backend of a device; ``auto``: the best of those that the bundle is for that works here. With it, why better
     ones do not, a line each.
 
-    ``options``: those of ``CudaBackend``. ``TargetError`` for a device that is unknown, not there, or not what the
-    bundle was compiled for.
+    ``options``: those of ``CudaBackend``, which other devices have no use for. ``TargetError`` for a device that is
+    unknown, not there, or not what the bundle was compiled for; ``OptionError`` for options of a bundle not for CUDA.
     """
     if device not in DEVICES:
         raise TargetError(f"device '{device}' is not supported; this version knows: {', '.join(DEVICES)}")
+    if options and "cuda" not in candidates(bundle):
+        raise OptionError(
+            f"{bundle.path}: options are for ONNX Runtime on CUDA, the bundle is for {bundle.manifest.target}"
+        )
     if device != "auto":
         return _open(bundle, device, threads, options), []
     reasons: list[str] = []

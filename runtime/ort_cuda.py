@@ -182,7 +182,7 @@ class OrtCudaDecoder:
     def __init__(
         self,
         program: OrtProgram,
-        selection: OrtProgram | None,
+        selection: OrtProgram,
         spec: DecoderSpec,
         embed: Callable[[npt.NDArray[np.int64]], FloatArray],
         *,

@@ -110,11 +110,14 @@ class MatMulNBits(nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.symbolic(
+        # On a GPU the kernel of some versions drops a bias without a word.
+        inside = self.bias if self.dtype == torch.float32 else None
+        y = ops.symbolic(
             "com.microsoft::MatMulNBits",
-            (x.to(self.dtype), *(getattr(self, name) for name in self._names), None, None, self.bias),
+            (x.to(self.dtype), *(getattr(self, name) for name in self._names), None, None, inside),
             attrs=self.attributes,
             dtype=self.dtype,
             shape=(*x.shape[:-1], self.out_features),
             version=1,
-        ).float()
+        )
+        return (y if inside is self.bias else y + self.bias).float()

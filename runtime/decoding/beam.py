@@ -6,11 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from ..inference import Choice, FloatArray, Shortlist
 from .options import Settings
-from .scores import LogNormalizer, Token, processed
+from .scores import LogNormalizer, Token, processed, shortlisted
 from .search import Turn
+
+_Candidate = tuple[float, int, int, float]
+"""Score of the whole, beam that is continued, token, its log-likelihood."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,18 @@ class BeamSearch:
         return self.advance(logits)
 
     def advance(self, logits: Sequence[FloatArray]) -> Turn:
-        candidates = self._candidates(logits[: len(self._running)])
+        found: list[_Candidate] = []
+        for beam, row in enumerate(logits[: len(self._running)]):
+            scores = row - np.float32(self._normalize(row))
+            with processed(scores, self._seen(beam), self._settings):
+                count = min(self._num_candidates, len(scores))
+                best = np.argpartition(-scores, count - 1)[:count]
+                picked = scores[best]
+            found += self._continued(beam, best, picked, scores[best])
+        return self._turn(found)
+
+    def _turn(self, found: list[_Candidate]) -> Turn:
+        candidates = self._best(found)
         length = len(self._running[0].tokens) + 1
         running: list[Hypothesis] = []
         sources: list[int] = []
@@ -74,26 +89,39 @@ class BeamSearch:
         next_ids = [hypothesis.tokens[-1].id for hypothesis in running] + [running[0].tokens[-1].id] * spare
         return Turn(next_ids, sources=sources + [sources[0]] * spare)
 
-    def choice(self, rows: Sequence[int], size: int) -> Choice | None:
-        return None
+    def choices(self, rows: Sequence[int], size: int) -> list[Choice]:
+        if self._settings.repetition_penalty < 1 or self._num_candidates > size // 2:
+            return []
+        return [Choice(row) for row in rows[: len(self._running)]]
 
-    def advance_shortlist(self, shortlist: Shortlist) -> Turn:
-        return self.advance(shortlist.fetch())
+    def advance_shortlists(self, shortlists: Sequence[Shortlist]) -> Turn:
+        found: list[_Candidate] = []
+        for beam, shortlist in enumerate(shortlists):
+            seen = self._seen(beam)
+            kept = shortlisted(shortlist, seen, self._settings, self._num_candidates, shortlist.normalizer)
+            if kept is None:
+                return self.advance([row for each in shortlists for row in each.fetch()])
+            order, scores = kept
+            best = np.argpartition(-scores, self._num_candidates - 1)[: self._num_candidates]
+            logits = shortlist.logits[order] - np.float32(shortlist.normalizer)
+            found += self._continued(beam, shortlist.ids[order][best], scores[best], logits[best])
+        return self._turn(found)
 
-    def _candidates(self, logits: Sequence[FloatArray]) -> list[tuple[int, Hypothesis]]:
+    def _seen(self, beam: int) -> list[int]:
+        return self._forced + [token.id for token in self._running[beam].tokens]
+
+    def _continued(
+        self, beam: int, ids: npt.NDArray[np.integer], scores: FloatArray, logprobs: FloatArray
+    ) -> list[_Candidate]:
+        """A hypothesis with each of these tokens, by its processed score and the model's own log-likelihood of it."""
+        score = self._running[beam].score
+        return [
+            (score + float(each), beam, int(token), float(logprob))
+            for token, each, logprob in zip(ids, scores, logprobs, strict=True)
+        ]
+
+    def _best(self, found: list[_Candidate]) -> list[tuple[int, Hypothesis]]:
         """The best continuations of all hypotheses, best first, each with the number of the one it continues."""
-        found: list[tuple[float, int, int, float]] = []
-        for beam, (hypothesis, row) in enumerate(zip(self._running, logits, strict=True)):
-            scores = row - np.float32(self._normalize(row))
-            seen = self._forced + [token.id for token in hypothesis.tokens]
-            with processed(scores, seen, self._settings):
-                count = min(self._num_candidates, len(scores))
-                best = np.argpartition(-scores, count - 1)[:count]
-                picked = scores[best]
-            found += [
-                (hypothesis.score + float(score), beam, int(token), float(scores[token]))
-                for token, score in zip(best, picked, strict=True)
-            ]
         found.sort(key=lambda candidate: (-candidate[0], candidate[1], candidate[2]))
         eos = self._settings.eos_token_ids
         return [

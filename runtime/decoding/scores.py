@@ -121,22 +121,23 @@ def processed(scores: FloatArray, seen: Sequence[int], settings: Settings) -> It
 
 
 def shortlisted(
-    shortlist: Shortlist, seen: Sequence[int], settings: Settings
+    shortlist: Shortlist, seen: Sequence[int], settings: Settings, wanted: int, normalizer: float = 0.0
 ) -> tuple[npt.NDArray[np.intp], FloatArray] | None:
-    """Places in a shortlist in the order of their tokens' ids, and the scores of those after penalty and ban.
+    """Places in a shortlist in the order of their tokens' ids, and the scores of those, less ``normalizer``, after
+    penalty and ban.
 
-    ``None`` where a token that is not on the list could be chosen: penalties only lower a score, so those that are
-    wanted (one, or ``top_k``) must be above the lowest of the list, which nothing outside exceeds.
+    ``None`` where a token that is not on the list could be among the ``wanted`` best: penalties only lower a score, so
+    those must be above the lowest of the list, which nothing outside exceeds.
     """
     order = np.argsort(shortlist.ids)
-    ids, scores = shortlist.ids[order], shortlist.scores[order]
+    ids, scores = shortlist.ids[order], shortlist.scores[order] - np.float32(normalizer)
+    lowest = scores.min()
     repeated = np.isin(ids, seen)
     values, penalty = scores[repeated], np.float32(settings.repetition_penalty)
     scores[repeated] = np.where(values < 0, values * penalty, values / penalty)
     scores[np.isin(ids, repeated_ngram_tokens(seen, settings.no_repeat_ngram))] = -np.inf
-    wanted = settings.top_k if settings.strategy == "sample" else 1
     last = np.partition(scores, len(scores) - wanted)[len(scores) - wanted]
-    return (order, scores) if last > shortlist.scores[-1] else None
+    return (order, scores) if last > lowest else None
 
 
 def chooser(settings: Settings) -> Callable[[FloatArray], int]:

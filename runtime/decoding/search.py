@@ -45,13 +45,13 @@ class Search(Protocol):
         """``logits [V]`` of each row after its token of the last turn. The arrays are only lent."""
         ...
 
-    def choice(self, rows: Sequence[int], size: int) -> Choice | None:
-        """What a shortlist of ``size`` tokens is to be made of for the next turn, whose rows are these; ``None`` for a
+    def choices(self, rows: Sequence[int], size: int) -> list[Choice]:
+        """What shortlists of ``size`` tokens are to be made of for the next turn, whose rows are these; none for a
         strategy that has to see all logits."""
         ...
 
-    def advance_shortlist(self, shortlist: Shortlist) -> Turn:
-        """``advance`` on a shortlist of ``choice``: the same turn."""
+    def advance_shortlists(self, shortlists: Sequence[Shortlist]) -> Turn:
+        """``advance`` on the shortlists of ``choices``: the same turn."""
         ...
 
 
@@ -81,17 +81,19 @@ class TokenSearch:
         combined = None if self._combine is None else float(scores[chosen]) - self._normalize(scores)
         return self._turn(chosen, float(full[chosen]) - self._normalize(full), combined)
 
-    def choice(self, rows: Sequence[int], size: int) -> Choice | None:
+    def choices(self, rows: Sequence[int], size: int) -> list[Choice]:
         how = self.settings
         # A penalty below 1 raises tokens from anywhere; sampling from more than the list holds would never do.
         if how.repetition_penalty < 1 or (how.strategy == "sample" and not 0 < how.top_k <= size // 2):
-            return None
+            return []
         if how.contrast is None:
-            return Choice(rows[0])
-        return Choice(rows[0], rows[1], how.contrast[0], log_beta(how.contrast[1]))
+            return [Choice(rows[0])]
+        return [Choice(rows[0], rows[1], how.contrast[0], log_beta(how.contrast[1]))]
 
-    def advance_shortlist(self, shortlist: Shortlist) -> Turn:
-        found = shortlisted(shortlist, self._seen, self.settings)
+    def advance_shortlists(self, shortlists: Sequence[Shortlist]) -> Turn:
+        (shortlist,) = shortlists
+        wanted = self.settings.top_k if self.settings.strategy == "sample" else 1
+        found = shortlisted(shortlist, self._seen, self.settings, wanted)
         if found is None:
             return self.advance(shortlist.fetch())
         order, scores = found
@@ -114,13 +116,15 @@ def step(
     """One step of the decoder and the turn that each strategy, with its rows, makes of it; by shortlists, if there are
     such and all can do with one."""
     size = inference.shortlist_size
-    choices = [search.choice(rows, size) for search, rows in searches] if size else []
-    wanted = [choice for choice in choices if choice is not None]
-    if len(wanted) < len(searches):
+    choices = [search.choices(rows, size) for search, rows in searches] if size else []
+    if not choices or not all(choices):
         logits = inference.step(token_ids)
         return [search.advance([logits[row] for row in rows]) for search, rows in searches]
-    shortlists = inference.step_shortlist(token_ids, wanted)
-    return [search.advance_shortlist(each) for (search, _), each in zip(searches, shortlists, strict=True)]
+    shortlists = iter(inference.step_shortlist(token_ids, [choice for each in choices for choice in each]))
+    return [
+        search.advance_shortlists([next(shortlists) for _ in asked])
+        for (search, _), asked in zip(searches, choices, strict=True)
+    ]
 
 
 def generate(inference: Inference, logits: FloatArray, search: Search) -> Iterator[Token]:

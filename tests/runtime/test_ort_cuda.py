@@ -20,7 +20,7 @@ from intertitle.runtime.bundle import Bundle
 from intertitle.runtime.captioner import Captioner
 from intertitle.runtime.decoding import Decoding
 from intertitle.runtime.ort import CPU, open_session
-from intertitle.runtime.ort_cuda import OrtProgram, cuda_provider, device_errors
+from intertitle.runtime.ort_cuda import cuda_provider, device_errors
 
 
 @pytest.fixture
@@ -229,8 +229,11 @@ def test_a_build_without_cuda_is_named_and_the_processor_takes_over(compiled, ex
 
 
 def test_a_bundle_of_float32_products_is_not_for_cuda(compiled):
+    bundle = Bundle.open(compiled("clip-mistral", "fp32"))
     with pytest.raises(TargetError, match="is for cpu; for cuda compile the checkpoint with --target cuda"):
-        open_backend(Bundle.open(compiled("clip-mistral", "fp32")), "cuda")
+        open_backend(bundle, "cuda")
+    with pytest.raises(OptionError, match="options are for ONNX Runtime on CUDA, the bundle is for cpu"):
+        Captioner.load(bundle.path, options={"decoder": {"gpu_mem_limit": "1"}})
 
 
 def test_no_gpu(compiled, monkeypatch):
@@ -247,10 +250,16 @@ def test_no_gpu(compiled, monkeypatch):
 
 def test_a_provider_that_does_not_load(compiled, host, monkeypatch):
     """ONNX Runtime then goes on with the processor, and would be silently slow."""
-    graph = Bundle.open(compiled("clip-mistral", "fp16", "cuda")).file("vision.onnx")
+    bundle = Bundle.open(compiled("clip-mistral", "fp16", "cuda"))
     monkeypatch.setattr(ort_cuda, "open_session", lambda graph, providers: open_session(graph))
-    with pytest.raises(TargetError, match=r"CUDA provider does not load \(.+\): pip install 'intertitle\[cuda\]'"):
-        OrtProgram.open(graph, host, {})
+    monkeypatch.setattr(ort_cuda, "load_cuda_provider", lambda: "0.0.fake")
+    monkeypatch.setattr(cuda, "Cuda", lambda: host)
+    told = r"CUDA provider does not load \(.+\): pip install 'intertitle\[cuda\]'"
+    with pytest.raises(TargetError, match=told):
+        open_backend(bundle, "cuda")
+    backend, (note,) = open_backend(bundle)
+    assert backend.device == "cpu"
+    assert note.startswith("cuda: ONNX Runtime's CUDA provider does not load (")
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_what_is_not_on_the_list_is_fetched():
 )
 def test_who_needs_all_logits_gets_them(changes):
     search = TokenSearch(Settings(max_new_tokens=4, eos_token_ids=(), **changes))
-    assert search.choice([0], SIZE) is None
+    assert search.choices([0], SIZE) == []
     inference = Selecting(0)
     captions(inference, search.settings, 3)
     assert inference.listed == 0
@@ -144,14 +144,58 @@ def test_who_needs_all_logits_gets_them(changes):
 def test_one_that_needs_all_logits_decides_for_a_step():
     inference = Selecting(0)
     greedy = TokenSearch(Settings(max_new_tokens=9, eos_token_ids=()))
-    beams = BeamSearch(Settings(max_new_tokens=9, eos_token_ids=(), strategy="beam", num_beams=2))
-    for search in (greedy, beams):
+    sampled = TokenSearch(Settings(max_new_tokens=9, eos_token_ids=(), strategy="sample", top_k=0))
+    for search in (greedy, sampled):
         search.start([np.zeros(200, np.float32)])
     step(inference, np.zeros(1, np.int64), [(greedy, [0])])
     assert inference.listed == 1
-    turns = step(inference, np.zeros(3, np.int64), [(greedy, [0]), (beams, [1, 2])])
-    assert [len(turn.next_ids) for turn in turns] == [1, 2]
+    turns = step(inference, np.zeros(2, np.int64), [(greedy, [0]), (sampled, [1])])
+    assert [len(turn.next_ids) for turn in turns] == [1, 1]
     assert inference.listed == 1
+
+
+@hypothesis_settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 1000),
+    st.sampled_from([1.0, 1.3]),
+    st.sampled_from([0, 1, 2]),
+    st.integers(1, 3),
+    st.sampled_from([(), (3,)]),
+    st.sampled_from([-1.0, 1.0]),
+)
+def test_beams_from_shortlists(seed, penalty, ngram, beams, eos, length_penalty):
+    """The same hypotheses, beam by beam and turn by turn."""
+    how = Settings(
+        max_new_tokens=12,
+        eos_token_ids=eos,
+        strategy="beam",
+        num_beams=beams,
+        repetition_penalty=penalty,
+        no_repeat_ngram=ngram,
+        length_penalty=length_penalty,
+    )
+    first = np.random.default_rng(seed).standard_normal(60).astype(np.float32) * 3
+    ended = []
+    for inference in (Selecting(seed, vocabulary=60, size=24), Plain(seed, vocabulary=60)):
+        inference.draws = beams
+        search = BeamSearch(how, num_results=beams)
+        turn, sources = search.start([first]), []
+        while len(turn.next_ids):
+            sources.append((list(turn.next_ids), turn.sources))
+            # As many choices as there are beams, so that both draw alike.
+            inference.draws = len(search.choices(range(beams), 24))
+            turn = step(inference, np.asarray(turn.next_ids), [(search, range(beams))])[0]
+        ended.append((sources, [[token.id for token in each] for each in search.results], turn))
+    assert ended[0][:2] == ended[1][:2]
+    for mine, theirs in zip(ended[0][2].tokens, ended[1][2].tokens, strict=True):
+        assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+
+
+def test_more_beams_than_a_list_has_room_for():
+    search = BeamSearch(Settings(max_new_tokens=9, eos_token_ids=(2,), strategy="beam", num_beams=5))
+    search.start([np.arange(60, dtype=np.float32)])
+    assert search.choices(range(5), 16) == []
+    assert [choice.row for choice in search.choices([4, 2, 1, 0, 3], 64)] == [4, 2, 1, 0, 3]
 
 
 def test_a_ban_that_would_leave_nothing_is_none():

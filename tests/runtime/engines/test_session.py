@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from intertitle.calibration.reference import Reference
@@ -10,10 +12,13 @@ from intertitle.models import open_checkpoint
 from intertitle.runtime.backends import EngineBackend, open_backend
 from intertitle.runtime.bundle import Bundle
 from intertitle.runtime.captioner import Captioner
+from intertitle.runtime.cuda import Cuda
 from intertitle.runtime.decoding import Decoding
+from intertitle.runtime.decoding.scores import Combination, LogNormalizer
 from intertitle.runtime.engines.builder import origin, parts
 from intertitle.runtime.engines.cache import EngineCache
 from intertitle.runtime.engines.shapes import default_limits, profiles
+from intertitle.runtime.inference import Choice
 
 pytestmark = pytest.mark.usefixtures("private_engines")
 
@@ -151,3 +156,81 @@ def test_devices_and_bundles_that_do_not_go_together(compiled):
         open_backend(engines, "cpu")
     backend, notes = open_backend(cpu)
     assert (backend.device, notes) == ("cpu", [])
+
+
+def test_auto_names_what_is_missing_of_every_device(compiled):
+    """A bundle of the standard dialect is for both TensorRTs; here there is a GPU for none."""
+    bundle = Bundle.open(compiled("clip-mistral", "fp32", "tensorrt-rtx"))
+    try:
+        Cuda()
+    except TargetError:
+        with pytest.raises(TargetError, match=r"^tensorrt-rtx: .*; tensorrt: tensorrt is not installed: JetPack"):
+            open_backend(bundle)
+    else:
+        pytest.skip("there is a GPU")
+
+
+def test_a_gpu_without_room_for_the_activations(build, monkeypatch):
+    _, backend = build("clip-mistral")
+    decoder = backend.decoder()
+    monkeypatch.setattr(type(decoder._engine._engine), "create_execution_context", lambda self, strategy: None)
+    with pytest.raises(
+        TargetError, match=r"decoder: the GPU has too little memory for the engine's activations \(comp"
+    ):
+        decoder.open(1, 64)
+
+
+def test_a_gpu_without_room_for_the_cache():
+    """``cudaMalloc`` as it answers when memory is out; the message says how much there is."""
+    success, failure = SimpleNamespace(name="cudaSuccess"), SimpleNamespace(name="cudaErrorMemoryAllocation")
+    gpu = Cuda.__new__(Cuda)
+    gpu._api = SimpleNamespace(
+        cudaError_t=SimpleNamespace(cudaSuccess=success),
+        cudaMalloc=lambda size: (failure, 0),
+        cudaMemGetInfo=lambda: (success, 3 << 20, 8 << 30),
+    )
+    with pytest.raises(TargetError, match=r"the GPU has 3 MiB left, 2,048 MiB are needed: fewer or shorter rows\?"):
+        gpu.allocate(2 << 30)
+
+
+def test_shortlists_behind_engines(build, expected):
+    """Contrastive and greedy captions of one batch, chosen from shortlists, are those chosen from all logits."""
+    bundle, backend = build("auroracap-keep", rows=3)
+    numbers = expected("auroracap-keep")
+    captioner = Captioner(bundle, backend)
+    decoder = captioner.open_inference(64, rows=3)
+    assert decoder.shortlist_size == 64
+    embeds = np.random.default_rng(0).standard_normal((9, bundle.manifest.decoder.hidden_size)).astype(np.float32) * 0.1
+    for row in range(3):
+        decoder.prefill(row, embeds[: 9 - 3 * row])
+    ids = np.array([3, 4, 5])
+    first, second = decoder.step_shortlist(ids, [Choice(0, 1, 0.5, float(np.log(0.2))), Choice(2)])
+    logits = [each.copy() for each in first.fetch()]
+    scores = Combination(0.5, 0.2)(*logits).copy()
+    kept = np.isfinite(first.scores)
+    order = np.argsort(-scores, kind="stable")
+    assert first.ids[kept].tolist() == order[: kept.sum()].tolist()
+    assert first.normalizer == pytest.approx(LogNormalizer()(logits[0]), abs=1e-4)
+    (alone,) = second.fetch()
+    assert second.ids[0] == alone.argmax()
+    assert second.scores.tolist() == second.logits.tolist()
+    how = [Decoding(max_new_tokens=8, contrast="temporal"), Decoding(max_new_tokens=8)]
+    mine = [captioner.caption(frames=numbers["frames_uint8"], decoding=each) for each in how]
+    captioner = Captioner(bundle, backend)
+    captioner._backend = _WithoutSelection(backend)
+    theirs = [captioner.caption(frames=numbers["frames_uint8"], decoding=each) for each in how]
+    assert [each.token_ids for each in mine] == [each.token_ids for each in theirs]
+    for got, want in zip(mine, theirs, strict=True):
+        np.testing.assert_allclose(got.token_logprobs, want.token_logprobs, atol=1e-4)
+
+
+class _WithoutSelection:
+    """A backend whose decoder gives logits only."""
+
+    def __init__(self, backend) -> None:
+        self._backend, self.device, self.component = backend, backend.device, backend.component
+
+    def decoder(self):
+        decoder = self._backend.decoder()
+        decoder._selection = None
+        return decoder
