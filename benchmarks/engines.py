@@ -1,9 +1,9 @@
 """Engines of the released shape, built without a GPU: ``python -m intertitle.benchmarks.engines``.
 
 Every component of VideoLLaMA2.1-7B-AV at its released size, the decoder with one layer of each kind it has (they are
-all alike: one layer, and the output head), from random weights in fp16 and in int4. What it takes is the time and the
-memory of the build, and the bytes of the engine; engines are built in a process each, so that the peak is theirs.
-Needs 4 GB of disk for the checkpoint and 8 GB for bundles and engines.
+all alike: one layer, and the output head), from random weights in fp16, int4 and (encoders) int8. What it takes is the
+time and the memory of the build, and the bytes of the engine; engines are built in a process each, so that the peak is
+theirs. Needs 4 GB of disk for the checkpoint and 10 GB for bundles and engines.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ bundle, library = Bundle.open(path, verify="sizes"), load_library("tensorrt-rtx"
 limits = default_limits(bundle.manifest)
 started = time.perf_counter()
 shapes = profiles(name, part.component, bundle.manifest, limits)
-engine, _ = build_engine(library, part.graph, shapes, max_length=limits.max_length, capabilities=capabilities)
+plan = build_engine(library, part.graph, shapes, max_length=limits.max_length, capabilities=capabilities)
 seconds = time.perf_counter() - started
-out.write_bytes(engine)
-print(json.dumps({"seconds": round(seconds, 2), "engine_bytes": len(engine), "max_length": limits.max_length,
-                  "library": library.version}))
+out.write_bytes(plan.engine)
+print(json.dumps({"seconds": round(seconds, 2), "engine_bytes": len(plan.engine), "max_length": limits.max_length,
+                  "unfused_attention": plan.unfused, "library": library.version}))
 """
 
 
@@ -55,10 +55,14 @@ def main(size: str, layers: int, capabilities: str, result: str) -> None:
     figures: dict[str, object] = {"size": size, "decoder_layers": layers, "compute_capabilities": capabilities}
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = write_checkpoint(Path(scratch) / "checkpoint", shape)
-        for weights in ("fp16", "int4"):
-            compiled = compile_bundle(checkpoint, Path(scratch) / weights, weights=weights, target="tensorrt-rtx")
+        for label, weights, encoders in (("fp16", "fp16", "fp16"), ("int4", "int4", "fp16"), ("int8", "int4", "int8")):
+            compiled = compile_bundle(
+                checkpoint, Path(scratch) / label, weights=weights, encoder_weights=encoders, target="tensorrt-rtx"
+            )
             components = {}
             for name, component in compiled.manifest.components.items():
+                if label == "int8" and component.weights != "int8":
+                    continue  # as before
                 engine = Path(scratch) / "engine"
                 arguments = [str(compiled.path), name, capabilities, str(engine)]
                 done = run_process([sys.executable, "-c", _BUILD_ONE, *arguments])
@@ -69,8 +73,8 @@ def main(size: str, layers: int, capabilities: str, result: str) -> None:
                     "graph_bytes": compiled.component_bytes[name],
                     "peak_bytes": done.peak_bytes,
                 }
-                click.echo(f"{weights} {name}: {components[name]}")
-            figures[weights] = components
+                click.echo(f"{label} {name}: {components[name]}")
+            figures[label] = components
     click.echo(write_result(result, figures, "python -m intertitle.benchmarks.engines"))
 
 

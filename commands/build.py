@@ -61,6 +61,8 @@ def build(
     engines = table("engine", ">MB", ">seconds", "")
     for each in built:
         why = "is there" if each.reason is None else f"built: {each.reason}"
+        if each.unfused:
+            why += "; attention has no kernel of its own and is slow"
         engines.add_row(each.name, f"{each.size / 1e6:,.1f}", f"{each.seconds:.1f}", why)
     show(
         f"{library.target} {library.version}, compute capability {', '.join(wanted)}, rows of {limits.max_length} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,19 @@ from .library import Library
 from .shapes import Profile
 
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A serialized engine, and the timing cache as its build leaves it (empty where the library keeps none).
+
+    ``unfused``: attention layers for which there is no kernel of their own, and which run as the products and the
+    softmax that they are made of.
+    """
+
+    engine: bytes
+    timing: bytes
+    unfused: int = 0
 
 
 def build_engine(
@@ -24,8 +38,8 @@ def build_engine(
     memory: int | None = None,
     timing: bytes = b"",
     progress: Progress | None = None,
-) -> tuple[bytes, bytes]:
-    """The engine of a graph, and the timing cache as the build leaves it (empty where the library keeps none).
+) -> Plan:
+    """The engine of a graph.
 
     ``max_length``: the size of the axis of that name. ``capabilities``: those of ``parse_capabilities``, none for the
     GPU at hand. ``memory``: bytes of working memory that layers may take. ``progress`` hears of TensorRT's own steps
@@ -63,12 +77,30 @@ def build_engine(
         config.add_optimization_profile(profile)
     monitor = _monitor(trt, progress)
     config.progress_monitor = monitor
-    plan = builder.build_serialized_network(network, config)
+    plan, unfused = builder.build_serialized_network(network, config), 0
+    if plan is None and monitor.error is None:
+        # Attention is fused or the build fails, unless it may be taken apart.
+        unfused = _take_apart(trt, network)
+        plan = builder.build_serialized_network(network, config) if unfused else None
     if monitor.error is not None:
         raise monitor.error
     if plan is None:
         raise TargetError(f"{graph.name}: {library.target} {library.version} builds no engine: {_first(heard, '?')}")
-    return bytes(plan), bytes(config.get_timing_cache().serialize()) if times else b""
+    return Plan(bytes(plan), bytes(config.get_timing_cache().serialize()) if times else b"", unfused)
+
+
+def _take_apart(trt: Any, network: Any) -> int:
+    """Let every attention layer be computed by others; returns how many there are."""
+    found = 0
+    kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
+    for index in range(network.num_layers if kind is not None else 0):
+        layer = network.get_layer(index)
+        if layer.type == kind:
+            # How TensorRT's interface wants a layer to be told that it is of its kind.
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
+            found += 1
+    return found
 
 
 def _strongly_typed(trt: Any) -> int:

@@ -33,13 +33,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Built:
-    """An engine that is in the cache now. ``reason``: why it was built, ``None`` where it was there."""
+    """An engine that is in the cache now. ``reason``: why it was built, ``None`` where it was there. ``unfused``: as in
+    ``Plan``, of one that was built."""
 
     name: str
     path: Path
     size: int
     reason: str | None
     seconds: float
+    unfused: int = 0
 
 
 def parts(bundle: Bundle) -> list[Part]:
@@ -129,10 +131,10 @@ def build_bundle(
     with cache.building(lambda: report("waiting for another build", 0, 0)):
         for part in parts(bundle):
             wanted, started = origin(bundle, part, library, capabilities, limits), time.perf_counter()
-            reason = cache.why_missing(wanted)
+            reason, unfused = cache.why_missing(wanted), 0
             if reason is not None:
                 report(f"building {part.name}", 0, 0)
-                engine, timing = build_engine(
+                plan = build_engine(
                     library,
                     part.graph,
                     profiles(part.name, part.component, bundle.manifest, limits),
@@ -142,7 +144,8 @@ def build_bundle(
                     timing=cache.timing(library.target, library.version),
                     progress=lambda done, total, name=part.name: report(f"building {name}", done, total),
                 )
-                cache.store(wanted, engine)
-                cache.keep_timing(library.target, library.version, timing)
+                cache.store(wanted, plan.engine)
+                cache.keep_timing(library.target, library.version, plan.timing)
+                unfused = plan.unfused
             path = cache.path(wanted)
-            yield Built(part.name, path, path.stat().st_size, reason, time.perf_counter() - started)
+            yield Built(part.name, path, path.stat().st_size, reason, time.perf_counter() - started, unfused)

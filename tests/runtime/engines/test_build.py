@@ -50,7 +50,7 @@ def test_every_component_builds(variant, weights, compiled, library):
     built = list(build_bundle(bundle, library, CAPABILITIES, limits))
     graphs = {name for name in bundle.manifest.files if name.endswith(".onnx")}
     assert len(built) == len(graphs) == len(parts(bundle))
-    assert {each.reason for each in built} == {"there is none yet"}
+    assert {(each.reason, each.unfused) for each in built} == {("there is none yet", 0)}
     assert all(each.path.stat().st_size == each.size > 1000 for each in built)
     again = list(build_bundle(bundle, library, CAPABILITIES, limits))
     assert [(each.path, each.reason) for each in again] == [(each.path, None) for each in built]
@@ -61,6 +61,16 @@ def test_the_plain_dialect_builds(compiled, library):
     bundle = Bundle.open(compiled("av-qwen2", "int4", "tensorrt-10.3"))
     limits = default_limits(bundle.manifest, max_length=256)
     assert len(list(build_bundle(bundle, library, CAPABILITIES, limits))) == 6
+
+
+@pytest.mark.parametrize("target", ["tensorrt-rtx", "tensorrt-10.3"])
+def test_int8_encoders_build(target, library, data_dir, tmp_path):
+    """That engines keep them in one byte shows at real sizes only: ``benchmarks/results/engines-7b-av.json``."""
+    compile_bundle(data_dir / "av-qwen2", tmp_path / "bundle", target=target, encoder_weights="int8")
+    bundle = Bundle.open(tmp_path / "bundle")
+    limits = default_limits(bundle.manifest, max_length=256)
+    built = list(build_bundle(bundle, library, CAPABILITIES, limits))
+    assert [(each.reason, each.unfused) for each in built] == [("there is none yet", 0)] * 6
 
 
 @pytest.mark.parametrize("weights", ["fp16", "int4"])
@@ -105,7 +115,9 @@ def test_the_cache_is_bound_in_place(compiled, library):
     limits = default_limits(bundle.manifest, max_length=256, rows=4)
     spied = type(library)(library.target, Spy(library.module))
     shapes = profiles(part.name, part.component, bundle.manifest, limits)
-    build_engine(spied, part.graph, shapes, max_length=256, capabilities=CAPABILITIES)
+    plan = build_engine(spied, part.graph, shapes, max_length=256, capabilities=CAPABILITIES)
+    # TensorRT builds attention with a kernel of its own or, unless it may be taken apart, not at all.
+    assert plan.unfused == 0
     network = seen["network"]
     kinds = [network.get_layer(i).type for i in range(network.num_layers)]
     trt, layers = library.module, bundle.manifest.decoder.num_layers
@@ -118,6 +130,15 @@ def test_the_cache_is_bound_in_place(compiled, library):
         and network.get_layer(i).get_input(0).dtype == trt.DataType.INT4
     ]
     assert len(int4) == 7 * layers + 1
+
+
+def test_attention_without_a_kernel_is_taken_apart_and_told(compiled, capsys):
+    """float32 has none. The bundle is for comparing with PyTorch, and builds all the same."""
+    bundle = str(compiled("clip-mistral", "fp32", "tensorrt-rtx"))
+    assert cli(["build", bundle, "--compute-capability", "8.9", "--max-length", "256", "--quiet"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = [line.split()[0] for line in lines if "attention has no kernel of its own" in line]
+    assert told == ["vision", "decoder"]
 
 
 # --- what can go wrong
