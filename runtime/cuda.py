@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol
@@ -68,11 +69,11 @@ class Cuda:
         return _Allocation(self, size)
 
     def pinned(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        """An array that the device copies from and to without a detour. It is never freed before the process ends:
-        sessions hold a few small ones."""
+        """An array that the device copies from and to without a detour; freed with its last view."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         address = self._check(self._api.cudaHostAlloc(max(size, 1), self._api.cudaHostAllocDefault))
         view = (ctypes.c_uint8 * size).from_address(int(address))
+        weakref.finalize(view, self._api.cudaFreeHost, address).atexit = False
         return np.ctypeslib.as_array(view).view(dtype).reshape(shape)
 
     def upload(self, address: int, array: Array) -> None:
@@ -104,7 +105,12 @@ class Cuda:
             graph = self._check(api.cudaStreamEndCapture(self.stream))
         executable = self._check(api.cudaGraphInstantiate(graph, 0))
         self._check(api.cudaGraphDestroy(graph))
-        return lambda: self._check(api.cudaGraphLaunch(executable, self.stream))
+
+        def launch() -> None:
+            self._check(api.cudaGraphLaunch(executable, self.stream))
+
+        weakref.finalize(launch, api.cudaGraphExecDestroy, executable).atexit = False
+        return launch
 
     def timer(self) -> EventTimer:
         """Times what is queued inside its ``with`` block, on the device's own clock."""

@@ -23,7 +23,9 @@ def test_cuda_python_has_every_name_that_is_used():
     ("owner", "source", "pattern"),
     [
         ("IExecutionContext", session, r"\b(?:_context|context)\.(set_\w+|get_\w+|execute_\w+)"),
-        ("ICudaEngine", session, r"\b_engine\.(create_\w+|num_\w+)"),
+        ("ICudaEngine", session, r"\b_engine\.(create_\w+|num_\w+|get_\w+)"),
+        ("IAttentionInputLayer", build, r"\blayer\.(attention|type)\b"),
+        ("IAttention", build, r"\battention\.(\w+)"),
         ("IBuilderConfig", build, r"\bconfig\.(\w+)"),
         ("Builder", build, r"\bbuilder\.(\w+)"),
         ("INetworkDefinition", build, r"\bnetwork\.(\w+)"),

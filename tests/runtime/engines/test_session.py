@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from intertitle.calibration.reference import Reference
@@ -178,19 +176,6 @@ def test_a_gpu_without_room_for_the_activations(build, monkeypatch):
         TargetError, match=r"decoder: the GPU has too little memory for the engine's activations \(comp"
     ):
         decoder.open(1, 64)
-
-
-def test_a_gpu_without_room_for_the_cache():
-    """``cudaMalloc`` as it answers when memory is out; the message says how much there is."""
-    success, failure = SimpleNamespace(name="cudaSuccess"), SimpleNamespace(name="cudaErrorMemoryAllocation")
-    gpu = Cuda.__new__(Cuda)
-    gpu._api = SimpleNamespace(
-        cudaError_t=SimpleNamespace(cudaSuccess=success),
-        cudaMalloc=lambda size: (failure, 0),
-        cudaMemGetInfo=lambda: (success, 3 << 20, 8 << 30),
-    )
-    with pytest.raises(TargetError, match=r"the GPU has 3 MiB left, 2,048 MiB are needed: fewer or shorter rows\?"):
-        gpu.allocate(2 << 30)
 
 
 def test_shortlists_behind_engines(build, expected):
