@@ -1,4 +1,5 @@
-"""A compiled captioner beside PyTorch in float32, on whatever device: how far logits are apart, and the tokens."""
+"""A compiled captioner beside PyTorch in float32 with the same rounded weights, on whatever device: how far logits are
+apart, and the tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..calibration.reference import Reference
+from ..calibration.verify import roundings
 from ..export.compile import compile_bundle
 from ..models import open_checkpoint
 from ..runtime.decoding import Decoding
@@ -23,7 +25,7 @@ def parity(place: Place, checkpoint: Path, adapter: Path | None, weights: str, b
     compile_bundle(checkpoint, bundle, adapter=adapter, weights=weights, target=place.target)
     place.build(bundle, rows=2)
     captioner = place.open(bundle)
-    reference = Reference(open_checkpoint(checkpoint, adapter))
+    reference = Reference(open_checkpoint(checkpoint, adapter), roundings(captioner.manifest))
     spec, rng = captioner.manifest.preprocessing, np.random.default_rng(0)
     frames = rng.integers(0, 256, (spec.num_frames, 120, 160, 3), dtype=np.uint8)
     pixels = reference.pixels(frames)

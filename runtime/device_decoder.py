@@ -117,32 +117,27 @@ class DeviceInference:
     def prefill(
         self, row: int, embeds: FloatArray, num_logits: int = 1, progress: Callable[[int], None] | None = None
     ) -> FloatArray:
-        length = len(embeds)
-        self._lengths.check_prefill(row, length, num_logits)
+        chunks = self._lengths.append(row, len(embeds), num_logits, self._chunk)
         self._runs += 1
         logits = np.empty((num_logits, self._spec.vocab_size), np.float32)
         collected, arrays = 0, self._given.arrays
-        for start in range(0, length, self._chunk):
-            part = embeds[start : start + self._chunk]
-            # A chunk without a position whose logits were asked for projects its last one, and that is dropped.
-            first = max(0, length - num_logits - start)
-            asked = np.arange(first, len(part)) if first < len(part) else np.array([len(part) - 1])
-            self._lengths.filled[row] += len(part)
-            arrays["inputs_embeds"][: len(part)] = part
+        for chunk in chunks:
+            size, asked = chunk.stop - chunk.start, len(chunk.asked)
+            arrays["inputs_embeds"][:size] = embeds[chunk.start : chunk.stop]
             arrays["lengths"][0] = self._lengths.filled[row] - 1
-            arrays["logits_index"][: len(asked)] = asked
+            arrays["logits_index"][:asked] = chunk.asked
             self._total_length[PREFILL][...] = self._lengths.filled[row]
-            place = self._prefill_logits(len(asked))
-            self._bind(self._prompt_context, PREFILL, row, 1, len(part), len(asked), place.address)
-            self._given.queue(inputs_embeds=len(part), lengths=1, logits_index=len(asked))
+            place = self._prefill_logits(asked)
+            self._bind(self._prompt_context, PREFILL, row, 1, size, asked, place.address)
+            self._given.queue(inputs_embeds=size, lengths=1, logits_index=asked)
             self._prompt_context.run()
-            if first < len(part):
-                self._device.download(logits[collected : collected + len(asked)], place.address)
-                collected += len(asked)
+            if chunk.wanted:
+                self._device.download(logits[collected : collected + asked], place.address)
+                collected += asked
             # The pinned arrays are written again for the next chunk.
             self._device.synchronize()
             if progress is not None:
-                progress(start + len(part))
+                progress(chunk.stop)
         return logits
 
     def step(self, token_ids: npt.NDArray[np.int64]) -> FloatArray:

@@ -140,23 +140,15 @@ class OrtInference(FullLogits):
     def prefill(
         self, row: int, embeds: FloatArray, num_logits: int = 1, progress: Callable[[int], None] | None = None
     ) -> FloatArray:
-        length = len(embeds)
-        self._lengths.check_prefill(row, length, num_logits)
         collected = []
-        for start in range(0, length, PREFILL_CHUNK):
-            part = embeds[start : start + PREFILL_CHUNK]
-            # Positions of this chunk whose logits were asked for; a chunk without one projects its last position
-            # only, and the result is dropped.
-            first = max(0, length - num_logits - start)
-            wanted = np.arange(first, len(part)) if first < len(part) else np.array([len(part) - 1])
-            bound = self._bind(slice(row, row + 1), len(part), len(wanted))
-            bound.embeds[0], bound.logits_index[0] = part, wanted
-            self._lengths.filled[row] += len(part)
+        for chunk in self._lengths.append(row, len(embeds), num_logits, PREFILL_CHUNK):
+            bound = self._bind(slice(row, row + 1), chunk.stop - chunk.start, len(chunk.asked))
+            bound.embeds[0], bound.logits_index[0] = embeds[chunk.start : chunk.stop], chunk.asked
             bound.lengths[0], bound.total_length[...] = self._lengths.filled[row] - 1, self._lengths.filled[row]
             self._session.run_with_iobinding(bound.binding)
             if progress is not None:
-                progress(start + len(part))
-            if first < len(part):
+                progress(chunk.stop)
+            if chunk.wanted:
                 collected.append(bound.logits[0])
         return collected[0] if len(collected) == 1 else np.concatenate(collected)
 

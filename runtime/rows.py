@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import OptionError
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """New tokens ``start`` to ``stop`` of a prompt, and the positions among them to project to the vocabulary (int64).
+
+    A run projects something: where nothing is ``wanted`` its last position, and the logits are dropped.
+    """
+
+    start: int
+    stop: int
+    asked: npt.NDArray[np.int64]
+    wanted: bool
 
 
 class FilledRows:
@@ -26,11 +41,24 @@ class FilledRows:
                 f"{count} more are asked"
             )
 
-    def check_prefill(self, row: int, length: int, num_logits: int) -> None:
-        """``OptionError`` unless ``length`` more tokens fit; ``ValueError`` for logits of other than these tokens."""
+    def append(self, row: int, length: int, num_logits: int, chunk: int) -> Iterator[Chunk]:
+        """The runs in which a row takes in ``length`` tokens, ``chunk`` at a time, of the last ``num_logits`` of which
+        logits are wanted; it is as much fuller when each is given.
+
+        ``OptionError`` unless they fit; ``ValueError`` for logits of other than these tokens.
+        """
         if not 1 <= num_logits <= length:
             raise ValueError(f"num_logits is {num_logits} for {length} new tokens")
         self.check_room(row, length)
+        return self._chunks(row, length, num_logits, chunk)
+
+    def _chunks(self, row: int, length: int, num_logits: int, chunk: int) -> Iterator[Chunk]:
+        for start in range(0, length, chunk):
+            size = min(chunk, length - start)
+            first = max(0, length - num_logits - start)
+            self.filled[row] += size
+            wanted = first < size
+            yield Chunk(start, start + size, np.arange(first, size) if wanted else np.array([size - 1]), wanted)
 
     def check_step(self, count: int) -> None:
         """``OptionError`` unless each of the first ``count`` rows takes one more token; ``ValueError`` without such."""

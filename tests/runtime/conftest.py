@@ -253,3 +253,33 @@ class HostDevice:
 @pytest.fixture
 def host() -> HostDevice:
     return HostDevice()
+
+
+@pytest.fixture
+def agree() -> Callable[..., None]:
+    """``agree(mine, theirs, spec, bound)``: two implementations of ``Inference`` of 3 rows of 128 tokens give the same
+    logits, up to ``bound`` of the largest, whatever is done to their rows."""
+
+    def check(mine, theirs, spec, bound: float) -> None:
+        rng = np.random.default_rng(0)
+
+        def same(do) -> None:
+            got, want = do(mine), do(theirs)
+            if want is not None:
+                assert np.abs(got - want).max() < bound * np.abs(want).max()
+
+        prompts = [rng.standard_normal((size, spec.hidden_size)).astype(np.float32) * 0.1 for size in (40, 17, 5)]
+        for row, prompt in enumerate(prompts):
+            same(lambda each, row=row, prompt=prompt: each.prefill(row, prompt, num_logits=min(len(prompt), 20)))
+        ids = rng.integers(0, spec.vocab_size, (6, 3))
+        same(lambda each: each.step(ids[0]))
+        same(lambda each: each.step(ids[1][:2]))
+        same(lambda each: each.rearrange({0: 1, 1: 0, 2: 1}))
+        same(lambda each: each.step(ids[2]))
+        same(lambda each: each.truncate(2, 9))
+        same(lambda each: each.prefill(2, prompts[2]))
+        same(lambda each: each.rearrange({2: 0}, start=0, stop=10))
+        same(lambda each: each.step(ids[3]))
+        same(lambda each: each.step(ids[4][:1]))
+
+    return check

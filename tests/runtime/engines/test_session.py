@@ -71,32 +71,11 @@ def test_steps_are_captured_once_for_each_number_of_rows(build, expected, host):
     assert host.launches == 4 * 5 - 2
 
 
-def test_the_seam_with_all_its_methods(build, data_dir):
+def test_the_seam_with_all_its_methods(build, data_dir, agree):
     """Prefill in chunks, steps of several rows, rows copied, swapped and cut, against PyTorch."""
     bundle, backend = build("av-qwen2", chunk=16, max_length=128, rows=3)
-    rng = np.random.default_rng(0)
-    mine = backend.decoder().open(3, 128)
     theirs = Reference(open_checkpoint(data_dir / "av-qwen2")).open(3, 128)
-    width, vocabulary = bundle.manifest.decoder.hidden_size, bundle.manifest.decoder.vocab_size
-
-    def same(do):
-        got, want = do(mine), do(theirs)
-        if want is not None:
-            assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
-
-    prompts = [rng.standard_normal((length, width)).astype(np.float32) * 0.1 for length in (40, 17, 5)]
-    for row, prompt in enumerate(prompts):
-        same(lambda each, row=row, prompt=prompt: each.prefill(row, prompt, num_logits=min(len(prompt), 20)))
-    ids = rng.integers(0, vocabulary, (6, 3))
-    same(lambda each: each.step(ids[0]))
-    same(lambda each: each.step(ids[1][:2]))
-    same(lambda each: each.rearrange({0: 1, 1: 0, 2: 1}))
-    same(lambda each: each.step(ids[2]))
-    same(lambda each: each.truncate(2, 9))
-    same(lambda each: each.prefill(2, prompts[2]))
-    same(lambda each: each.rearrange({2: 0}, start=0, stop=10))
-    same(lambda each: each.step(ids[3]))
-    same(lambda each: each.step(ids[4][:1]))
+    agree(backend.decoder().open(3, 128), theirs, bundle.manifest.decoder, 1e-4)
 
 
 @pytest.mark.parametrize("weights", ["fp16", "int4"])
