@@ -18,6 +18,7 @@ import shutil
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def main(
         try:
             figures[name] = measure()
         except Exception as error:  # one part that fails must not cost the others
+            traceback.print_exc()
             figures[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"}
         click.echo(f"{name}: {figures[name]} ({time.perf_counter() - started:.0f} s)", err=True)
         write_result(result, figures, command)

@@ -17,7 +17,7 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 #: ``ru_maxrss`` counts kibibytes on Linux, bytes on macOS.
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
-_PACKAGES = ("intertitle", "onnxruntime", "torch", "transformers", "numpy", "av", "tokenizers")
+_PACKAGES = ("intertitle", "onnxruntime", "onnxruntime-gpu", "torch", "transformers", "numpy", "av", "tokenizers")
 
 
 def environment() -> dict[str, object]:

@@ -5,6 +5,7 @@ A backend opens the components of one bundle; the rest of the runtime sees funct
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -128,11 +129,16 @@ class EngineBackend:
         self._bundle = bundle
         self._library = load_library(target) if library is None else library
         self._gpu = Cuda() if gpu is None else gpu
-        self.device = f"{target} {self._library.version} on {self._gpu.name}"
+        self._library.check_gpu(self._gpu.capability)
+        self._name, self._opened = f"{target} {self._library.version} on {self._gpu.name}", weakref.WeakSet[Any]()
         # Now, and not when the first clip is half way through.
         from .engines.builder import find_engines
 
         self._engines = find_engines(bundle, self._library, self._gpu.capability)
+
+    @property
+    def device(self) -> str:
+        return self._name if all(engine.captured for engine in self._opened) else f"{self._name}, steps not captured"
 
     def component(self, name: str, graph: str) -> Callable[[FloatArray], FloatArray]:
         from .engines.session import EngineComponent
@@ -161,7 +167,9 @@ class EngineBackend:
         from .engines.session import Engine
 
         plan = EngineCache.open().load(self._engines[name])
-        return Engine(self._library, self._gpu, plan, name)
+        engine = Engine(self._library, self._gpu, plan, name)
+        self._opened.add(engine)
+        return engine
 
 
 def open_backend(

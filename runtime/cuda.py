@@ -96,21 +96,9 @@ class Cuda:
         self._check(self._api.cudaStreamSynchronize(self.stream))
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What ``work`` queues, as one launch that can be repeated. It must have run once before."""
-        api = self._api
-        self._check(api.cudaStreamBeginCapture(self.stream, api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
-        try:
-            work()
-        finally:
-            graph = self._check(api.cudaStreamEndCapture(self.stream))
-        executable = self._check(api.cudaGraphInstantiate(graph, 0))
-        self._check(api.cudaGraphDestroy(graph))
-
-        def launch() -> None:
-            self._check(api.cudaGraphLaunch(executable, self.stream))
-
-        weakref.finalize(launch, api.cudaGraphExecDestroy, executable).atexit = False
-        return launch
+        """What ``work`` queues, as one launch that can be repeated. It must have run once before, and lives on with
+        the launch: the memory that it works in belongs to it."""
+        return _Captured(self, work)
 
     def timer(self) -> EventTimer:
         """Times what is queued inside its ``with`` block, on the device's own clock."""
@@ -143,6 +131,31 @@ class EventTimer:
         self.seconds = float(self._cuda._check(api.cudaEventElapsedTime(*self._events))) / 1000
         for event in self._events:
             api.cudaEventDestroy(event)
+
+
+class _Captured:
+    """A captured graph; freed before what it works in."""
+
+    def __init__(self, cuda: Cuda, work: Callable[[], None]) -> None:
+        self._cuda, self._work, api = cuda, work, cuda._api
+        mode = api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        cuda._check(api.cudaStreamBeginCapture(cuda.stream, mode))
+        try:
+            work()
+        except BaseException:
+            # What broke the capture is what matters, not that it is broken.
+            _, graph = api.cudaStreamEndCapture(cuda.stream)
+            api.cudaGraphDestroy(graph)
+            raise
+        graph = cuda._check(api.cudaStreamEndCapture(cuda.stream))
+        try:
+            self._executable = cuda._check(api.cudaGraphInstantiate(graph, 0))
+        finally:
+            api.cudaGraphDestroy(graph)
+        weakref.finalize(self, api.cudaGraphExecDestroy, self._executable).atexit = False
+
+    def __call__(self) -> None:
+        self._cuda._check(self._cuda._api.cudaGraphLaunch(self._executable, self._cuda.stream))
 
 
 class _Allocation:

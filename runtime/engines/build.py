@@ -63,13 +63,16 @@ def build_engine(
     if capabilities:
         config.num_compute_capabilities = len(capabilities)
         for index, name in enumerate(capabilities):
-            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{name.replace('.', '')}"), index)
+            wanted = getattr(trt.ComputeCapability, f"SM{name.replace('.', '')}")
+            if not config.set_compute_capability(wanted, index):
+                raise TargetError(f"{library.target} {library.version} does not build for compute capability {name}")
     if memory is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, memory)
     # A library that builds for GPUs that are not there times no kernels.
     times = not library.ahead_of_time
-    if times:
-        config.set_timing_cache(config.create_timing_cache(timing), ignore_mismatch=False)
+    # Times of another GPU are refused, and new ones taken.
+    if times and not config.set_timing_cache(config.create_timing_cache(timing), ignore_mismatch=False):
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     for shapes in profiles:
         profile = builder.create_optimization_profile()
         for name, (least, usual, most) in shapes.items():
@@ -86,7 +89,8 @@ def build_engine(
         raise monitor.error
     if plan is None:
         raise TargetError(f"{graph.name}: {library.target} {library.version} builds no engine: {_first(heard, '?')}")
-    return Plan(bytes(plan), bytes(config.get_timing_cache().serialize()) if times else b"", unfused)
+    taken = config.get_timing_cache() if times else None
+    return Plan(bytes(plan), bytes(taken.serialize()) if taken is not None else b"", unfused)
 
 
 def _take_apart(trt: Any, network: Any) -> int:

@@ -128,6 +128,10 @@ def build_bundle(
     of another dialect, TensorRT refuses a graph, or the cache cannot be used.
     """
     report, cache = progress or (lambda *_: None), EngineCache.open()
+    if current:
+        library.check_gpu(capabilities[0])
+    # Without a name the engine of a library that knows some is for all of its GPUs, and slower on each.
+    named = () if current and capabilities[0] not in library.ahead_of_time else capabilities
     with cache.building(lambda: report("waiting for another build", 0, 0)):
         for part in parts(bundle):
             wanted, started = origin(bundle, part, library, capabilities, limits), time.perf_counter()
@@ -139,7 +143,7 @@ def build_bundle(
                     part.graph,
                     profiles(part.name, part.component, bundle.manifest, limits),
                     max_length=limits.max_length,
-                    capabilities=() if current else capabilities,
+                    capabilities=named,
                     memory=memory,
                     timing=cache.timing(library.target, library.version),
                     progress=lambda done, total, name=part.name: report(f"building {name}", done, total),

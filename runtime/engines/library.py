@@ -45,6 +45,16 @@ class Library:
         names = [name.removeprefix("SM") for name in dir(capabilities) if name.startswith("SM")]
         return tuple(sorted((f"{name[:-1]}.{name[-1]}" for name in names), key=lambda name: float(name)))
 
+    def check_gpu(self, capability: str) -> None:
+        """``TargetError`` where no engine runs on a GPU of this compute capability: one that engines could be built for
+        ahead of time, were it supported. Of newer GPUs nothing is known, and portable engines are for them, too."""
+        known = self.ahead_of_time
+        if known and capability not in known and float(capability) < float(known[-1]):
+            raise TargetError(
+                f"{self.target} {self.version} does not run on compute capability {capability}, but on "
+                f"{', '.join(known)}: compile the checkpoint with --target cuda or tensorrt"
+            )
+
     def logger(self, heard: list[str]) -> Any:
         """A logger that keeps warnings and errors in ``heard`` instead of printing them."""
         trt = self.module
@@ -102,11 +112,13 @@ def built_for(text: str, library: Library) -> tuple[tuple[str, ...], bool]:
     if text.strip() != "current":
         return parse_capabilities(text, library), False
     try:
-        return (Cuda().capability,), True
+        capability = Cuda().capability
     except TargetError as error:
         known = library.ahead_of_time
         instead = f"; without one, --compute-capability takes a list of {', '.join(known)}" if known else ""
         raise TargetError(f"no GPU to build for: {error}{instead}") from None
+    library.check_gpu(capability)
+    return (capability,), True
 
 
 def check_device(built_for: Sequence[str], device: str, where: str) -> None:

@@ -11,18 +11,20 @@ import numpy.typing as npt
 from ...errors import OptionError, TargetError
 from ..bundle import Component, DecoderSpec
 from ..cuda import Device, Memory
-from ..device_decoder import DeviceInference
+from ..device_decoder import STEP, DeviceInference
 from ..inference import FloatArray
 from .library import Library
 from .shapes import Limits
 
 
 class Engine:
-    """A deserialized engine, a ``Program``: its profiles, if it has several, are the phases (``shapes.profiles``)."""
+    """A deserialized engine, a ``Program``: its profiles, if it has several, are the phases (``shapes.profiles``).
+    ``captured``: whether its steps are."""
 
     def __init__(self, library: Library, device: Device, plan: bytes, name: str) -> None:
         """``TargetError`` where TensorRT does not take the plan: another version, another GPU, too little memory."""
         self._module, self.device, self.name, self._heard = library.module, device, name, list[str]()
+        self.captured = True
         self._runtime = self._module.Runtime(library.logger(self._heard))
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
@@ -30,12 +32,12 @@ class Engine:
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         given = self._module.TensorIOMode.INPUT
         self.inputs = [name for name in names if self._engine.get_tensor_mode(name) == given]
+        #: Kernels that were compiled for one context, for the next: of libraries that compile them on the GPU.
+        self._compiled: Any = None
 
     def context(self, phase: int = 0) -> EngineContext:
         """A new execution context. A captured graph is tied to the state of its context, so each needs its own."""
-        # Activations for this profile only: a step's are a thousandth of a prompt's.
-        strategy = self._module.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
-        context = self._engine.create_execution_context(strategy)
+        context = self._engine.create_execution_context(self._settings(phase))
         if context is None:
             raise self.error("the GPU has too little memory for the engine's activations")
         if self._engine.num_optimization_profiles > 1:
@@ -44,9 +46,28 @@ class Engine:
             self.device.synchronize()
         return EngineContext(self, context)
 
+    def _settings(self, phase: int) -> Any:
+        """How a context is made, in the form that this library knows."""
+        # Activations for this profile only: a step's are a thousandth of a prompt's.
+        strategy = self._module.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        if not hasattr(self._engine, "create_runtime_config"):
+            return strategy
+        settings = self._engine.create_runtime_config()
+        settings.set_execution_context_allocation_strategy(strategy)
+        if hasattr(settings, "dynamic_shapes_kernel_specialization_strategy"):
+            if phase == STEP:
+                # By default a first run has kernels for any shape, and better ones are compiled beside it: a graph
+                # captured from it would keep the former. Prompts differ in length, and for them the default is right.
+                eager = self._module.DynamicShapesKernelSpecializationStrategy.EAGER
+                settings.dynamic_shapes_kernel_specialization_strategy = eager
+            if self._compiled is None:
+                self._compiled = settings.create_runtime_cache()
+            settings.set_runtime_cache(self._compiled)
+        return settings
+
     def error(self, what: str) -> TargetError:
-        """With TensorRT's own words, where it said any."""
-        return TargetError(f"{self.name}: {what}{f' ({self._heard[0]})' if self._heard else ''}")
+        """With TensorRT's own words, where it said any: the last ones."""
+        return TargetError(f"{self.name}: {what}{f' ({self._heard[-1]})' if self._heard else ''}")
 
 
 class EngineContext:
@@ -74,8 +95,12 @@ class EngineContext:
             raise self._engine.error("the engine did not run")
 
     def repeatable(self, work: Callable[[], None]) -> Callable[[], None]:
-        """``work`` as a captured graph."""
-        return self._engine.device.capture(work)
+        """``work`` as a captured graph, or as it is where TensorRT cannot be captured (``captured`` of its engine)."""
+        try:
+            return self._engine.device.capture(work)
+        except TargetError:
+            self._engine.captured = False
+            return work
 
 
 class EngineComponent:

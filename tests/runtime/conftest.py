@@ -1,4 +1,4 @@
-"""Clips that the tests of media encode for themselves, and what decoding all of one gives; a GPU that is none."""
+"""Clips that the tests of media encode for themselves, and what decoding all of one gives; GPUs that are none."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from av.video.reformatter import Interpolation
 from intertitle.errors import MediaError
+from intertitle.runtime.cuda import Cuda
 from intertitle.runtime.media import open_media
 from intertitle.runtime.media.video import ContainerFrameReader
 
@@ -283,3 +285,55 @@ def agree() -> Callable[..., None]:
         same(lambda each: each.step(ids[4][:1]))
 
     return check
+
+
+SUCCESS = SimpleNamespace(name="cudaSuccess")
+
+
+class FakeRuntime:
+    """``cuda.bindings.runtime`` as far as these tests go; ``given_back`` in order."""
+
+    cudaError_t = SimpleNamespace(cudaSuccess=SUCCESS)
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+    cudaHostAllocDefault = 0
+
+    def __init__(self) -> None:
+        self.blocks, self.given_back, self.launched = {}, [], []
+
+    def cudaHostAlloc(self, size, flags):
+        block = ctypes.create_string_buffer(size)
+        self.blocks[ctypes.addressof(block)] = block
+        return SUCCESS, ctypes.addressof(block)
+
+    def cudaFreeHost(self, address):
+        self.given_back.append(self.blocks.pop(address))
+        return (SUCCESS,)
+
+    def cudaStreamBeginCapture(self, stream, mode):
+        return (SUCCESS,)
+
+    def cudaStreamEndCapture(self, stream):
+        return SUCCESS, "graph"
+
+    def cudaGraphInstantiate(self, graph, flags):
+        return SUCCESS, f"executable of {graph}"
+
+    def cudaGraphDestroy(self, graph):
+        self.given_back.append(graph)
+        return (SUCCESS,)
+
+    def cudaGraphExecDestroy(self, executable):
+        self.given_back.append(executable)
+        return (SUCCESS,)
+
+    def cudaGraphLaunch(self, executable, stream):
+        self.launched.append(executable)
+        return (SUCCESS,)
+
+
+@pytest.fixture
+def gpu() -> Cuda:
+    """``Cuda`` over a CUDA runtime that is none."""
+    gpu = Cuda.__new__(Cuda)
+    gpu._api, gpu.stream = FakeRuntime(), 7
+    return gpu

@@ -2,64 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from intertitle.errors import TargetError
-from intertitle.runtime.cuda import Cuda
-
-SUCCESS = SimpleNamespace(name="cudaSuccess")
-
-
-class FakeRuntime:
-    """``cuda.bindings.runtime`` as far as these tests go; ``given_back`` in order."""
-
-    cudaError_t = SimpleNamespace(cudaSuccess=SUCCESS)
-    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
-    cudaHostAllocDefault = 0
-
-    def __init__(self) -> None:
-        self.blocks, self.given_back, self.launched = {}, [], []
-
-    def cudaHostAlloc(self, size, flags):
-        block = ctypes.create_string_buffer(size)
-        self.blocks[ctypes.addressof(block)] = block
-        return SUCCESS, ctypes.addressof(block)
-
-    def cudaFreeHost(self, address):
-        self.given_back.append(self.blocks.pop(address))
-        return (SUCCESS,)
-
-    def cudaStreamBeginCapture(self, stream, mode):
-        return (SUCCESS,)
-
-    def cudaStreamEndCapture(self, stream):
-        return SUCCESS, "graph"
-
-    def cudaGraphInstantiate(self, graph, flags):
-        return SUCCESS, f"executable of {graph}"
-
-    def cudaGraphDestroy(self, graph):
-        self.given_back.append(graph)
-        return (SUCCESS,)
-
-    def cudaGraphExecDestroy(self, executable):
-        self.given_back.append(executable)
-        return (SUCCESS,)
-
-    def cudaGraphLaunch(self, executable, stream):
-        self.launched.append(executable)
-        return (SUCCESS,)
-
-
-@pytest.fixture
-def gpu() -> Cuda:
-    gpu = Cuda.__new__(Cuda)
-    gpu._api, gpu.stream = FakeRuntime(), 7
-    return gpu
 
 
 def test_pinned_memory_lives_as_long_as_its_last_view(gpu):
@@ -87,11 +35,22 @@ def test_a_captured_graph_is_given_back_with_its_launcher(gpu):
     assert gpu._api.given_back == ["graph", "executable of graph"]
 
 
+def test_what_breaks_a_capture_is_told(gpu):
+    broken = SimpleNamespace(name="cudaErrorStreamCaptureInvalidated")
+    gpu._api.cudaStreamEndCapture = lambda stream: (broken, None)
+
+    def work():
+        raise TargetError("the engine did not run")
+
+    with pytest.raises(TargetError, match="the engine did not run"):
+        gpu.capture(work)
+
+
 def test_a_gpu_without_room(gpu):
     """``cudaMalloc`` as it answers when memory is out; the message says how much there is."""
     failure = SimpleNamespace(name="cudaErrorMemoryAllocation")
     gpu._api.cudaMalloc = lambda size: (failure, 0)
-    gpu._api.cudaMemGetInfo = lambda: (SUCCESS, 3 << 20, 8 << 30)
+    gpu._api.cudaMemGetInfo = lambda: (gpu._api.cudaError_t.cudaSuccess, 3 << 20, 8 << 30)
     with pytest.raises(TargetError, match=r"the GPU has 3 MiB left, 2,048 MiB are needed: fewer or shorter rows\?"):
         gpu.allocate(2 << 30)
     gpu._api.cudaHostAlloc = lambda size, flags: (failure, 0)

@@ -6,6 +6,7 @@ numbers: tensors are read from and written to exactly the addresses that were bo
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -66,6 +67,21 @@ class FakeContext:
         return True
 
 
+class FakeRuntimeConfig:
+    """``IRuntimeConfig`` of TensorRT for RTX."""
+
+    dynamic_shapes_kernel_specialization_strategy = "lazy"
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> object:
+        return object()
+
+    def set_runtime_cache(self, cache: object) -> None:
+        self.cache = cache
+
+
 class FakeEngine:
     def __init__(self, graph: str, profiles: list, device) -> None:
         options = onnxruntime.SessionOptions()
@@ -74,7 +90,7 @@ class FakeEngine:
         self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = {value.name: value for value in self.session.get_outputs()}
-        self.profiles, self.device = profiles, device
+        self.profiles, self.device, self.contexts = profiles, device, []
         self.num_optimization_profiles = max(len(profiles), 1)
         self.names = [*self.inputs, *self.outputs]
         self.num_io_tensors = len(self.names)
@@ -85,9 +101,14 @@ class FakeEngine:
     def get_tensor_mode(self, name: str) -> str:
         return "in" if name in self.inputs else "out"
 
-    def create_execution_context(self, strategy: str) -> FakeContext:
-        assert strategy == "on profile change"
-        return FakeContext(self)
+    def create_runtime_config(self) -> FakeRuntimeConfig:
+        return FakeRuntimeConfig()
+
+    def create_execution_context(self, settings: FakeRuntimeConfig | str) -> FakeContext:
+        assert getattr(settings, "strategy", settings) == "on profile change"
+        context = FakeContext(self)
+        self.contexts.append((settings, weakref.ref(context)))
+        return context
 
 
 class FakeLibrary:
@@ -110,9 +131,12 @@ class FakeLibrary:
         self.module = SimpleNamespace(
             Runtime=Runtime,
             ExecutionContextAllocationStrategy=strategies,
+            DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager"),
             TensorIOMode=SimpleNamespace(INPUT="in"),
             __version__=self.version,
         )
+
+    def check_gpu(self, capability: str) -> None: ...
 
     def logger(self, heard: list[str]) -> object:
         heard.append("complaint of TensorRT")

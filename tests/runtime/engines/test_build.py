@@ -156,6 +156,15 @@ def test_capabilities(library):
         check_device(CAPABILITIES, "8.7", "x")
 
 
+def test_gpus_that_no_engine_runs_on(library, compiled, private_engines):
+    """Hopper: TensorRT for RTX would build, and not load what it built."""
+    bundle = Bundle.open(compiled("clip-mistral", "fp16", "tensorrt-rtx"))
+    with pytest.raises(TargetError, match=r"does not run on compute capability 9.0, but on 7.5, .*--target cuda or"):
+        next(build_bundle(bundle, library, ("9.0",), default_limits(bundle.manifest), current=True))
+    library.check_gpu("8.6")
+    library.check_gpu("13.0")  # newer than this version; portable engines are for it
+
+
 def test_a_library_that_is_not_there():
     with pytest.raises(TargetError, match="tensorrt is not installed: JetPack brings it"):
         load_library("tensorrt")

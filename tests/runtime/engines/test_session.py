@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 from intertitle.calibration.reference import Reference
@@ -69,6 +71,48 @@ def test_steps_are_captured_once_for_each_number_of_rows(build, expected, host):
     assert host.captures == 2
     # The first step of each number of rows runs as it is; five of six tokens take a step.
     assert host.launches == 4 * 5 - 2
+
+
+def test_captured_steps_keep_their_contexts(build, host, gpu):
+    """What a captured graph works in belongs to its execution context, which must live as long."""
+    host.capture = gpu.capture
+    bundle, backend = build("clip-mistral")
+    decoder = backend.decoder()
+    inference = decoder.open(1, 64)
+    inference.prefill(0, np.full((9, bundle.manifest.decoder.hidden_size), 0.1, np.float32))
+    inference.step(np.array([3]))
+    gc.collect()
+    contexts = decoder._engine._engine.contexts
+    assert [settings.dynamic_shapes_kernel_specialization_strategy for settings, _ in contexts] == ["lazy", "eager"]
+    assert contexts[0][0].cache is contexts[1][0].cache
+    assert all(context() is not None for _, context in contexts)
+    inference.step(np.array([3]))
+    assert gpu._api.launched == ["executable of graph"]
+    del inference
+    gc.collect()
+    assert all(context() is None for _, context in contexts)
+    assert gpu._api.given_back == ["graph", "executable of graph"]
+
+
+def test_a_tensorrt_without_settings_of_a_context(build, expected, monkeypatch):
+    """TensorRT before 10.11."""
+    bundle, backend = build("clip-mistral")
+    monkeypatch.delattr(type(backend.decoder()._engine._engine), "create_runtime_config")
+    numbers = expected("clip-mistral")
+    caption = Captioner(bundle, backend).caption(frames=numbers["frames_uint8"], decoding=Decoding(max_new_tokens=4))
+    assert caption.token_ids == numbers["video.greedy_tokens"].tolist()[:4]
+
+
+def test_a_step_that_cannot_be_captured_runs_without(build, expected, host):
+    def refuse(work):
+        raise TargetError("CUDA: StreamCaptureUnsupported")
+
+    host.capture = refuse
+    bundle, backend = build("clip-mistral")
+    numbers, captioner = expected("clip-mistral"), Captioner(bundle, backend)
+    caption = captioner.caption(frames=numbers["frames_uint8"], decoding=Decoding(max_new_tokens=6))
+    assert caption.token_ids == numbers["video.greedy_tokens"].tolist()[:6]
+    assert captioner.device == "tensorrt-rtx 0.0.fake on Host, steps not captured"
 
 
 def test_the_seam_with_all_its_methods(build, data_dir, agree):
