@@ -188,18 +188,20 @@ class DeviceInference:
         context = self._decoder.context(STEP)
         self._bind(context, STEP, 0, count, 1, 1, self._logits_place.address)
         chosen = self._selection.bind(count, self._logits_place.address) if select and self._selection else None
+        # Not through ``self``: it keeps this function, and the cache is to be freed as soon as it is let go.
+        given, device, logits, place = self._given, self._device, self._logits[:count], self._logits_place
 
         def work() -> None:
-            self._given.queue(inputs_embeds=count, lengths=count, logits_index=count)
+            given.queue(inputs_embeds=count, lengths=count, logits_index=count)
             context.run()
             if chosen is None:
-                self._device.download(self._logits[:count], self._logits_place.address)
+                device.download(logits, place.address)
             else:
                 chosen()
 
         # The first run settles what follows from the shapes, which cannot be captured.
         work()
-        self._device.synchronize()
+        device.synchronize()
         return context.repeatable(work)
 
     def _copy_rows(self, moves: Mapping[int, int], start: int, stop: int) -> None:
@@ -288,12 +290,14 @@ class Selection:
         shapes: dict[str, Shape] = {name: (count,) for name in self._given.arrays}
         shapes |= {name: (count, *array.shape[1:]) for name, array in self._made.items()}
         context.bind(addresses, shapes | {"logits": (count, 1, self._vocab_size)})
+        device, given, counts = self._device, self._given, dict.fromkeys(self._given.arrays, count)
+        made = [(array[:count], self._places[name]) for name, array in self._made.items()]
 
         def work() -> None:
-            self._given.queue(**dict.fromkeys(self._given.arrays, count))
+            given.queue(**counts)
             context.run()
-            for name, array in self._made.items():
-                self._device.download(array[:count], self._places[name].address)
+            for array, place in made:
+                device.download(array, place.address)
 
         return work
 

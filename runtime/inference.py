@@ -61,8 +61,8 @@ class FullLogits:
 class Inference(Protocol):
     """A decoder with its cache: ``rows`` sequences of at most ``max_length`` tokens each, of different lengths.
 
-    What a row computes does not depend on the other rows, not even in the last bit: a caption is the same alone and in
-    a batch.
+    What a row computes does not depend on the other rows: on the processor not even in the last bit, so that a caption
+    is the same alone and in a batch. On a GPU the number of rows decides which kernels run, and so the last bits.
     """
 
     @property

@@ -12,6 +12,7 @@ import ctypes
 import io
 import itertools
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ def cuda_provider(device: Device, options: Mapping[str, str], captures: bool) ->
         # Twice what is asked for, the default, is too much where memory is shared with the processor.
         "arena_extend_strategy": "kSameAsRequested",
         "enable_cuda_graph": "1" if captures else "0",
+        # What the towers compare tokens by is float32, and which two are merged hangs on its last bits.
+        "use_tf32": "0",
     }
     return CUDA, ours | dict(options)
 
@@ -111,8 +114,8 @@ def device_errors(what: str) -> Iterator[None]:
 class OrtProgram:
     """A graph with all its tensors at given addresses. ``captured``: whether its steps are."""
 
-    def __init__(self, session: Any, device: Device, captured: bool = True) -> None:
-        self.session, self.device, self.captured = session, device, captured
+    def __init__(self, session: Any, device: Device, name: str, captured: bool = True) -> None:
+        self.session, self.device, self.name, self.captured = session, device, name, captured
         self.inputs = {value.name: _TYPES[value.type] for value in session.get_inputs()}
         self.outputs = {value.name: _TYPES[value.type] for value in session.get_outputs()}
         self._numbers = itertools.count(1)
@@ -124,12 +127,14 @@ class OrtProgram:
         A session that ONNX Runtime will not capture (it has nodes that this version leaves to the processor) runs
         without.
         """
+        name = graph.name.split(".")[0]
         try:
-            return cls(open_cuda_session(graph, device, options, captures=True), device)
+            captured = options.get("enable_cuda_graph") != "0"
+            return cls(open_cuda_session(graph, device, options, captures=True), device, name, captured)
         except IntertitleError as error:
             if "capture" not in str(error).lower() and "cuda graph" not in str(error).lower():
                 raise
-            return cls(open_cuda_session(graph, device, options, captures=False), device, captured=False)
+            return cls(open_cuda_session(graph, device, options, captures=False), device, name, captured=False)
 
     def context(self, phase: int) -> Context:
         """See ``Program``. What differs from run to run is not captured, so prompts are not."""
@@ -143,6 +148,8 @@ class _OrtContext:
         self._options.add_run_config_entry("gpu_graph_id", str(graph_id))
         # Whoever queued the work waits for it.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        if graph_id >= 0 and hasattr(program.session, "release_captured_graph"):
+            weakref.finalize(self, _release, program.session, graph_id).atexit = False
 
     def bind(self, addresses: Mapping[str, int], shapes: Mapping[str, Shape]) -> None:
         program = self._program
@@ -153,11 +160,17 @@ class _OrtContext:
             self._binding.bind_output(name, "cuda", 0, dtype, list(shapes[name]), addresses[name])
 
     def run(self) -> None:
-        with device_errors("decoder"):
+        with device_errors(self._program.name):
             self._program.session.run_with_iobinding(self._binding, self._options)
 
     def repeatable(self, work: Callable[[], None]) -> Callable[[], None]:
         return work
+
+
+def _release(session: Any, graph_id: int) -> None:
+    # A graph that was never captured is none to release.
+    with contextlib.suppress(Exception):
+        session.release_captured_graph(graph_id)
 
 
 class OrtCudaComponent:
