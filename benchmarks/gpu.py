@@ -10,16 +10,21 @@ weights, for each weight format: seconds by stage, time to first token, tokens a
 batches, with candidates from the device and without, memory, beside PyTorch (transformers' decoder of the same shape,
 eager and compiled) and beside the floor that the weights' bytes over the measured bandwidth set. A part that fails is
 noted with its reason and the others go on.
+
+Compiling takes its time on the processor. ``--bundles`` has bundles that were compiled elsewhere, whole or hollow
+(``benchmarks.hollow``), named by what they are of and their weights (``shipped-int4``, ``av-qwen2-fp16``, ``7b-int4``);
+what is not among them is compiled.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +42,7 @@ from ..runtime.decoding.search import Turn, step
 from ..runtime.inference import FloatArray, FullLogits, Inference
 from .gpu_device import Place, open_place
 from .harness import write_result
+from .hollow import HOLLOW_FILE, fill
 from .parity import parity
 from .peers.torch_decoder import torch_decoder_seconds
 
@@ -48,20 +54,24 @@ DEVICES = ("tensorrt-rtx", "tensorrt", "cuda", "cpu")
 @click.option("--size", type=click.Choice(sorted(SIZES)), default="7b", show_default=True)
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Use (or write and keep) the checkpoint there.")
 @click.option("--fixtures", type=click.Path(path_type=Path), help="Folder of fixture checkpoints.  [default: none]")
+@click.option("--bundles", type=click.Path(path_type=Path, exists=True), help="Folder of bundles that are there.")
 @click.option("--rows", multiple=True, type=int, default=(1, 2, 4, 8, 16, 32), show_default=True)
 @click.option("--tokens", default=128, show_default=True, help="New tokens of a measurement.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--peers/--no-peers", default=True, show_default=True, help="PyTorch beside it.")
+@click.option("--compiled-rows", multiple=True, type=int, default=(1, 8), show_default=True, help="Of torch.compile.")
 @click.option("-o", "--result", default="gpu", show_default=True, help="Name under results/.")
 def main(
     device: str,
     size: str,
     checkpoint: Path | None,
     fixtures: Path | None,
+    bundles: Path | None,
     rows: tuple[int, ...],
     tokens: int,
     rounds: int,
     peers: bool,
+    compiled_rows: tuple[int, ...],
     result: str,
 ) -> None:
     """Measure, and write what was measured after every part."""
@@ -86,66 +96,98 @@ def main(
         checks = {"shipped": (SHIPPED / "base", SHIPPED / "synpo")}
         if fixtures is not None:
             checks |= {name: (fixtures / name, None) for name in ("av-qwen2", "clip-mistral", "auroracap")}
+        made = _Bundles(place, bundles, scratch)
         for name, (base, adapter) in checks.items():
             for weights in place.weights:
                 part(
                     f"parity {name} {weights}",
                     lambda base=base, adapter=adapter, weights=weights, name=name: parity(
-                        place, base, adapter, weights, scratch / f"{name}-{weights}"
+                        place, base, adapter, made.get(name, weights, base, adapter)
                     ),
                 )
         source = checkpoint or scratch / "checkpoint"
-        if not source.exists():
+        if not source.exists() and not made.given(size, place.weights):
             click.echo("writing random weights …", err=True)
             write_checkpoint(source, size)
         part("bandwidth_bytes_per_second", place.bandwidth)
         for weights in place.weights:
-            measure = _Captioning(place, source, weights, scratch / weights, max(rows), tokens, rounds, figures)
-            part(f"{weights} build", measure.build)
+            measure = _Captioning(place, max(rows), tokens, rounds, figures)
+            part(
+                f"{weights} build", lambda measure=measure, weights=weights: measure.build(made, size, weights, source)
+            )
             part(f"{weights} stages", measure.stages)
             part(f"{weights} decode", lambda measure=measure: measure.decode(rows))
+            for name, settings in place.variants(weights).items():
+                part(f"{weights} decode, {name}", lambda m=measure, settings=settings: m.decode_with(settings, rows))
             measure.close()
         if peers:
-            config = open_checkpoint(source).config.decoder
+            config = open_checkpoint(source).config.decoder if source.exists() else SIZES[size].decoder
             for compiled in (False, True):
                 part(
                     f"pytorch {'compiled' if compiled else 'eager'}",
                     lambda compiled=compiled: torch_decoder_seconds(
-                        config, place.torch_device, compiled, rows, prompt=256, tokens=tokens, rounds=rounds
+                        config,
+                        place.torch_device,
+                        compiled,
+                        compiled_rows if compiled else rows,
+                        prompt=256,
+                        tokens=tokens,
+                        rounds=rounds,
                     ),
                 )
             part("summary", lambda: summary(figures))
     click.echo(write_result(result, figures, command))
 
 
+class _Bundles:
+    """Bundles that were given, or are compiled."""
+
+    def __init__(self, place: Place, folder: Path | None, scratch: Path) -> None:
+        self._place, self._folder, self._scratch = place, folder, scratch
+
+    def given(self, name: str, formats: Sequence[str]) -> bool:
+        """Whether those of all formats are."""
+        return self._folder is not None and all((self._folder / f"{name}-{each}").exists() for each in formats)
+
+    def get(self, name: str, weights: str, checkpoint: Path, adapter: Path | None = None) -> Path:
+        """The bundle of a checkpoint."""
+        path = self._scratch / f"{name}-{weights}"
+        if not self.given(name, (weights,)):
+            return compile_bundle(checkpoint, path, adapter=adapter, weights=weights, target=self._place.target).path
+        assert self._folder is not None
+        there = self._folder / path.name
+        if not (there / HOLLOW_FILE).exists():
+            return there
+        fill(there, path)
+        return path
+
+    def drop(self, path: Path) -> None:
+        """Free the disk of one that was made: two bundles and a checkpoint of 7 B would be too many."""
+        if path.parent == self._scratch:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 class _Captioning:
     """One bundle of the large captioner, measured."""
 
-    def __init__(
-        self,
-        place: Place,
-        checkpoint: Path,
-        weights: str,
-        bundle: Path,
-        rows: int,
-        tokens: int,
-        rounds: int,
-        figures: dict[str, Any],
-    ) -> None:
-        self._place, self._checkpoint, self._weights, self._bundle = place, checkpoint, weights, bundle
-        self._rows, self._tokens, self._rounds, self._figures = rows, tokens, rounds, figures
+    def __init__(self, place: Place, rows: int, tokens: int, rounds: int, figures: dict[str, Any]) -> None:
+        self._place, self._rows, self._tokens, self._rounds, self._figures = place, rows, tokens, rounds, figures
         self._captioner: Captioner | None = None
+        self._made: tuple[_Bundles, Path] | None = None
 
-    def build(self) -> dict[str, Any]:
+    def build(self, bundles: _Bundles, size: str, weights: str, checkpoint: Path) -> dict[str, Any]:
         started = time.perf_counter()
-        compiled = compile_bundle(self._checkpoint, self._bundle, weights=self._weights, target=self._place.target)
-        compile_seconds = time.perf_counter() - started
-        engines = self._place.build(self._bundle, self._rows)
-        self._captioner = self._place.open(self._bundle)
+        path = bundles.get(size, weights, checkpoint)
+        bundle_seconds, self._made = time.perf_counter() - started, (bundles, path)
+        engines = self._place.build(path, self._rows)
+        started = time.perf_counter()
+        self._captioner = self._place.open(path)
         return {
-            "compile_seconds": round(compile_seconds, 1),
-            "bundle_bytes": compiled.component_bytes,
+            "bundle_seconds": round(bundle_seconds, 1),
+            "bundle_bytes": {name: file.size for name, file in self._captioner.manifest.files.items()},
             "engines": engines,
+            "open_seconds": round(time.perf_counter() - started, 1),
+            "device": self._captioner.device,
         }
 
     def stages(self) -> dict[str, Any]:
@@ -177,13 +219,10 @@ class _Captioning:
         seconds: dict[str, float] = {}
         loops: dict[str, dict[str, float]] = {"logits": {}, "shortlist": {}}
         for count in rows:
-            inference = captioner.open_inference(len(embeds) + self._tokens + 1, count)
-            for row in range(count):
-                inference.prefill(row, embeds)
-            seconds[str(count)] = self._step_seconds(inference, np.zeros(count, np.int64))
-            for kind, chosen in self._inferences(inference).items():
-                loops[kind][str(count)] = self._loop_seconds(chosen, embeds, [None] * count)
-            del inference
+            # In a function of its own: one cache at a time.
+            seconds[str(count)], taken = self._rows_seconds(captioner, embeds, count)
+            for kind, value in taken.items():
+                loops[kind][str(count)] = value
         pair = captioner.open_inference(len(embeds) + self._tokens + 1, 2)
         contrast = {
             kind: round(self._loop_seconds(chosen, embeds, [(0.5, None)]) / loops[kind]["1"], 3)
@@ -201,6 +240,29 @@ class _Captioning:
             "contrast_over_greedy": contrast,
             "memory_bytes": self._place.memory_used(),
         }
+
+    def decode_with(self, settings: Mapping[str, str], rows: tuple[int, ...]) -> dict[str, Any]:
+        """``decode`` under settings of the environment."""
+        if self._made is None:
+            raise RuntimeError("was not built")
+        self._captioner = None
+        before = {name: os.environ.get(name) for name in settings}
+        os.environ.update(settings)
+        try:
+            self._captioner = self._place.open(self._made[1])
+            return self.decode(rows)
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+    def _rows_seconds(self, captioner: Captioner, embeds: FloatArray, rows: int) -> tuple[float, dict[str, float]]:
+        """Seconds of a step, and of the greedy loop by where candidates come from."""
+        inference = captioner.open_inference(len(embeds) + self._tokens + 1, rows)
+        for row in range(rows):
+            inference.prefill(row, embeds)
+        step_seconds = self._step_seconds(inference, np.zeros(rows, np.int64))
+        kinds = self._inferences(inference)
+        return step_seconds, {kind: self._loop_seconds(each, embeds, [None] * rows) for kind, each in kinds.items()}
 
     @staticmethod
     def _inferences(inference: Inference) -> dict[str, Inference]:
@@ -246,9 +308,10 @@ class _Captioning:
         return self._captioner
 
     def close(self) -> None:
-        """Free what it holds on the device and on disk: two bundles and a checkpoint of 7 B would be too many."""
+        """Free what it holds on the device and on disk."""
         self._captioner = None
-        shutil.rmtree(self._bundle, ignore_errors=True)
+        if self._made is not None:
+            self._made[0].drop(self._made[1])
 
 
 class _AllLogits(FullLogits):

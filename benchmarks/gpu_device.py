@@ -33,6 +33,10 @@ class Place(Protocol):
     def bandwidth(self) -> float: ...
     def memory_used(self) -> int: ...
 
+    def variants(self, weights: str) -> dict[str, dict[str, str]]:
+        """Other ways in which a decoder of these weights can be run: settings of the environment, by their name."""
+        ...
+
 
 class CpuPlace:
     """The processor."""
@@ -55,6 +59,9 @@ class CpuPlace:
 
     def memory_used(self) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def variants(self, weights: str) -> dict[str, dict[str, str]]:
+        return {}
 
 
 class _Gpu:
@@ -92,6 +99,9 @@ class _Gpu:
         free, total = self._cuda.memory
         return total - free
 
+    def variants(self, weights: str) -> dict[str, dict[str, str]]:
+        return {}
+
 
 class CudaPlace(_Gpu):
     """ONNX Runtime's CUDA provider."""
@@ -105,6 +115,10 @@ class CudaPlace(_Gpu):
 
     def build(self, bundle: Path, rows: int) -> dict[str, Any]:
         return {}
+
+    def variants(self, weights: str) -> dict[str, dict[str, str]]:
+        """ONNX Runtime's other kernels for int4."""
+        return {"ORT_FPA_INTB_GEMM=1": {"ORT_FPA_INTB_GEMM": "1"}} if weights == "int4" else {}
 
 
 class EnginePlace(_Gpu):

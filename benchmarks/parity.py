@@ -10,19 +10,18 @@ import numpy as np
 
 from ..calibration.reference import Reference
 from ..calibration.verify import roundings
-from ..export.compile import compile_bundle
 from ..models import open_checkpoint
 from ..runtime.decoding import Decoding
 from ..runtime.timing import Stages
 from .gpu_device import Place
 
 
-def parity(place: Place, checkpoint: Path, adapter: Path | None, weights: str, bundle: Path) -> dict[str, Any]:
+def parity(place: Place, checkpoint: Path, adapter: Path | None, bundle: Path) -> dict[str, Any]:
     """Largest error of prefill and step logits relative to the largest logit, and how many greedy tokens agree.
 
-    The prompt is that of a clip of noise, encoded on the device: so encoders and decoder both count.
+    ``bundle``: of the checkpoint, for the place. The prompt is that of a clip of noise, encoded on the device: so
+    encoders and decoder both count.
     """
-    compile_bundle(checkpoint, bundle, adapter=adapter, weights=weights, target=place.target)
     place.build(bundle, rows=2)
     captioner = place.open(bundle)
     reference = Reference(open_checkpoint(checkpoint, adapter), roundings(captioner.manifest))

@@ -78,7 +78,8 @@ def _ort_rules(form: Form) -> Rules:
     rules[RMSNorm] = ort.RMSNormalization
     if product := rules.get(nn.Linear):
         rules[SelfAttention] = lambda original: fused.FusedSelfAttention(original, product, form.dtype)
-        rules[MLP] = lambda original: fused.FusedMLP(original, product)
+        mlp = fused.HalfMLP if form.dtype == torch.float16 else fused.FusedMLP
+        rules[MLP] = lambda original: mlp(original, product)
     return rules
 
 
