@@ -67,7 +67,7 @@ class CpuPlace:
 class _Gpu:
     """The GPU at hand."""
 
-    weights, torch_device = ("fp16", "int4"), "cuda"
+    weights, torch_device = ("int4", "fp16"), "cuda"
 
     def __init__(self, target: str) -> None:
         self.target, self._cuda = target, Cuda()

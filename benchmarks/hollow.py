@@ -8,6 +8,7 @@ and logits are noise.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import onnx
 
 from ..runtime.bundle import MANIFEST_FILE, FileRecord, Manifest, parse_manifest
-from ..runtime.integrity import FileState, hash_files
+from ..runtime.integrity import FileState, hash_files, remember
 
 #: What a hollow bundle has in place of its files of weights.
 HOLLOW_FILE = "hollow.json"
@@ -99,7 +100,10 @@ def fill(folder: Path, bundle: Path) -> None:
     states = {name: FileState.of((bundle / name).stat()) for name in manifest.files}
     digests = hash_files(bundle, states, states)
     files = {name: FileRecord(digest, states[name].size) for name, digest in digests.items()}
-    (bundle / MANIFEST_FILE).write_bytes(msgspec.json.encode(msgspec.structs.replace(manifest, files=files)))
+    written = msgspec.json.encode(msgspec.structs.replace(manifest, files=files))
+    (bundle / MANIFEST_FILE).write_bytes(written)
+    # They were hashed just now, and nobody else knows of them: opening the bundle need not do it again.
+    remember(bundle, hashlib.sha256(written).hexdigest(), states)
 
 
 def _stretches(bundle: Path, manifest: Manifest) -> Iterator[tuple[str, int, int, int]]:

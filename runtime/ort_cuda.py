@@ -30,6 +30,8 @@ from .ort import Provider, check_context, load_onnxruntime, open_session
 CUDA = "CUDAExecutionProvider"
 #: Prompt tokens of one run. It bounds the activations; attention over the cache keeps no table of scores.
 PREFILL_CHUNK = 1024
+#: Caches hold a multiple of this many tokens.
+_CACHE_STEP = 256
 #: Read on the host when a run is queued (GroupQueryAttention's ``total_sequence_length``).
 _ON_HOST = ("total_length",)
 _TYPES = {
@@ -211,9 +213,11 @@ class OrtCudaDecoder:
         return self.spec.context_length
 
     def open(self, rows: int, max_length: int) -> DeviceInference:
-        """A fresh cache. ``OptionError`` when ``max_length`` exceeds what the decoder was trained for, ``TargetError``
-        when the device has no room for it."""
+        """A fresh cache, up to 255 tokens longer than it is asked for. ``OptionError`` when ``max_length`` exceeds what
+        the decoder was trained for, ``TargetError`` when the device has no room for it."""
         check_context(max_length, self.spec)
+        # cuDNN plans its attention anew for each size of the cache: few sizes, few plans.
+        max_length = min(-(-max_length // _CACHE_STEP) * _CACHE_STEP, self.spec.context_length)
         return DeviceInference(
             self._program,
             self._selection,

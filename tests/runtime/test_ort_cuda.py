@@ -5,6 +5,8 @@ What is not seen here is CUDA itself: ``benchmarks/gpu.py`` runs the same compar
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +21,7 @@ from intertitle.runtime.backends import CudaBackend, open_backend
 from intertitle.runtime.bundle import Bundle
 from intertitle.runtime.captioner import Captioner
 from intertitle.runtime.decoding import Decoding
+from intertitle.runtime.inference import Choice
 from intertitle.runtime.ort import CPU, open_session
 from intertitle.runtime.ort_cuda import cuda_provider, device_errors
 
@@ -28,9 +31,10 @@ def backend(compiled, host, monkeypatch):
     """``backend(variant, weights)``: a bundle for the CUDA provider and its backend over the processor.
 
     Its ``sessions`` are the provider options that each graph was opened with; its ``runs`` the numbers that steps were
-    captured under, in order.
+    captured under, in order; its ``released`` graphs and the numbers of what was captured and let go.
     """
     runs: list[str] = []
+    released: list[tuple[str, int]] = []
 
     class Options:
         """``onnxruntime.RunOptions``, watched."""
@@ -65,6 +69,7 @@ def backend(compiled, host, monkeypatch):
                 io_binding=lambda: _Binding(session.io_binding()),
                 run=run,
                 run_with_iobinding=run_with_iobinding,
+                release_captured_graph=lambda number: released.append((graph.name, number)),
             )
 
         class _Binding:
@@ -87,7 +92,7 @@ def backend(compiled, host, monkeypatch):
         monkeypatch.setattr(cuda, "Cuda", lambda: host)
         bundle = Bundle.open(compiled(variant, weights, "cuda"))
         made = CudaBackend(bundle, **how)
-        made.sessions, made.runs = sessions, runs
+        made.sessions, made.runs, made.released = sessions, runs, released
         return bundle, made
 
     return make
@@ -132,20 +137,37 @@ def test_the_seam_with_all_its_methods(backend, data_dir, agree, monkeypatch):
     agree(made.decoder().open(3, 128), theirs, bundle.manifest.decoder, 5e-3)
 
 
-def test_half_precision_caches_of_the_asked_size(backend, host):
+def test_half_precision_caches_of_few_sizes(backend, host):
     bundle, made = backend("av-qwen2", "int4")
     decoder, spec = made.decoder(), bundle.manifest.decoder
-    before = host.allocated
-    decoder.open(2, 64)
-    cache = 2 * 64 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 2 * 2
-    assert cache <= host.allocated - before < cache + (1 << 20)
+    for asked, held in ((64, 256), (256, 256), (257, 512), (spec.context_length, spec.context_length)):
+        before = host.allocated
+        assert decoder.open(2, asked).max_length == held
+        cache = 2 * held * spec.num_layers * spec.num_kv_heads * spec.head_dim * 2 * 2
+        assert cache <= host.allocated - before < cache + (1 << 20)
     with pytest.raises(OptionError, match=f"the decoder's context is {spec.context_length}"):
         decoder.open(1, spec.context_length + 1)
 
 
-def test_logits_of_an_earlier_step_are_not_given_for_those_of_this(backend):
-    from intertitle.runtime.inference import Choice
+def test_a_cache_is_freed_when_it_is_let_go(backend):
+    """With what was captured for it, and without waiting for the garbage collector: the next one needs its memory."""
+    bundle, made = backend("clip-mistral")
+    inference = made.decoder().open(2, 64)
+    inference.prefill(0, np.full((4, bundle.manifest.decoder.hidden_size), 0.1, np.float32))
+    inference.step(np.array([1]))
+    inference.step_shortlist(np.array([1]), [Choice(0)])
+    memory = [weakref.ref(each) for each in inference._cache.values()]
+    gc.disable()
+    try:
+        del inference
+        assert [each() for each in memory] == [None] * len(memory)
+    finally:
+        gc.enable()
+    # Two kinds of steps of the decoder, and one of the selection.
+    assert sorted(made.released) == [("decoder.ort.onnx", 1), ("decoder.ort.onnx", 2), ("selection.onnx", 1)]
 
+
+def test_logits_of_an_earlier_step_are_not_given_for_those_of_this(backend):
     bundle, made = backend("clip-mistral")
     inference = made.decoder().open(1, 64)
     inference.prefill(0, np.full((4, bundle.manifest.decoder.hidden_size), 0.1, np.float32))
