@@ -28,8 +28,9 @@ from .inference import FloatArray
 from .ort import Provider, check_context, load_onnxruntime, open_session
 
 CUDA = "CUDAExecutionProvider"
-#: Prompt tokens of one run. It bounds the activations; attention over the cache keeps no table of scores.
-PREFILL_CHUNK = 1024
+#: Prompt tokens of one run, of which most prompts are one. It bounds the activations (about 0.6 GB at 7 B); attention
+#: over the cache keeps no table of scores. A run turns all int4 weights into float16 once, 6 ms of an H100 at 7 B.
+PREFILL_CHUNK = 4096
 #: Caches hold a multiple of this many tokens.
 _CACHE_STEP = 256
 #: Read on the host when a run is queued (GroupQueryAttention's ``total_sequence_length``).

@@ -22,11 +22,6 @@ Rules = Mapping[type[nn.Module], Rule]
 """What stands in for a module of a type while it is traced."""
 
 
-#: Inputs from which an int4 product is summed in two parts: ONNX Runtime's kernel for several rows keeps all inputs of
-#: all rows in a multiprocessor's memory.
-LONG = 16384
-
-
 @dataclass(frozen=True)
 class Form:
     """How a component's products are written: the format of its weights (``fp32``, ``fp16``, ``int8``, ``int4``), the
@@ -83,16 +78,9 @@ def _ort_rules(form: Form) -> Rules:
     rules[RMSNorm] = ort.RMSNormalization
     if product := rules.get(nn.Linear):
         rules[SelfAttention] = lambda original: fused.FusedSelfAttention(original, product, form.dtype)
-        rules[MLP] = lambda original: _ort_mlp(original, product, form)
+        mlp = fused.HalfMLP if form.dtype == torch.float16 else fused.FusedMLP
+        rules[MLP] = lambda original: mlp(original, product)
     return rules
-
-
-def _ort_mlp(original: MLP, product: Rule, form: Form) -> nn.Module:
-    if form.dtype == torch.float32:
-        return fused.FusedMLP(original, product)
-    width = original.down_proj.in_features
-    long = form.weights == "int4" and width >= LONG and width % (2 * form.block_size) == 0
-    return fused.HalfMLP(original, product, parts=2 if long else 1)
 
 
 def _ort_finish(graph: TracedGraph, form: Form, decoder: bool) -> None:

@@ -7,7 +7,6 @@ each on its own, so the codes of a fused matrix are those of its parts, one unde
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import torch
@@ -22,22 +21,16 @@ from .ort import OPSET
 #: The parts of each fused layer, in the order of their rows.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
-#: Some of the inputs of a layer.
-_PART = re.compile(r"(.+)_part(\d+)of(\d+)")
-
 #: Makes the dialect's product of a linear layer.
 Product = Callable[[nn.Linear], nn.Module]
 
 
 def read_fused(tensor: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
-    """Entries of a state dict of unfused layers, by the names of a fused one (``X.qkv_proj.weight``) and of a part of
-    one (``X.down_proj_part0of2.weight``) too."""
+    """Entries of a state dict of unfused layers, by the names of a fused one (``X.qkv_proj.weight``) too."""
 
     def read(entry: str) -> Tensor:
         owner, _, leaf = entry.rpartition(".")
         prefix, _, layer = owner.rpartition(".")
-        if part := _PART.fullmatch(owner):
-            return tensor(f"{part[1]}.{leaf}").chunk(int(part[3]), dim=1)[int(part[2])].contiguous()
         if layer not in FUSED:
             return tensor(entry)
         return torch.cat([tensor(f"{prefix}.{part}.{leaf}") for part in FUSED[layer]])
@@ -105,41 +98,17 @@ class HalfMLP(nn.Module):
 
     Gate and up stay apart: the split of a joint product costs a GPU more than a second one takes to start (an H100: 4.8
     ms of a prompt of 1024 tokens at 7 B). What is between the products is float16, as they are: nothing is there that
-    the product behind would not round, or find too large, the same way. The last product is a sum over ``parts`` of its
-    inputs.
+    the product behind would not round, or find too large, the same way.
     """
 
-    def __init__(self, original: MLP, product: Product, parts: int = 1) -> None:
+    def __init__(self, original: MLP, product: Product) -> None:
         super().__init__()
         self.gate_proj, self.up_proj = product(original.gate_proj), product(original.up_proj)
-        down, self._parts = original.down_proj, ["down_proj"]
-        if parts > 1:
-            self._parts = [f"down_proj_part{index}of{parts}" for index in range(parts)]
-        self._width = down.in_features // parts
-        for name in self._parts:
-            part = nn.Linear(self._width, down.out_features, bias=False, device="meta")
-            setattr(self, name, product(part))
+        self.down_proj = product(original.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x).half(), self.up_proj(x).half()
         silu = ops.symbolic(
             "com.microsoft::QuickGelu", (gate,), attrs={"alpha": 1.0}, dtype=gate.dtype, shape=gate.shape, version=1
         )
-        value = silu * up
-        if len(self._parts) == 1:
-            return getattr(self, self._parts[0])(value.float())
-        shape = (*x.shape[:-1], self._width)
-        values = ops.symbolic_multi_out(
-            "Split",
-            (value,),
-            attrs={"axis": -1, "num_outputs": len(self._parts)},
-            dtypes=[value.dtype] * len(self._parts),
-            shapes=[shape] * len(self._parts),
-            version=OPSET,
-        )
-        total, *others = (
-            getattr(self, name)(each.float()).half() for name, each in zip(self._parts, values, strict=True)
-        )
-        for each in others:
-            total = total + each
-        return total.float()
+        return self.down_proj((silu * up).float())

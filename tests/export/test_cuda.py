@@ -13,8 +13,6 @@ import pytest
 import torch
 from intertitle.calibration.quantize import dequantize_int4, quantize_int4
 from intertitle.calibration.reference import Reference, TorchInference
-from intertitle.export.compile import compile_bundle
-from intertitle.export.dialects import forms
 from intertitle.export.dialects.half import narrow_activations
 from intertitle.models import open_checkpoint
 from intertitle.models.decoder import Decoder
@@ -88,23 +86,6 @@ def test_int4_is_the_rounded_model(variant, compiled, expected, data_dir):
     assert compare_steps(decoder.open(1, len(embeds) + 8), rounded, embeds) < BOUND
     # Without this the line above could not tell a rounded model from the original.
     assert compare_steps(decoder.open(1, len(embeds) + 8), original, embeds) > 4 * BOUND
-
-
-def test_a_long_product_is_a_sum_of_two(compiled, expected, data_dir, tmp_path, monkeypatch):
-    """As wide as no fixture is; the codes are those of the whole matrix."""
-    monkeypatch.setattr(forms, "LONG", 256)
-    checkpoint = data_dir / "av-qwen2"
-    split = Bundle.open(compile_bundle(checkpoint, tmp_path / "split", weights="int4", target="cuda").path)
-    whole = Bundle.open(compiled("av-qwen2", "int4", "cuda"))
-    graphs = [onnx.load(each.file("decoder.ort.onnx")).graph for each in (split, whole)]
-    codes = [{value.name: onnx.numpy_helper.to_array(value) for value in graph.initializer} for graph in graphs]
-    name = "decoder.layers.1.mlp.down_proj"
-    for kind in ("qweight", "scales"):
-        halves = [codes[0][f"{name}_part{index}of2.{kind}"] for index in range(2)]
-        np.testing.assert_array_equal(np.concatenate(halves, axis=1), codes[1][f"{name}.{kind}"])
-    embeds = prompts(expected("av-qwen2"))[0]
-    mine, theirs = (OrtBackend(each).decoder().open(1, len(embeds) + 8) for each in (split, whole))
-    assert compare_steps(mine, theirs, embeds) < BOUND
 
 
 @pytest.mark.parametrize("weights", ["fp16", "int4"])
