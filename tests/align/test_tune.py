@@ -134,7 +134,14 @@ def test_the_compiled_captioner_says_what_the_tuned_policy_says(connector_rate, 
 # --- learning
 
 
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "supervised"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        name if name in ("synpo", "dpo") else pytest.param(name, marks=pytest.mark.slow)
+        for name in OBJECTIVES
+        if name != "supervised"
+    ],
+)
 def test_every_objective_widens_its_margin(objective, base, clips, tmp_path):
     how = replace(HOW, objective=objective, steps=12, batch=4, learning_rate=1e-2, dropout=0.0, save_every=100)
     # SynPO compares probabilities, which are tiny in a random model: a wider slope lets it start.
@@ -230,7 +237,10 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize(("stop", "connector_rate"), [(1, 0.0), (3, 0.0), (5, 1e-3)])
+@pytest.mark.parametrize(
+    ("stop", "connector_rate"),
+    [pytest.param(1, 0.0, marks=pytest.mark.slow), (3, 0.0), pytest.param(5, 1e-3, marks=pytest.mark.slow)],
+)
 def test_a_stopped_run_ends_with_the_same_bytes(stop, connector_rate, base, clips, tmp_path):
     """Stopped before the first save, and between two; dropout and the order of the pairs go on where they were."""
     how = replace(HOW, steps=6, objective="dpo", dropout=0.3, connector_rate=connector_rate)

@@ -48,7 +48,7 @@ def run(bundle: Bundle, name: str, value: np.ndarray) -> np.ndarray:
     return np.asarray(session.run(None, {session.get_inputs()[0].name: value})[0])
 
 
-@pytest.fixture(scope="module", params=TARGETS)
+@pytest.fixture(scope="module", params=[*TARGETS[:-1], pytest.param(TARGETS[-1], marks=pytest.mark.slow)])
 def bundle(request, data_dir, tmp_path_factory):
     path = tmp_path_factory.mktemp("int8") / "bundle"
     compile_bundle(data_dir / "av-qwen2", path, target=request.param, encoder_weights="int8")

@@ -25,7 +25,7 @@ STRATEGIES = {
 }
 
 
-@pytest.fixture(scope="module", params=["fp32", "int4"])
+@pytest.fixture(scope="module", params=["int4", pytest.param("fp32", marks=pytest.mark.slow)])
 def captioner(request, compiled) -> intertitle.Captioner:
     return intertitle.Captioner.load(compiled("av-qwen2", request.param))
 

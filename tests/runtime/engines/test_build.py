@@ -42,18 +42,20 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("weights", ["fp16", "int4"])
 @pytest.mark.parametrize("variant", ["av-qwen2", "clip-mistral", "clip-mistral-lora", "auroracap", "auroracap-keep"])
-def test_every_component_builds(variant, weights, compiled, library):
-    bundle = Bundle.open(compiled(variant, weights, "tensorrt-rtx"))
-    limits = default_limits(bundle.manifest, max_length=512)
-    built = list(build_bundle(bundle, library, CAPABILITIES, limits))
-    graphs = {name for name in bundle.manifest.files if name.endswith(".onnx")}
-    assert len(built) == len(graphs) == len(parts(bundle))
-    assert {(each.reason, each.unfused) for each in built} == {("there is none yet", 0)}
-    assert all(each.path.stat().st_size == each.size > 1000 for each in built)
-    again = list(build_bundle(bundle, library, CAPABILITIES, limits))
-    assert [(each.path, each.reason) for each in again] == [(each.path, None) for each in built]
+def test_every_component_builds(variant, compiled, library):
+    """From fp16 and from int4. Encoders are float16 in both: the same graphs, and the engines that are there."""
+    for weights, new in (("fp16", None), ("int4", {"decoder"})):
+        bundle = Bundle.open(compiled(variant, weights, "tensorrt-rtx"))
+        limits = default_limits(bundle.manifest, max_length=512)
+        built = list(build_bundle(bundle, library, CAPABILITIES, limits))
+        graphs = {name for name in bundle.manifest.files if name.endswith(".onnx")}
+        assert len(built) == len(graphs) == len(parts(bundle))
+        assert {each.name for each in built if each.reason is not None} == (new or {each.name for each in built})
+        assert {each.unfused for each in built} == {0}
+        assert all(each.path.stat().st_size == each.size > 1000 for each in built)
+        again = list(build_bundle(bundle, library, CAPABILITIES, limits))
+        assert [(each.path, each.reason) for each in again] == [(each.path, None) for each in built]
 
 
 def test_the_plain_dialect_builds(compiled, library):
@@ -63,7 +65,7 @@ def test_the_plain_dialect_builds(compiled, library):
     assert len(list(build_bundle(bundle, library, CAPABILITIES, limits))) == 6
 
 
-@pytest.mark.parametrize("target", ["tensorrt-rtx", "tensorrt-10.3"])
+@pytest.mark.parametrize("target", ["tensorrt-rtx", pytest.param("tensorrt-10.3", marks=pytest.mark.slow)])
 def test_int8_encoders_build(target, library, data_dir, tmp_path):
     """That engines keep them in one byte shows at real sizes only: ``benchmarks/results/engines-7b-av.json``."""
     compile_bundle(data_dir / "av-qwen2", tmp_path / "bundle", target=target, encoder_weights="int8")
@@ -73,13 +75,14 @@ def test_int8_encoders_build(target, library, data_dir, tmp_path):
     assert [(each.reason, each.unfused) for each in built] == [("there is none yet", 0)] * 6
 
 
-@pytest.mark.parametrize("weights", ["fp16", "int4"])
-def test_the_shipped_captioner_builds(weights, library, tmp_path):
-    done = compile_bundle(
-        SHIPPED / "base", tmp_path / "bundle", adapter=SHIPPED / "synpo", weights=weights, target="tensorrt-rtx"
-    )
-    bundle = Bundle.open(done.path)
-    assert len(list(build_bundle(bundle, library, CAPABILITIES, default_limits(bundle.manifest)))) == 6
+def test_the_shipped_captioner_builds(library, tmp_path):
+    for weights, new in (("fp16", 6), ("int4", 1)):
+        done = compile_bundle(
+            SHIPPED / "base", tmp_path / weights, adapter=SHIPPED / "synpo", weights=weights, target="tensorrt-rtx"
+        )
+        bundle = Bundle.open(done.path)
+        built = list(build_bundle(bundle, library, CAPABILITIES, default_limits(bundle.manifest)))
+        assert (len(built), sum(each.reason is not None for each in built)) == (6, new)
 
 
 def test_only_what_depends_on_it_is_built_again(compiled, library):
