@@ -39,10 +39,11 @@ from ..models.random_checkpoint import SIZES, write_checkpoint
 from ..runtime.captioner import Captioner
 from ..runtime.decoding import Decoding, Settings, TokenSearch
 from ..runtime.decoding.search import Turn, step
-from ..runtime.inference import FloatArray, FullLogits, Inference
+from ..runtime.inference import Choice, FloatArray, FullLogits, Inference
 from .gpu_device import Place, open_place
 from .harness import write_result
 from .hollow import HOLLOW_FILE, fill
+from .kernels import kernels_of
 from .parity import parity
 from .peers.torch_decoder import torch_decoder_seconds
 
@@ -117,6 +118,8 @@ def main(
             )
             part(f"{weights} stages", measure.stages)
             part(f"{weights} decode", lambda measure=measure: measure.decode(rows))
+            if place.torch_device == "cuda" and peers:
+                part(f"{weights} kernels", measure.kernels)
             for name, settings in place.variants(weights).items():
                 part(f"{weights} decode, {name}", lambda m=measure, settings=settings: m.decode_with(settings, rows))
             measure.close()
@@ -240,6 +243,16 @@ class _Captioning:
             "contrast_over_greedy": contrast,
             "memory_bytes": self._place.memory_used(),
         }
+
+    def kernels(self) -> list[dict[str, Any]]:
+        """Of a greedy step of one row."""
+        inference = self._loaded().open_inference(256 + self._tokens, 1)
+        hidden = self._loaded().manifest.decoder.hidden_size
+        inference.prefill(0, np.random.default_rng(0).standard_normal((256, hidden)).astype(np.float32) * 0.02)
+        ids, choices = np.zeros(1, np.int64), [Choice(0)]
+        if inference.shortlist_size:
+            return kernels_of(lambda: inference.step_shortlist(ids, choices))
+        return kernels_of(lambda: inference.step(ids))
 
     def decode_with(self, settings: Mapping[str, str], rows: tuple[int, ...]) -> dict[str, Any]:
         """``decode`` under settings of the environment."""
