@@ -96,7 +96,7 @@ def fill(folder: Path, bundle: Path) -> None:
                 for start in range(0, count, _DRAWN_AT_ONCE):
                     size = min(_DRAWN_AT_ONCE, count - start)
                     index = torch.randint(0, len(table), (size,), generator=generator, device=device)
-                    file.write(memoryview(table[index].cpu().numpy()))
+                    file.write(table[index].cpu().numpy().data)
     states = {name: FileState.of((bundle / name).stat()) for name in manifest.files}
     digests = hash_files(bundle, states, states)
     files = {name: FileRecord(digest, states[name].size) for name, digest in digests.items()}

@@ -1,7 +1,8 @@
 """Products in float16, everything else in float32, and the graph passes that go with it.
 
 The products (linear layers, convolutions, attention) take and give float16; what is between them stays in float32:
-residual sums, norms, rotary embedding, activations. Qwen2's residual stream leaves float16's range.
+residual sums, norms, rotary embedding, activations. Qwen2's residual stream leaves float16's range. Where nothing fuses
+what lies between two products of an MLP, it is float16 too (``narrow_activations``, ``fused.HalfMLP``).
 """
 
 from __future__ import annotations
