@@ -27,6 +27,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import numpy as np
@@ -114,7 +115,8 @@ def main(
         for weights in place.weights:
             measure = _Captioning(place, max(rows), tokens, rounds, figures)
             part(
-                f"{weights} build", lambda measure=measure, weights=weights: measure.build(made, size, weights, source)
+                f"{weights} build",
+                lambda measure=measure, weights=weights: measure.build(lambda: made.get(size, weights, source)),
             )
             part(f"{weights} stages", measure.stages)
             part(f"{weights} decode", lambda measure=measure: measure.decode(rows))
@@ -123,6 +125,7 @@ def main(
             for name, settings in place.variants(weights).items():
                 part(f"{weights} decode, {name}", lambda m=measure, settings=settings: m.decode_with(settings, rows))
             measure.close()
+            made.drop(size, weights)
         if peers:
             config = open_checkpoint(source).config.decoder if source.exists() else SIZES[size].decoder
             for compiled in (False, True):
@@ -164,10 +167,9 @@ class _Bundles:
         fill(there, path)
         return path
 
-    def drop(self, path: Path) -> None:
+    def drop(self, name: str, weights: str) -> None:
         """Free the disk of one that was made: two bundles and a checkpoint of 7 B would be too many."""
-        if path.parent == self._scratch:
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(self._scratch / f"{name}-{weights}", ignore_errors=True)
 
 
 class _Captioning:
@@ -176,12 +178,11 @@ class _Captioning:
     def __init__(self, place: Place, rows: int, tokens: int, rounds: int, figures: dict[str, Any]) -> None:
         self._place, self._rows, self._tokens, self._rounds, self._figures = place, rows, tokens, rounds, figures
         self._captioner: Captioner | None = None
-        self._made: tuple[_Bundles, Path] | None = None
 
-    def build(self, bundles: _Bundles, size: str, weights: str, checkpoint: Path) -> dict[str, Any]:
+    def build(self, bundle: Callable[[], Path]) -> dict[str, Any]:
         started = time.perf_counter()
-        path = bundles.get(size, weights, checkpoint)
-        bundle_seconds, self._made = time.perf_counter() - started, (bundles, path)
+        path = bundle()
+        bundle_seconds = time.perf_counter() - started
         engines = self._place.build(path, self._rows)
         started = time.perf_counter()
         self._captioner = self._place.open(path)
@@ -216,7 +217,7 @@ class _Captioning:
         """Seconds of a step by rows, after prompts of 256 tokens, its logits on the host; and seconds a token of the
         greedy and the contrastive loop, choosing included, with candidates from the device and with all logits."""
         captioner, manifest = self._loaded(), self._loaded().manifest
-        embeds = np.random.default_rng(0).standard_normal((256, manifest.decoder.hidden_size)).astype(np.float32) * 0.02
+        embeds = self._prompt()
         files, component = manifest.files, manifest.components["decoder"]
         weight_bytes = sum(files[file].size for file in (component.graph, component.data) if file)
         seconds: dict[str, float] = {}
@@ -245,10 +246,10 @@ class _Captioning:
         }
 
     def kernels(self) -> list[dict[str, Any]]:
-        """Of a greedy step of one row."""
-        inference = self._loaded().open_inference(256 + self._tokens, 1)
-        hidden = self._loaded().manifest.decoder.hidden_size
-        inference.prefill(0, np.random.default_rng(0).standard_normal((256, hidden)).astype(np.float32) * 0.02)
+        """Of a step of one row, its candidates chosen where that is done."""
+        embeds = self._prompt()
+        inference = self._loaded().open_inference(len(embeds) + self._tokens + 1, 1)
+        inference.prefill(0, embeds)
         ids, choices = np.zeros(1, np.int64), [Choice(0)]
         if inference.shortlist_size:
             return kernels_of(lambda: inference.step_shortlist(ids, choices))
@@ -256,17 +257,16 @@ class _Captioning:
 
     def decode_with(self, settings: Mapping[str, str], rows: tuple[int, ...]) -> dict[str, Any]:
         """``decode`` under settings of the environment."""
-        if self._made is None:
-            raise RuntimeError("was not built")
+        path = self._loaded().bundle.path
         self._captioner = None
-        before = {name: os.environ.get(name) for name in settings}
-        os.environ.update(settings)
-        try:
-            self._captioner = self._place.open(self._made[1])
+        with mock.patch.dict(os.environ, settings):
+            self._captioner = self._place.open(path)
             return self.decode(rows)
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+    def _prompt(self) -> FloatArray:
+        """``[256, H]``."""
+        hidden = self._loaded().manifest.decoder.hidden_size
+        return np.random.default_rng(0).standard_normal((256, hidden)).astype(np.float32) * 0.02
 
     def _rows_seconds(self, captioner: Captioner, embeds: FloatArray, rows: int) -> tuple[float, dict[str, float]]:
         """Seconds of a step, and of the greedy loop by where candidates come from."""
@@ -321,10 +321,8 @@ class _Captioning:
         return self._captioner
 
     def close(self) -> None:
-        """Free what it holds on the device and on disk."""
+        """Free what it holds on the device."""
         self._captioner = None
-        if self._made is not None:
-            self._made[0].drop(self._made[1])
 
 
 class _AllLogits(FullLogits):

@@ -17,7 +17,9 @@ from typing import Any
 import click
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import onnx
+import torch
 
 from ..runtime.bundle import MANIFEST_FILE, FileRecord, Manifest, parse_manifest
 from ..runtime.integrity import FileState, hash_files, remember
@@ -70,8 +72,6 @@ def hollow(bundle: Path, folder: Path) -> int:
 
 def fill(folder: Path, bundle: Path) -> None:
     """Write the bundle of a hollow one, its weights drawn: on a GPU, if PyTorch has one."""
-    import torch
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     manifest, generator = _manifest(folder), torch.Generator(device).manual_seed(0)
     tensors = msgspec.json.decode((folder / HOLLOW_FILE).read_bytes(), type=list[_Tensor])
@@ -86,17 +86,8 @@ def fill(folder: Path, bundle: Path) -> None:
             file.truncate(manifest.files[name].size)
             for tensor in (each for each in tensors if each.file == name):
                 file.seek(tensor.offset)
-                count = tensor.length // tensor.width
-                sample = kept[tensor.kept : tensor.kept + min(count, _SAMPLE) * tensor.width]
-                if count <= _SAMPLE:
-                    file.write(sample.tobytes())
-                    continue
-                types = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-                table = torch.from_numpy(sample.copy()).view(types[tensor.width]).to(device)
-                for start in range(0, count, _DRAWN_AT_ONCE):
-                    size = min(_DRAWN_AT_ONCE, count - start)
-                    index = torch.randint(0, len(table), (size,), generator=generator, device=device)
-                    file.write(table[index].cpu().numpy().data)
+                for values in _values(tensor, kept, generator):
+                    file.write(values.data)
     states = {name: FileState.of((bundle / name).stat()) for name in manifest.files}
     digests = hash_files(bundle, states, states)
     files = {name: FileRecord(digest, states[name].size) for name, digest in digests.items()}
@@ -104,6 +95,22 @@ def fill(folder: Path, bundle: Path) -> None:
     (bundle / MANIFEST_FILE).write_bytes(written)
     # They were hashed just now, and nobody else knows of them: opening the bundle need not do it again.
     remember(bundle, hashlib.sha256(written).hexdigest(), states)
+
+
+def _values(
+    tensor: _Tensor, kept: npt.NDArray[np.uint8], generator: torch.Generator
+) -> Iterator[npt.NDArray[np.integer[Any]]]:
+    """The bits of a tensor's values, in pieces: those that were kept, or as many drawn from them."""
+    count = tensor.length // tensor.width
+    sample = kept[tensor.kept : tensor.kept + min(count, _SAMPLE) * tensor.width]
+    if count <= _SAMPLE:
+        yield sample
+        return
+    types = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+    table = torch.from_numpy(sample.copy()).view(types[tensor.width]).to(generator.device)
+    for start in range(0, count, _DRAWN_AT_ONCE):
+        size = min(_DRAWN_AT_ONCE, count - start)
+        yield table[torch.randint(0, len(table), (size,), generator=generator, device=generator.device)].cpu().numpy()
 
 
 def _stretches(bundle: Path, manifest: Manifest) -> Iterator[tuple[str, int, int, int]]:

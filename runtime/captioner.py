@@ -33,7 +33,8 @@ Source = str | os.PathLike[str]
 #: Captions that ``caption_batch`` and ``candidates`` generate together unless told otherwise: beyond 8 rows the tokens
 #: per second hardly grow on a CPU (benchmarks/results).
 DEFAULT_ROWS = 8
-#: Rows are made a multiple of so many tokens long, so that the next clip, a little longer, finds them long enough.
+#: Rows are made a multiple of so many tokens long, so that the next clip, a little longer, finds them long enough, and
+#: that there are few sizes: on a GPU cuDNN plans its attention for each.
 _LENGTH_STEP = 256
 
 

@@ -28,11 +28,10 @@ from .inference import FloatArray
 from .ort import Provider, check_context, load_onnxruntime, open_session
 
 CUDA = "CUDAExecutionProvider"
-#: Prompt tokens of one run, of which most prompts are one. It bounds the activations (about 0.6 GB at 7 B); attention
-#: over the cache keeps no table of scores. A run turns all int4 weights into float16 once, 6 ms of an H100 at 7 B.
+#: Prompt tokens of one run, of which most prompts are one. It bounds the activations (0.6 GB at 7 B, reckoned);
+#: attention over the cache keeps no table of scores. A run turns all int4 weights into float16 once, 6 ms of an H100
+#: at 7 B.
 PREFILL_CHUNK = 4096
-#: Caches hold a multiple of this many tokens.
-_CACHE_STEP = 256
 #: Read on the host when a run is queued (GroupQueryAttention's ``total_sequence_length``).
 _ON_HOST = ("total_length",)
 _TYPES = {
@@ -214,11 +213,9 @@ class OrtCudaDecoder:
         return self.spec.context_length
 
     def open(self, rows: int, max_length: int) -> DeviceInference:
-        """A fresh cache, up to 255 tokens longer than it is asked for. ``OptionError`` when ``max_length`` exceeds what
-        the decoder was trained for, ``TargetError`` when the device has no room for it."""
+        """A fresh cache. ``OptionError`` when ``max_length`` exceeds what the decoder was trained for, ``TargetError``
+        when the device has no room for it."""
         check_context(max_length, self.spec)
-        # cuDNN plans its attention anew for each size of the cache: few sizes, few plans.
-        max_length = min(-(-max_length // _CACHE_STEP) * _CACHE_STEP, self.spec.context_length)
         return DeviceInference(
             self._program,
             self._selection,

@@ -112,13 +112,11 @@ def built_for(text: str, library: Library) -> tuple[tuple[str, ...], bool]:
     if text.strip() != "current":
         return parse_capabilities(text, library), False
     try:
-        capability = Cuda().capability
+        return (Cuda().capability,), True
     except TargetError as error:
         known = library.ahead_of_time
         instead = f"; without one, --compute-capability takes a list of {', '.join(known)}" if known else ""
         raise TargetError(f"no GPU to build for: {error}{instead}") from None
-    library.check_gpu(capability)
-    return (capability,), True
 
 
 def check_device(built_for: Sequence[str], device: str, where: str) -> None:
