@@ -17,6 +17,10 @@ class MediaError(IntertitleError):
     """A video, image or sound that cannot be read or holds nothing to caption."""
 
 
+class TransientMediaError(MediaError):
+    """A file that could not be read just now: the disk, the network or a limit of the machine failed, not the file."""
+
+
 class CheckpointError(IntertitleError):
     """A checkpoint or adapter that is of an unknown family, incomplete, corrupt or of the wrong shape."""
 

@@ -177,7 +177,7 @@ def _span_seconds(media: Media, span: _Span) -> float | None:
 
 def _take_frames(clip: Clip, media: Media, spec: Preprocessing, per_frame: bool, span: _Span) -> None:
     try:
-        first, last = span_frames(media.num_frames, media.fps, span.start, span.end, spec.frame_rule)
+        first, last = span_frames(media.num_frames, media.fps, span.start, span.end, spec.frame_rule, media.times)
     except MediaError as error:
         raise MediaError(f"{media.path}: {error}") from None
     total = last - first + 1
@@ -214,11 +214,12 @@ def _take_sound(clip: Clip, media: Media, spec: AudioSpec, span: _Span) -> None:
         _note_crop(clip, clip.seconds or 0.0, spec)
         limit = spec.num_samples / spec.sample_rate
         seconds = limit if span.length is None else min(limit, span.length)
-        sound = media.read_audio(seconds=seconds, start=span.offset)
+        sound = media.read_audio(seconds=seconds, start=span.offset, timed=not span.whole)
         clip.sound = audio_policy(sound.samples, sound.sample_rate)
         return
     try:
-        clip.sound = video_policy(media.read_audio(spec.sample_rate, span.length, span.offset).samples)
+        heard = media.read_audio(spec.sample_rate, span.length, span.offset, timed=not span.whole)
+        clip.sound = video_policy(heard.samples)
     except MediaError as error:
         # The reference hears 30 s of silence here; the pictures alone say as much, at half the tokens.
         clip.notes.append(f"the sound cannot be used ({error}): captioned from the pictures alone")

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from ...errors import MediaError, OptionError
-from .container import audio_stream, open_input, video_stream
+from .container import audio_stream, has_unknown_video, open_input, video_stream
 from .sound import ContainerSoundReader
 from .source import Media, check_size
 from .video import ContainerFrameReader
@@ -37,10 +37,17 @@ def open_container(path: Path) -> Media:
                 if container.streams.video or container.streams.audio:
                     raise MediaError(f"{path}: its video or sound is in a codec that cannot be decoded here")
                 raise MediaError(f"{path}: holds neither video nor sound")
+            notes = ["its pictures are in a codec that cannot be decoded here"] if has_unknown_video(container) else []
             container.close()
-            return Media(path, "audio", sound=sound)
+            return Media(path, "audio", sound=sound, notes=notes)
         check_size(str(path), video.codec_context.width, video.codec_context.height)
-        return Media(path, "video", _frame_reader()(path, container), sound)
+        notes = []
+        if sound is None and container.streams.audio:
+            notes.append("its sound is in a codec that cannot be decoded here")
+        frames = _frame_reader()(path, container)
+        if sound is not None:
+            sound.origin = frames.origin
+        return Media(path, "video", frames, sound, notes)
     except BaseException:
         container.close()
         raise

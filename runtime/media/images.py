@@ -51,6 +51,7 @@ class ImageReader:
         self.num_frames = len(files)
         self.fps = fps
         self.duration = len(files) / fps if fps else 0.0
+        self.times = None
         self.notes: list[str] = []
         self._first = _decode(files[0])
 

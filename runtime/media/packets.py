@@ -27,30 +27,52 @@ class PacketIndex:
     """The ``packets`` of a video stream, numbered in decoding order. Their pts must be distinct.
 
     ``keyframes`` are the numbers of those where decoding can begin, ``order[i]`` is the number of the packet that
-    becomes frame i in presentation order.
+    becomes frame i in presentation order. ``jump``: a step of the clock (dts) by more than so much, or back, is where
+    recordings were joined; the next one goes on where the last one ended. ``None``: the clock is believed. ``paired``:
+    a packet is a field, and two make a frame, which has the pts of the first.
     """
 
-    def __init__(self, packets: Sequence[VideoPacket]) -> None:
+    def __init__(self, packets: Sequence[VideoPacket], jump: int | None = None, paired: bool = False) -> None:
         self.packets = packets
+        self.paired = paired
         self.keyframes = [number for number, packet in enumerate(packets) if packet.keyframe]
+        #: When each packet is shown, on one clock without jumps.
+        self.clock = [packet.pts for packet in packets] if jump is None else _joined_clock(packets, jump)
         # A recording that begins inside a group of pictures shows nothing before its first keyframe.
         first = self.keyframes[0] if self.keyframes else 0
         shown = (number for number, packet in enumerate(packets) if packet.shown and number >= first)
-        self.order = sorted(shown, key=lambda number: packets[number].pts)
+        if paired:
+            shown = (number for number in shown if number % 2 == 0)
+        self.order = sorted(shown, key=self.clock.__getitem__)
         self._numbers = {packet.pts: number for number, packet in enumerate(packets)}
 
     @property
     def in_order(self) -> bool:
         """Whether packets come in the order of their pts, as without frames that refer to later ones."""
-        return all(a.pts < b.pts for a, b in pairwise(self.packets))
+        return all(a < b for a, b in pairwise(self.clock))
+
+    @property
+    def times(self) -> list[int]:
+        """When each frame is shown, from the first one on, in the stream's time base."""
+        return [self.clock[number] - self.clock[self.order[0]] for number in self.order]
 
     @property
     def duration(self) -> int:
         """From the first frame to the end of the last, in the stream's time base."""
         if not self.order:
             return 0
+        fields = 2 if self.paired else 1
         first, last = self.packets[self.order[0]], self.packets[self.order[-1]]
-        return last.pts + (last.duration or self.packets[self.order[0]].duration) - first.pts
+        return self.times[-1] + fields * (last.duration or first.duration)
+
+    def last(self, number: int) -> int:
+        """The last packet that is needed for the frame of packet ``number``."""
+        return min(number + 1, len(self.packets) - 1) if self.paired else number
+
+    def shown_at(self, pts: int) -> int:
+        """The ``clock`` of a decoded frame."""
+        number = self._numbers.get(pts)
+        return pts if number is None else self.clock[number]
 
     def find(self, pts: int | None, size: int) -> int | None:
         """The number of the packet with this pts and size."""
@@ -64,9 +86,21 @@ class PacketIndex:
         of pictures shows before its keyframe need the group before.
         """
         place = bisect_right(self.keyframes, number)
-        while place and self.packets[self.keyframes[place - 1]].pts > self.packets[number].pts:
+        while place and self.clock[self.keyframes[place - 1]] > self.clock[number]:
             place -= 1
         return self.keyframes[place - 1] if place else 0
+
+
+def _joined_clock(packets: Sequence[VideoPacket], jump: int) -> list[int]:
+    clock: list[int] = []
+    shift, expected = 0, None
+    for packet in packets:
+        stamp = packet.pts if packet.dts is None else packet.dts
+        if expected is not None and not (expected - packet.duration <= stamp + shift <= expected + jump):
+            shift = expected - stamp
+        expected = stamp + shift + packet.duration
+        clock.append(packet.pts + shift)
+    return clock
 
 
 class Run(NamedTuple):

@@ -7,15 +7,16 @@ from fractions import Fraction
 from itertools import chain, islice
 from math import gcd
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
 from av.error import FFmpegError
 
 from ...errors import MediaError
-from .container import open_input
-from .sound_index import PROBED, SoundIndex, SoundPacket
+from .container import has_jumps, is_measured, open_input, read_packets, refuse_encrypted
+from .sound_frames import MAX_CHANNELS, Converter, Cutter, frames_of, kind_of
+from .sound_index import PROBED, Piece, SoundIndex, SoundPacket, Stretch, find_stretches
 from .source import Waveform
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 #: Samples before the wanted ones that the resampler is given: its filter reaches over 16 of the lower rate.
 _RESAMPLER_RUN_IN = 4096
+#: Seconds between a timestamp and the end of the samples before it that count as none (``min_hard_comp`` of FFmpeg's
+#: resampler, with which ``aresample=async=1`` fills gaps). Encoders' delays are shorter.
+_GAP = 0.1
 
 
 class _Changed(Exception):
@@ -33,21 +37,87 @@ class _Changed(Exception):
 
 
 class ContainerSoundReader:
-    """A ``SoundReader`` over one sound stream of a file. The file is opened anew for each reading."""
+    """A ``SoundReader`` over one sound stream of a file. The file is opened anew for each reading.
+
+    ``origin``: when the pictures begin, in seconds of the file's clock. ``None``: the sound begins at 0.
+    """
 
     def __init__(self, path: Path, container: InputContainer, stream: AudioStream) -> None:
         self._path = path
         self._place = container.streams.audio.index(stream)
-        self._layout = stream.codec_context.layout.name
-        self.sample_rate = stream.codec_context.sample_rate
-        self.num_channels = stream.codec_context.channels
-        self.duration = _duration(container, stream)
+        self.origin: float | None = None
         self.notes: list[str] = []
         self._index: SoundIndex | None = None
         self._first_kind: tuple[str, str, int] | None = None
+        self._first_time: float | None = None
+        self._found: list[Stretch] | None = None
+        self._jumps = has_jumps(container)
+        self._stated = _duration(container, stream) if is_measured(container) else 0.0
+        codec = stream.codec_context
+        self._layout, self.sample_rate, self.num_channels = codec.layout.name, codec.sample_rate, codec.channels
+        if not (self.sample_rate > 0 and 0 < self.num_channels <= MAX_CHANNELS):
+            self._probe()
 
-    def read(self, rate: int | None = None, seconds: float | None = None, start: float = 0.0) -> Waveform:
+    @property
+    def duration(self) -> float:
+        """Seconds: as the file states it, or, where FFmpeg would guess from the bit rate, as its packets last."""
+        if not self._stated:
+            self._stated = self._indexed().seconds(self.sample_rate)
+        return self._stated
+
+    def read(
+        self, rate: int | None = None, seconds: float | None = None, start: float = 0.0, *, timed: bool = False
+    ) -> Waveform:
         """See ``Media.read_audio``."""
+        stretches = self._stretches() if timed else []
+        if len(stretches) > 1 or any(stretch.time for stretch in stretches):
+            return self._placed(stretches, rate, seconds, start)
+        return self._slice(rate, seconds, start)
+
+    def _placed(self, stretches: list[Stretch], rate: int | None, seconds: float | None, start: float) -> Waveform:
+        """What is heard from ``start`` on, silence where the file has no sound."""
+        out_rate = rate or self.sample_rate
+        end = None if seconds is None else start + seconds
+        if start >= stretches[-1].end:
+            raise MediaError(f"{self._path}: its sound ends before {start:g} s")
+        pieces: list[tuple[int, np.ndarray]] = []
+        for number, stretch in enumerate(stretches):
+            first = max(start, stretch.time)
+            # What follows the last packet that was counted belongs to the last stretch.
+            last = end if number == len(stretches) - 1 else min(stretch.end, stretch.end if end is None else end)
+            if (last is not None and first >= last) or (end is not None and stretch.time >= end):
+                continue
+            length = None if last is None else last - first
+            part = self._slice(rate, length, stretch.sample / self.sample_rate + first - stretch.time)
+            pieces.append((round((first - start) * out_rate), np.atleast_2d(part.samples)))
+        length = max((place + part.shape[1] for place, part in pieces), default=0)
+        if seconds is not None and not pieces:
+            length = max(round(seconds * out_rate), 1)
+        heard = np.zeros((1 if rate else self.num_channels, length), np.float32)
+        for place, part in pieces:
+            heard[:, place : place + part.shape[1]] = part
+        return Waveform(heard if rate is None else heard[0], out_rate)
+
+    def _stretches(self) -> list[Stretch]:
+        """Where there is sound, found once."""
+        if self._found is None:
+            pieces = self._indexed().pieces() or self._counted()
+            late = 0.0
+            if self.origin is not None and self._first_time is not None:
+                late = self._first_time - self.origin
+            late = late if abs(late) > _GAP else 0.0
+            self._found = find_stretches(pieces, late, self.sample_rate, _GAP, self._jumps)
+        return self._found
+
+    def _counted(self) -> Iterator[Piece]:
+        """The same by decoding all of it, where the packets do not tell."""
+        for frame in self._decoded(0):
+            count = frame.samples * self.sample_rate // frame.sample_rate
+            yield Piece(None if frame.time is None else frame.time * self.sample_rate, count, count)
+
+    def _slice(self, rate: int | None, seconds: float | None, start: float) -> Waveform:
+        """The samples of a slice of all that can be decoded, put end to end."""
+        self._check_kind()
         out_rate = rate or self.sample_rate
         limit = None if seconds is None else max(round(seconds * out_rate), 1)
         skip = round(start * out_rate)
@@ -70,7 +140,7 @@ class ContainerSoundReader:
             if not np.isfinite(samples).all():
                 raise MediaError(f"{self._path}: its sound holds NaN or infinite samples")
             return Waveform(samples, self.sample_rate)
-        return Waveform((samples[0] / np.float32(1 << 15)).astype(np.float32), rate)
+        return Waveform(samples[0] / np.float32(1 << 15), rate)
 
     def _collect(self, rate: int | None, entry: int, first: int, skip: int, limit: int | None) -> np.ndarray:
         """``[channels, n]``: decoded from packet ``entry``, from sample ``first`` on, less the first ``skip``."""
@@ -87,12 +157,36 @@ class ContainerSoundReader:
 
     def _entry(self, first: int) -> int:
         """The packet to begin with for the samples from ``first`` on."""
+        index = self._indexed()
+        return index.entry(first, self.sample_rate) if index.starts else 0
+
+    def _indexed(self) -> SoundIndex:
         if self._index is None:
             self._index = self._read_index()
-        return self._index.entry(first, self.sample_rate) if self._index.starts else 0
+        return self._index
+
+    def _probe(self) -> None:
+        """Take rate and channels from the first frame, where the file does not state them."""
+        with open_input(self._path) as container:
+            for packet in self._packets(container):
+                try:
+                    frame = next(iter(frames_of(packet)), None)
+                except FFmpegError:
+                    continue
+                if frame is not None:
+                    self._layout, self.sample_rate = frame.layout.name, frame.sample_rate
+                    self.num_channels = frame.layout.nb_channels
+                    return
+
+    def _check_kind(self) -> None:
+        if self.sample_rate <= 0 or self.num_channels <= 0:
+            raise MediaError(f"{self._path}: its sound track holds nothing that can be decoded")
+        if self.num_channels > MAX_CHANNELS:
+            raise MediaError(f"{self._path}: its sound has {self.num_channels} channels; up to {MAX_CHANNELS} are read")
 
     def _read_index(self) -> SoundIndex:
         """Read all packets, decoding the first few."""
+        self._check_kind()
         with open_input(self._path) as container:
             stream = self._stream(container)
             packets: list[SoundPacket] = []
@@ -101,44 +195,49 @@ class ContainerSoundReader:
                 packets.append(SoundPacket(packet.pos, packet.pts, packet.duration))
                 if len(decoded) == len(packets) - 1 < PROBED:
                     try:
-                        frames = _frames(packet)
+                        frames = frames_of(packet)
                     except FFmpegError:
                         continue
-                    self._first_kind = next((_kind(frame) for frame in frames), self._first_kind)
+                    self._first_kind = next((kind_of(frame) for frame in frames), self._first_kind)
+                    if self._first_time is None and frames:
+                        self._first_time = frames[0].time
                     if all(frame.sample_rate == self.sample_rate for frame in frames):
                         decoded.append(sum(frame.samples for frame in frames))
             return SoundIndex(packets, decoded, (stream.time_base or 0) * Fraction(self.sample_rate))
 
     def _converted(self, rate: int | None, entry: int, first: int) -> Iterator[np.ndarray]:
-        """Pieces ``[channels, n]``: float32 as stored, or int16 mono at ``rate``.
-
-        By way of 16 bits, swresample mixes channels down without clipping: that is what the reference hears.
-        """
-        resampler, source = None, None
+        """Pieces ``[channels, n]``: see ``Converter``."""
+        converter, source = None, None
         for frame in self._from_sample(entry, first) if entry else self._decoded(0):
-            kind = _kind(frame)
-            if entry and resampler is None and kind != self._first_kind:
-                raise _Changed
-            if resampler is None or kind != source:
-                yield from _arrays(resampler, None)
-                resampler, source = self._resampler(rate), kind
-            yield from _arrays(resampler, frame)
-        yield from _arrays(resampler, None)
-
-    def _resampler(self, rate: int | None) -> av.AudioResampler:
-        if rate is None:
-            return av.AudioResampler("fltp", self._layout, self.sample_rate)
-        return av.AudioResampler("s16", "mono", rate)
+            kind = kind_of(frame)
+            if converter is None or kind != source:
+                if converter is not None:
+                    yield from converter.pieces(None)
+                converter, source = Converter(rate, self._layout, self.sample_rate), kind
+            try:
+                yield from converter.pieces(frame)
+            except ValueError as error:  # FFmpeg's EINVAL
+                raise MediaError(
+                    f"{self._path}: its sound has {frame.layout.nb_channels} channels ({frame.layout.name}), "
+                    f"which cannot be mixed"
+                ) from error
+        if converter is not None:
+            yield from converter.pieces(None)
 
     def _from_sample(self, entry: int, first: int) -> Iterator[AudioFrame]:
         """What ``_decoded(entry)`` gives, from exactly sample ``first`` of the whole sound on."""
-        assert self._index is not None
+        index = self._indexed()
         # The run-in may decode to less than its length, so samples are counted from the packet that holds the first.
-        holder = self._index.holder(first)
-        drop = first - self._index.starts[holder]
+        holder = index.holder(first)
+        drop = first - index.starts[holder]
+        cutter, kind = None, self._first_kind
         for frame in self._decoded(entry, holder):
             if drop < frame.samples:
-                yield _without_start(frame, drop) if drop else frame
+                if cutter is None and kind_of(frame) != kind:
+                    raise _Changed
+                if cutter is None or kind_of(frame) != kind:
+                    cutter, kind = Cutter(frame), kind_of(frame)
+                yield from cutter.cut(frame, drop)
             drop = max(drop - frame.samples, 0)
 
     def _decoded(self, entry: int, keep: int = 0) -> Iterator[AudioFrame]:
@@ -147,7 +246,7 @@ class ContainerSoundReader:
         with open_input(self._path) as container:
             for number, packet in enumerate(self._packets_from(container, entry), entry):
                 try:
-                    frames = _frames(packet)
+                    frames = frames_of(packet)
                 except FFmpegError:
                     damaged += number >= keep
                     continue
@@ -161,8 +260,8 @@ class ContainerSoundReader:
         if not entry:
             yield from self._packets(container, flush=True)
             return
-        assert self._index is not None
-        pts = self._index.packets[entry].pts
+        index = self._indexed()
+        pts = index.packets[entry].pts
         if pts is not None:
             try:
                 container.seek(pts, stream=self._stream(container))
@@ -170,7 +269,7 @@ class ContainerSoundReader:
                 landed = next(packets, None)
             except FFmpegError:
                 packets, landed = iter(()), None
-            number = None if landed is None else self._index.find(landed.pos, landed.pts)
+            number = None if landed is None else index.find(landed.pos, landed.pts)
             if landed is not None and number is not None and number <= entry:
                 yield from islice(chain((landed,), packets), entry - number, None)
                 return
@@ -179,44 +278,19 @@ class ContainerSoundReader:
 
     def _packets(self, container: InputContainer, flush: bool = False) -> Iterator[Packet[AudioStream]]:
         """All that hold something, and with ``flush`` the empty ones at the end that drain the decoder."""
-        packets = container.demux(self._stream(container))
-        while True:
-            try:
-                packet = next(packets, None)
-            except FFmpegError:
-                self.notes.append("the sound ends early: the file is damaged or cut off")
-                return
-            if packet is None:
-                return
+        early = "the sound ends early: the file is damaged or cut off"
+        checked = False
+        for packet in read_packets(container, self._stream(container), lambda: self.notes.append(early)):
+            if not checked:
+                refuse_encrypted(self._path, packet)
+                checked = True
             if packet.size or flush:
                 yield packet
 
     def _stream(self, container: InputContainer) -> AudioStream:
+        if self._place >= len(container.streams.audio):
+            raise MediaError(f"{self._path}: its sound disappeared while it was being read")
         return container.streams.audio[self._place]
-
-
-def _frames(packet: Packet[AudioStream]) -> list[AudioFrame]:
-    return [frame for frame in packet.decode() if isinstance(frame, av.AudioFrame) and frame.samples]
-
-
-def _kind(frame: AudioFrame) -> tuple[str, str, int]:
-    return frame.format.name, frame.layout.name, frame.sample_rate
-
-
-def _without_start(frame: AudioFrame, count: int) -> AudioFrame:
-    """``frame`` without its first ``count`` samples."""
-    array: Any = frame.to_ndarray()
-    column = count if frame.format.is_planar else count * frame.layout.nb_channels
-    cut = av.AudioFrame.from_ndarray(np.ascontiguousarray(array[:, column:]), frame.format.name, frame.layout.name)
-    cut.sample_rate = frame.sample_rate
-    return cut
-
-
-def _arrays(resampler: av.AudioResampler | None, frame: AudioFrame | None) -> Iterator[np.ndarray]:
-    """What comes out of ``resampler`` when ``frame`` goes in (None: the rest)."""
-    if resampler is not None:
-        # A resampler with nothing to do hands back what it is given, None included.
-        yield from (part.to_ndarray() for part in resampler.resample(frame) if part is not None)
 
 
 def _duration(container: InputContainer, stream: AudioStream) -> float:

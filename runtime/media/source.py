@@ -36,13 +36,17 @@ class FrameReader(Protocol):
     """The pictures of one source. Another way to decode (GStreamer, NVDEC) is another class with these members.
 
     ``num_frames`` counts the frames that there are to read, ``fps`` is their average rate (0.0 where there is none),
-    ``duration`` in seconds. ``notes`` grows by a line for whatever was substituted.
+    ``duration`` in seconds. ``times`` float64 ``[num_frames]``: when each is shown, in seconds from the first one on;
+    ``None`` where the file does not say. ``notes`` grows by a line for whatever was substituted.
     """
 
     num_frames: int
     fps: float
     duration: float
     notes: list[str]
+
+    @property
+    def times(self) -> npt.NDArray[np.float64] | None: ...
 
     @property
     def size(self) -> tuple[int, int]:
@@ -65,10 +69,14 @@ class SoundReader(Protocol):
 
     sample_rate: int
     num_channels: int
-    duration: float
     notes: list[str]
 
-    def read(self, rate: int | None = None, seconds: float | None = None, start: float = 0.0) -> Waveform:
+    @property
+    def duration(self) -> float: ...
+
+    def read(
+        self, rate: int | None = None, seconds: float | None = None, start: float = 0.0, *, timed: bool = False
+    ) -> Waveform:
         """See ``Media.read_audio``."""
         ...
 
@@ -77,7 +85,8 @@ class Media:
     """What ``open_media`` returns. ``kind`` is ``video`` (with or without sound), ``image`` or ``audio``.
 
     ``num_frames`` counts frames that can be read (1 for an image, 0 for a sound), ``fps`` is their average rate (0.0
-    without), ``duration`` is in seconds (0.0 for an image). ``notes`` says what was substituted so far.
+    without), ``times`` when each is shown (``FrameReader``), ``duration`` is in seconds (0.0 for an image). ``notes``
+    says what was substituted so far.
     """
 
     def __init__(
@@ -86,19 +95,22 @@ class Media:
         kind: Literal["video", "image", "audio"],
         frames: FrameReader | None = None,
         sound: SoundReader | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.path = path
+        self._notes = tuple(notes)
         self.kind: Literal["video", "image", "audio"] = kind
         self._frames, self._sound = frames, sound
         self.has_video = frames is not None
         self.has_audio = sound is not None
         self.num_frames = frames.num_frames if frames else 0
         self.fps = frames.fps if frames else 0.0
+        self.times = frames.times if frames else None
         self.duration = frames.duration if frames else sound.duration if sound else 0.0
 
     @property
     def notes(self) -> list[str]:
-        return [note for reader in (self._frames, self._sound) if reader for note in reader.notes]
+        return [*self._notes, *(note for reader in (self._frames, self._sound) if reader for note in reader.notes)]
 
     @property
     def width(self) -> int:
@@ -129,17 +141,20 @@ class Media:
             frames[places == np.searchsorted(unique, index)] = frame
         return np.empty((0, self.height, self.width, 3), np.uint8) if frames is None else frames
 
-    def read_audio(self, rate: int | None = None, seconds: float | None = None, start: float = 0.0) -> Waveform:
+    def read_audio(
+        self, rate: int | None = None, seconds: float | None = None, start: float = 0.0, *, timed: bool = False
+    ) -> Waveform:
         """The sound: as stored (float32 ``[channels, n]`` at its own rate), or mono ``[n]`` at ``rate`` Hz.
 
         With a ``rate`` the samples are the 16-bit ones that ``ffmpeg -ac 1 -ar RATE -f s16le`` writes, over 2**15 (the
         reference's way for video files). ``start`` (seconds) leaves out what comes before, ``seconds`` stops after so
-        much: the samples are those of a slice of the whole sound, little more than which is decoded. ``MediaError``
-        without sound, or when it ends before ``start``.
+        much: the samples are those of a slice of the whole sound, little more than which is decoded. ``timed``: seconds
+        are those of the pictures, by the timestamps, and there is silence where the file has no sound; else the samples
+        are put end to end, as the reference does. ``MediaError`` without sound, or when it ends before ``start``.
         """
         if self._sound is None:
             raise MediaError(f"{self.path}: has no sound")
-        return self._sound.read(rate, seconds, start)
+        return self._sound.read(rate, seconds, start, timed=timed)
 
     def close(self) -> None:
         if self._frames:

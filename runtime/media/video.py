@@ -7,18 +7,23 @@ is what decoding the whole file and counting would give, wherever decoding began
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Collection, Iterator, Sequence
-from itertools import chain
+from contextlib import suppress
+from fractions import Fraction
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import numpy.typing as npt
 from av.error import FFmpegError
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from ...errors import MediaError
-from .container import open_input, read_packets, video_stream
+from .container import has_jumps, open_input, read_packets, refuse_encrypted, video_stream
 from .packets import PacketIndex, Run, VideoPacket, plan_runs
 from .source import FrameArray
 
@@ -29,6 +34,15 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 Threads = Literal["AUTO", "SLICE"]
+
+#: Frames a second that are taken for real. Raw DV, whose time base is 1/60000, states that as its rate.
+_FASTEST = 1000
+#: ``field_order`` of FFmpeg: 0 unknown, 1 progressive, from 2 on interlaced.
+_INTERLACED = 2
+#: Packets that are decoded to see whether two of them make a frame.
+_PROBED = 12
+#: Seconds; a larger step of the clock is where recordings were joined (FFmpeg's ``dts_delta_threshold``).
+_JUMP = 10
 
 
 class ContainerFrameReader:
@@ -45,16 +59,27 @@ class ContainerFrameReader:
         self._size: tuple[int, int] | None = None
         self._reformatter = VideoReformatter()
         self.notes: list[str] = []
-        self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 0)
+        self.times: npt.NDArray[np.float64] | None = None
+        #: When the first frame is shown on the file's clock, in seconds; None where that is not known.
+        self.origin: float | None = None
         announced = len(getattr(self._stream, "index_entries", ()))  # since PyAV 17
         self._index = self._read_index()
         self.num_frames = len(self._index.order) if self._index else sum(1 for _ in self._decode_all("AUTO"))
         if self.num_frames == 0:
             raise MediaError(f"{path}: the video has no frames")
+        rates = (self._stream.average_rate, self._stream.guessed_rate)
         if self._index is None:
+            self.fps = next((float(rate) for rate in rates if rate and rate <= _FASTEST), 0.0)
             self.duration = self.num_frames / self.fps if self.fps else 0.0
             return
-        self.duration = float(self._index.duration * (self._stream.time_base or 0))
+        base = self._stream.time_base or Fraction(0)
+        self.duration = float(self._index.duration * base)
+        self.times = np.array(self._index.times, np.float64) * float(base)
+        self.origin = float(self._index.packets[self._index.order[0]].pts * base)
+        # What the container states is exact for a constant rate, and wrong where FFmpeg guesses it from the beginning.
+        measured = self.num_frames / self.duration if self.duration else 0.0
+        close = (float(rate) for rate in rates if rate and 0.8 < measured / float(rate) < 1.25)
+        self.fps = next(close, measured)
         held = len(self._index.packets)
         if held < announced:
             self.notes.append(f"the file is cut off: it holds {held} of its {announced} frames")
@@ -105,6 +130,8 @@ class ContainerFrameReader:
         packets: list[VideoPacket] = []
         cut = False
         for packet in self._packets():
+            if not packets:
+                refuse_encrypted(self._path, packet)
             if packet.pts is None:
                 return None
             # The show_frame bit (RFC 6386, 9.1): VP8 keeps frames that are only referred to in packets of their own.
@@ -117,11 +144,37 @@ class ContainerFrameReader:
             packets.pop()
         if len({packet.pts for packet in packets}) < len(packets):
             return None
-        index = PacketIndex(packets)
+        fields = self._count_fields(packets)
+        if fields is None:
+            return None
+        base = self._stream.time_base
+        jump = int(_JUMP / base) if base and has_jumps(self._container) else None
+        index = PacketIndex(packets, jump, paired=fields == 2)
         # AVI (and what is copied from it) writes down only the order of decoding: frames that are shown out of that
         # order have lost their times. MP4 always has them.
         doubtful = decoder.has_b_frames and index.in_order and "mp4" not in self._container.format.name
         return None if doubtful else index
+
+    def _count_fields(self, packets: list[VideoPacket]) -> int | None:
+        """Packets that make a frame: 2 where each holds a field (PAFF H.264, MPEG-2), else 1.
+
+        None where only some do: such frames can only be counted by decoding.
+        """
+        if getattr(self._stream.codec_context, "field_order", 0) < _INTERLACED or len(packets) < 2:
+            return 1
+        self._reopen()
+        frames = sent = 0
+        for packet in islice(self._packets(), _PROBED):
+            with suppress(FFmpegError):
+                frames += len(_decode(self._stream, packet))
+            sent += 1
+        with suppress(FFmpegError):
+            frames += len(_decode(self._stream, None))
+        decoder = self._stream.codec_context
+        if frames >= sent - 1 or decoder.name not in ("h264", "mpeg2video", "hevc"):
+            return 1
+        paired = frames == sent // 2 and len({packet.duration for packet in packets[:-1]}) == 1
+        return 2 if paired and len(packets) % 2 == 0 else None
 
     def _packets_from(self, index: PacketIndex, start: int) -> Iterator[Packet[VideoStream]]:
         """The packets from number ``start`` on. Where a seek lands is checked; failing that, all are read through."""
@@ -151,11 +204,13 @@ class ContainerFrameReader:
         What stands in for lost data depends on all that was decoded before, so from there only a full decode can tell.
         """
         wanted = {index.packets[number].pts: number for number in run.wanted}
-        begin, end = index.packets[run.start].pts, index.packets[run.stop].pts
+        begin, end = index.clock[run.start], index.packets[index.last(run.stop)].pts
+        needed = wanted if not index.paired else {index.packets[index.last(number)].pts for number in run.wanted}
         try:
-            for frame in self._decode_until(self._packets_from(index, run.start), end, wanted):
+            packets = self._packets_from(index, run.start)
+            for frame in self._decode_until(packets, end, {*wanted, *needed}):
                 # Frames shown before the keyframe are not this run's; they may well lack what they refer to.
-                if frame.is_corrupt and (frame.pts is None or frame.pts >= begin):
+                if frame.is_corrupt and (frame.pts is None or index.shown_at(frame.pts) >= begin):
                     return
                 if frame.pts in wanted:
                     yield wanted.pop(frame.pts), frame
@@ -197,7 +252,7 @@ class ContainerFrameReader:
         index, before, replaced = self._index, None, []
         # A damaged packet takes the frames down that other threads are decoding, so of such a file none are.
         for count, frame in enumerate(self._decode_all("SLICE" if index else "AUTO")):
-            at = count if index is None or frame.pts is None else frame.pts
+            at = count if index is None or frame.pts is None else index.shown_at(frame.pts)
             while missing and self._due(missing[0], index, frame) <= at:
                 exact = self._due(missing[0], index, frame) == at
                 if not exact:
@@ -218,7 +273,7 @@ class ContainerFrameReader:
 
     @staticmethod
     def _due(number: int, index: PacketIndex | None, frame: VideoFrame) -> int:
-        return number if index is None or frame.pts is None else index.packets[index.order[number]].pts
+        return number if index is None or frame.pts is None else index.clock[index.order[number]]
 
     def _to_rgb(self, frame: VideoFrame) -> FrameArray:
         """uint8 ``[H, W, 3]``, turned as the display matrix says, in the size that the file announces.
@@ -230,8 +285,22 @@ class ContainerFrameReader:
         rescaled = f"frames change size midway: all were scaled to {width}x{height}"
         if (frame.width, frame.height) != self._coded_size and rescaled not in self.notes:
             self.notes.append(rescaled)
-        rgb = self._reformatter.reformat(frame, width, height, "rgb24", interpolation=Interpolation.BICUBIC)
-        return _oriented(rgb.to_ndarray().astype(np.uint8, copy=False), frame)
+        return _oriented(self._reformatted(frame, width, height).to_ndarray().astype(np.uint8, copy=False), frame)
+
+    def _reformatted(self, frame: VideoFrame, width: int, height: int) -> VideoFrame:
+        convert = partial(self._reformatter.reformat, interpolation=Interpolation.BICUBIC)
+        try:
+            return convert(frame, width, height, "rgb24")
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
+                raise
+        # swscale knows no such colour matrix (YCgCo, ICtCp, BT.2020 with constant luminance). ffmpeg's scale filter
+        # then converts by the default one.
+        note = "its colours are in a matrix that is not known here: they were taken for BT.601"
+        if note not in self.notes:
+            self.notes.append(note)
+        frame.colorspace = Colorspace.ITU601
+        return convert(frame, width, height, "rgb24")
 
 
 def _decode(stream: VideoStream, packet: Packet[VideoStream] | None) -> list[VideoFrame]:

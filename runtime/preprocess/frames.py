@@ -31,17 +31,28 @@ def sample_indices(total: int, count: int, rule: FrameRule) -> npt.NDArray[np.in
     raise OptionError(f'unknown frame rule "{rule}": expected "centered" or "linspace"')
 
 
-def span_frames(total: int, fps: float, start: float | None, end: float | None, rule: FrameRule) -> tuple[int, int]:
+def span_frames(
+    total: int,
+    fps: float,
+    start: float | None,
+    end: float | None,
+    rule: FrameRule,
+    times: npt.NDArray[np.float64] | None = None,
+) -> tuple[int, int]:
     """The first and the last of ``total`` frames in the span from ``start`` to ``end`` (seconds, checked before).
 
     For ``"centered"`` VideoLLaMA 2's rule (mm_utils.py ``process_video``): from ``max(int(start fps) - 1, 0)`` to
     ``min(int(end fps) - 1, total - 1)``, so that a span begins with the frame before its start. AuroraCap has none; the
     first place of its ``"linspace"`` is always the first frame, so there the span holds the frames that are shown first
-    at ``start`` or later and before ``end``. Never less than one frame. ``MediaError`` for a clip without a frame rate,
-    or when it ends before ``start``.
+    at ``start`` or later and before ``end``. Both suppose a constant rate. Where ``times`` ``[total]`` (seconds from
+    the first frame on) are not those of the rate, the frames shown at these times take the place of ``int(time fps)``.
+    Never less than one frame. ``MediaError`` for a clip without times and without a frame rate, or when it ends before
+    ``start``.
     """
     if start is None and end is None:
         return 0, total - 1
+    if times is not None and not _is_constant(times, fps):
+        return _timed_span(times, start, end, rule)
     if not fps > 0:
         raise MediaError("the video has no frame rate: no span of seconds can be taken from it")
     if rule == "centered":
@@ -54,3 +65,27 @@ def span_frames(total: int, fps: float, start: float | None, end: float | None, 
     if first >= total:
         raise MediaError(f"the video ends before {start:g} s")
     return first, max(first, last)
+
+
+def _is_constant(times: npt.NDArray[np.float64], fps: float) -> bool:
+    """Whether each frame is shown within half a frame of where the rate puts it."""
+    return fps > 0 and bool(np.abs(times * fps - np.arange(len(times))).max() < 0.5)
+
+
+def _timed_span(
+    times: npt.NDArray[np.float64], start: float | None, end: float | None, rule: FrameRule
+) -> tuple[int, int]:
+    # A time that was written with 3 decimals is still that of its frame.
+    if rule == "centered":
+        shown = [
+            None if time is None else int(np.searchsorted(times, time + 0.0005, "right")) - 1 for time in (start, end)
+        ]
+        first = 0 if shown[0] is None else max(shown[0] - 1, 0)
+        last = len(times) - 1 if shown[1] is None else shown[1] - 1
+    else:
+        first = 0 if start is None else int(np.searchsorted(times, start - 0.0005))
+        last = len(times) - 1 if end is None else int(np.searchsorted(times, end - 0.0005)) - 1
+        if last < first:
+            # Nothing begins in the span: what is shown in it has begun before.
+            first = last
+    return max(first, 0), max(first, last, 0)

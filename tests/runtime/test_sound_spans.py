@@ -73,8 +73,8 @@ def test_a_span_is_the_slice(kind: str, sounds: Any, monkeypatch: pytest.MonkeyP
     path, stored, heard = sounds(kind)
     off = FORMATS[kind][3]
     decoded = []
-    genuine = sound._frames
-    monkeypatch.setattr(sound, "_frames", lambda packet: (frames := genuine(packet), decoded.append(len(frames)))[0])
+    genuine = sound.frames_of
+    monkeypatch.setattr(sound, "frames_of", lambda packet: (frames := genuine(packet), decoded.append(len(frames)))[0])
     with open_media(path) as media:
         rate = media.read_audio(seconds=0.1).sample_rate
         for start in (0.0, 0.01, 1.0, 3.3, 7.123456, 10.0):
