@@ -20,11 +20,31 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from .errors import OptionError
+from .plain_text import flat, one_line, safe, safe_json, safe_pieces
 
 if TYPE_CHECKING:
     from .export.compile import CompileResult
     from .runtime.batch import Tally
     from .runtime.bundle import Manifest, TensorSpec
+
+__all__ = [
+    "BatchDisplay",
+    "ProgressDisplay",
+    "check_savable",
+    "describe",
+    "describe_compiled",
+    "duration",
+    "flat",
+    "one_line",
+    "report",
+    "safe",
+    "safe_json",
+    "safe_pieces",
+    "save",
+    "say",
+    "show",
+    "table",
+]
 
 #: What the numbers of a stage count. Those of other stages are bytes, shown once both are known, or nothing.
 _UNITS = {"vision": "frames", "prefill": "tokens", "decode": "tokens"}
@@ -56,11 +76,6 @@ def table(*columns: str) -> Table:
     return made
 
 
-def one_line(text: object) -> str:
-    """``text`` on one line, fit for a terminal: line breaks and other control characters as escapes like ``\\n``."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-
-
 def say(message: object, prefix: str = "intertitle: ") -> None:
     """One line on stderr."""
     click.echo(prefix + one_line(message), err=True)
@@ -69,7 +84,7 @@ def say(message: object, prefix: str = "intertitle: ") -> None:
 def report(error: Exception, state: Mapping[str, bool], message: str | None = None) -> None:
     """An error as one line on stderr, or with its traceback where ``state`` (the context's object) says ``debug``."""
     if state.get("debug"):
-        traceback.print_exception(error)
+        click.echo(safe("".join(traceback.format_exception(error))), nl=False, err=True)
     else:
         say(message or error)
 

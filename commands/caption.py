@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..console import ProgressDisplay, check_savable, one_line, report, save, say
+from ..console import ProgressDisplay, check_savable, flat, one_line, report, safe, safe_json, safe_pieces, save, say
 from ..errors import MediaError, OptionError
 from . import BAD_INPUT, options
 
@@ -86,10 +86,10 @@ def caption(
     asked = _Asked(captioner, prompts, decoding, n_best, {"audio": not no_audio, **viewing})
     failed, result = False, None
     for path in media:
-        show = _Show(path, len(media) > 1, len(prompts) > 1, as_json)
+        show = _Show(path, len(media) > 1, len(prompts) > 1, n_best > 1, as_json)
         try:
-            for prompt, pieces in asked.answers(path, quiet, stream):
-                result = show(prompt, pieces)
+            for number, prompt, pieces in asked.answers(path, quiet, stream):
+                result = show(number, prompt, pieces)
         except MediaError as error:
             # One bad file does not cost the others their captions.
             report(error, click.get_current_context().ensure_object(dict))
@@ -113,8 +113,13 @@ class _Asked:
     n_best: int
     viewing: dict[str, Any]
 
-    def answers(self, path: Path, quiet: bool, stream: bool) -> Iterator[tuple[str | None, CaptionStream | Caption]]:
-        """Each instruction with its caption, or (``stream``) with one whose first piece of text is there."""
+    def answers(
+        self, path: Path, quiet: bool, stream: bool
+    ) -> Iterator[tuple[int, str | None, CaptionStream | Caption]]:
+        """Number, instruction and caption of each answer. A ``stream`` has its first piece of text.
+
+        The captions of one instruction are numbered from 1, the likeliest first.
+        """
         source: Path | PreparedClip = path
         viewing = self.viewing
         if len(self.prompts) > 1:
@@ -130,7 +135,7 @@ class _Asked:
                     found[0].peek()
                 else:
                     found = [self.captioner.caption(source, **how)]
-            yield from ((prompt, one) for one in found)
+            yield from ((number, prompt, one) for number, one in enumerate(found, 1))
 
 
 @dataclass(frozen=True)
@@ -140,22 +145,25 @@ class _Show:
     path: Path
     several_files: bool
     several_prompts: bool
+    several_captions: bool
     as_json: bool
 
-    def __call__(self, prompt: str | None, pieces: CaptionStream | Caption) -> Caption:
+    def __call__(self, number: int, prompt: str | None, pieces: CaptionStream | Caption) -> Caption:
         from ..runtime.caption import CaptionStream
 
         if isinstance(pieces, CaptionStream):
             click.echo(self._label(prompt), nl=False)
-            for piece in pieces:
-                click.echo(self._line(piece), nl=False)
+            for piece in safe_pieces(pieces):
+                click.echo(piece if self._alone else flat(piece), nl=False)
             click.echo()
             assert pieces.caption is not None
             result = pieces.caption
         else:
             result = pieces
             line = _caption_json(self.path, prompt, result) if self.as_json else None
-            click.echo(line or self._label(prompt) + self._line(result.text))
+            score = f"{number}\t{result.mean_logprob:.3f}\t" if self.several_captions else ""
+            text = safe(result.text) if self._alone else flat(result.text)
+            click.echo(line or f"{self._label(prompt)}{score}{text}")
         for note in result.notes:
             say(f"{self.path}: {note}", prefix="")
         return result
@@ -164,15 +172,15 @@ class _Show:
         name = f"{one_line(self.path)}\t" if self.several_files else ""
         return name + (f"{one_line(prompt)}\t" if self.several_prompts else "")
 
-    def _line(self, text: str) -> str:
-        """Fit for one line of several."""
-        alone = not self.several_files and not self.several_prompts
-        return text if alone else text.replace("\r", " ").replace("\n", " ")
+    @property
+    def _alone(self) -> bool:
+        """Whether this is the only caption; of several, each takes one line."""
+        return not (self.several_files or self.several_prompts or self.several_captions)
 
 
 def _caption_json(path: Path, prompt: str | None, result: Caption) -> str:
     record = {"file": str(path), "prompt": prompt, **asdict(result), "mean_logprob": result.mean_logprob}
-    text = json.dumps(record, ensure_ascii=False)
+    text = safe_json(json.dumps(record, ensure_ascii=False))
     try:
         text.encode(sys.stdout.encoding)
     except UnicodeEncodeError:

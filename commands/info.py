@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ..console import ProgressDisplay, describe, show
+from ..console import ProgressDisplay, describe, safe_json, show
 from . import options
 
 
@@ -30,7 +30,7 @@ def info(bundle: Path, as_json: bool, quiet: bool) -> None:
     with ProgressDisplay(quiet) as progress:
         opened = Bundle.open(bundle, progress=lambda done, total: progress("checking the bundle", done, total))
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(opened.manifest), indent=1).decode())
+        click.echo(safe_json(msgspec.json.format(msgspec.json.encode(opened.manifest), indent=1).decode()))
     else:
         show(*describe(opened.manifest), *_here(where(opened)))
 
