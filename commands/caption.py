@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..runtime.decoding import Decoding
 
 
-@click.command(short_help="Caption videos, images and sounds with a bundle.")
+@click.command(cls=options.Grouped, short_help="Caption videos, images and sounds with a bundle.")
 @click.argument("bundle", type=options.PATH)
 @click.argument("media", type=options.PATH, nargs=-1, required=True)
 @click.option(
@@ -29,21 +29,25 @@ if TYPE_CHECKING:
     "prompts",
     metavar="TEXT",
     multiple=True,
-    help="Instruction to the captioner; several share one encoding.  [default: the family's own]",
+    help="The instruction to the model; repeatable, the clip is encoded once.  [default: the bundle's own]",
 )
 @options.no_audio
-@click.option("--start", type=float, metavar="SECONDS", help="Caption from here on.  [default: the beginning]")
-@click.option("--end", type=float, metavar="SECONDS", help="Caption up to here.  [default: the end]")
+@click.option("--start", type=float, metavar="SECONDS", help="Start here.  [default: the beginning]")
+@click.option("--end", type=float, metavar="SECONDS", help="Stop here.  [default: the end]")
 @options.viewing_options
 @options.decoding_options
 @click.option(
-    "--n-best", type=click.IntRange(1), default=1, help="Captions of each clip, likeliest first.  [default: 1]"
+    "--n-best",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Print this many captions of each clip, the likeliest first, each with its number and mean log-likelihood.",
 )
 @options.device_options
-@click.option("--staged", is_flag=True, help="Less memory: one component loaded at a time, anew for each clip.")
+@click.option("--staged", is_flag=True, help="Save memory: load one component at a time, again for each clip.")
 @click.option("--stream", is_flag=True, help="Print text as it is generated.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a caption: text, tokens, timings, notes.")
-@click.option("--srt", type=options.PATH, metavar="FILE", help="Also write the caption as a subtitle file (one clip).")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object per caption: text, tokens, timings, notes.")
+@click.option("--srt", type=options.PATH, metavar="FILE", help="Also write the caption of one clip as a SubRip file.")
 @options.quiet
 @options.debug
 def caption(
@@ -64,8 +68,9 @@ def caption(
 ) -> None:
     """Caption MEDIA (videos, images, folders of images, sound files) with BUNDLE.
 
-    One file gives its caption; several give a line each, the file's name, a tab and the caption (so do several
-    instructions: the instruction, a tab and the caption). A file that cannot be captioned does not stop the others.
+    For one file the command prints its caption. For several files it prints one line per file: name, tab, caption.
+    Several instructions and several captions of a clip are printed in the same way. If a file cannot be captioned,
+    the others are captioned all the same.
 
     \b
     Example: intertitle caption captioner clip.mp4 --max-new-tokens 128 --json

@@ -13,11 +13,11 @@ from . import options
 
 @click.command(short_help="Show what is in a bundle.")
 @click.argument("bundle", type=options.PATH)
-@click.option("--json", "as_json", is_flag=True, help="The manifest as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @options.quiet
 @options.debug
 def info(bundle: Path, as_json: bool, quiet: bool) -> None:
-    """Show what is in BUNDLE, once its files have been checked.
+    """Check the files of BUNDLE, then show what it holds, what it takes and what it needs.
 
     \b
     Example: intertitle info captioner
@@ -32,7 +32,8 @@ def info(bundle: Path, as_json: bool, quiet: bool) -> None:
     if as_json:
         click.echo(safe_json(msgspec.json.format(msgspec.json.encode(opened.manifest), indent=1).decode()))
     else:
-        show(*describe(opened.manifest), *_here(where(opened)))
+        show(*describe(opened.manifest), columns=80)
+        show(*_here(where(opened)))
 
 
 def _here(devices: list[tuple[str, str | None]]) -> Iterator[str]:

@@ -27,6 +27,7 @@ import pytest
 from intertitle.align.scenes import captions, compare, draw_scene
 from intertitle.cli import DEMO_CLIP, cli, main
 from intertitle.commands import SHIPPED
+from intertitle.commands.options import Grouped
 from intertitle.runtime.caption import CaptionStream
 
 Compiled = Callable[..., Path]
@@ -350,7 +351,8 @@ def test_info(compiled: Compiled, run: Callable[..., Result]):
         (row,) = (line for line in result.out.splitlines() if line.startswith(f"{name} "))
         size = sum((bundle / part[file]).stat().st_size for file in ("graph", "data"))
         assert row.split()[:4] == [name, part["weights"], f"{part['parameters']:,}", f"{size / 1e6:.1f}"]
-    assert f"in {len(list(bundle.iterdir())) - 1} files" in result.out
+    assert f"\n{len(list(bundle.iterdir())) - 1} files " in result.out
+    assert max(map(len, result.out.splitlines()[:-1])) <= 80
 
 
 def test_verify_passes_and_fails(compiled: Compiled, data_dir: Path, run: Callable[..., Result], tmp_path: Path):
@@ -423,6 +425,20 @@ def test_help(name: str | None, run: Callable[..., Result]):
         assert option.help, option.name
         if not option.is_flag and not option.required and option.name not in ("srt", "json_file"):
             assert option.show_default or "[default: " in option.help, option.name
+
+
+@pytest.mark.parametrize("name", [name for name, command in cli.commands.items() if isinstance(command, Grouped)])
+def test_sections_of_a_help_hold_every_option_once(name: str, run: Callable[..., Result]):
+    text = run(name, "--help").out
+    shown = re.findall(r"^  (?:-\w, )?(--[\w-]+)", text, re.MULTILINE)
+    wanted = [option.opts[-1] for option in options_of(cli.commands[name])] + ["--help"]
+    assert sorted(shown) == sorted(wanted)
+    sections = dict(re.findall(r"^([A-Z][a-z]+) options:\n((?:  .*\n|\n)+)", text, re.MULTILINE))
+    assert list(sections)[:2] == ["Clip", "Decoding"]
+    assert "--prompt" in sections["Clip"]
+    assert "--temperature" in sections["Decoding"]
+    assert "--threads" in sections["Device"]
+    assert "--debug" in sections["Other"]
 
 
 def test_no_arguments_show_the_help(run: Callable[..., Result]):
