@@ -172,7 +172,7 @@ def _decode(result: Result) -> Iterator[str]:
         "bare_small_pages": "the session alone, without huge pages",
         "torch_bf16_eager": "PyTorch eager, bfloat16",
     }
-    yield _table(("", "tokens/s"), ((names.get(name, name), f"{value:.1f}") for name, value in speeds.items()))
+    yield _table(("", "tokens/s"), ((names[name], f"{value:.1f}") for name, value in speeds.items()))
 
 
 def _strategies(result: Result) -> Iterator[str]:
@@ -188,7 +188,7 @@ def _strategies(result: Result) -> Iterator[str]:
         f"Time of a token over greedy decoding ({result['milliseconds_per_token']['greedy']:.1f} ms), "
         f"{result['rounds']} rounds, idle machine."
     )
-    rows = ((names.get(name, name), _ratio(ratio)) for name, ratio in result["over_greedy"].items())
+    rows = ((names[name], _ratio(ratio)) for name, ratio in result["over_greedy"].items())
     yield _table(("", "over greedy"), rows)
     yield (
         "A second row adds 12 to 20 % to int4 matmuls and 50 % to attention. SynPO reports a factor of 1.5 to 1.75 for "

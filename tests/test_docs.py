@@ -1,8 +1,8 @@
 """Every code block of the README and of docs/ runs, and the pages that are written by a command are up to date.
 
 Stand-ins lie in a temporary folder: ``clip.mp4`` and ``other.mp4``, the shipped bundle ``captioner``, and a tiny
-checkpoint in the layout of ``VideoLLaMA2.1-7B-AV``. A comment before a block says what is done with it.
-``<!-- slow -->`` leaves it to the slow tests. ``<!-- not run: REASON -->`` checks the syntax of Python and the options of commands only.
+checkpoint in the layout of ``VideoLLaMA2.1-7B-AV``. The comment before a block says what is done: ``<!-- slow -->``
+leaves it to the slow tests. ``<!-- not run: REASON -->`` checks the syntax of Python and the options of commands only.
 """
 
 from __future__ import annotations
