@@ -106,7 +106,7 @@ def repeated_ngram_tokens(seen: Sequence[int], size: int) -> list[int]:
 def processed(scores: FloatArray, seen: Sequence[int], settings: Settings) -> Iterator[None]:
     """Repetition penalty and n-gram ban on ``scores``, in place, for the length of a ``with`` block.
 
-    A ban of all that a contrast's cutoff has left is none.
+    If the n-gram ban would remove every remaining token, it is ignored.
     """
     with penalty_applied(scores, seen, settings.repetition_penalty):
         banned = repeated_ngram_tokens(seen, settings.no_repeat_ngram)
