@@ -14,13 +14,14 @@ from tokenizers import Tokenizer
 
 from ..errors import OptionError
 from .backends import Backend, Decoder, Options, OrtBackend, open_backend
-from .batching import BatchItem, BatchResult, Pipeline, run_batch
+from .batching import READ_AHEAD, BatchItem, BatchResult, Pipeline, run_batch
 from .bundle import Bundle
 from .caption import Caption, CaptionStream
 from .clip import Clip, array_clip, read_clip
 from .decoding import Decoding, Scheduler, Token, TokenSearch, generate, log_likelihoods, resolve
 from .encoder import EncodedClip, Encoder
 from .inference import FloatArray, Inference
+from .reading import TIME_LIMIT, Readers
 from .runner import Runner
 from .task import CaptionTask, Model
 from .timing import Progress, Stages
@@ -213,6 +214,8 @@ class Captioner:
         rows: int | None = None,
         memory: int | None = None,
         progress: Progress | None = None,
+        isolate: bool = True,
+        item_timeout: float = TIME_LIMIT,
     ) -> Iterator[BatchResult]:
         """Caption many clips, several at once: each result as soon as it is complete, with the place of its item.
 
@@ -220,15 +223,18 @@ class Captioner:
         one that cannot be captioned gives a result with an ``error`` and does not stop the others. ``rows``: captions
         generated together (8, or as many as fit into ``memory``: bytes of cache). ``OptionError`` when not even one
         fits. ``progress`` hears ``("captions", done, 0)``. Beside the cache, what is held at once are the clips of
-        the rows and ``batching.READ_AHEAD`` more.
+        the rows and ``batching.READ_AHEAD`` more. ``isolate``: files are read in processes of their own, so that one
+        that crashes a decoder, or takes more than ``item_timeout`` seconds to read, costs only its own caption.
         """
         how = decoding or Decoding()
         if rows is not None and rows < 1:
             raise OptionError(f"rows must be at least 1, not {rows}")
         per_caption = resolve(how, self.manifest.generation).rows
 
+        readers = Readers(READ_AHEAD, item_timeout) if isolate and sys.executable else None
+
         def read(item: BatchItem, stages: Stages) -> Clip:
-            return read_clip(
+            return (read_clip if readers is None else readers.read)(
                 item.source,
                 self.manifest.preprocessing,
                 self.per_frame,
@@ -251,10 +257,14 @@ class Captioner:
             )
 
         wanted = (item if isinstance(item, BatchItem) else BatchItem(item) for item in items)
-        for done, result in enumerate(run_batch(Pipeline(read, task, open_scheduler), wanted), 1):
-            if progress is not None:
-                progress("captions", done, 0)
-            yield result
+        try:
+            for done, result in enumerate(run_batch(Pipeline(read, task, open_scheduler), wanted), 1):
+                if progress is not None:
+                    progress("captions", done, 0)
+                yield result
+        finally:
+            if readers is not None:
+                readers.close()
 
     def score(
         self,
