@@ -132,7 +132,7 @@ def ablation(captioner: Captioner, scenes: Sequence[Scene], clips: Sequence[Medi
 @click.option("--adapter", type=click.Path(path_type=Path, exists=True), help="Its adapter.  [default: none]")
 @click.option("--test", "count", default=600, show_default=True, help="Test clips.")
 @click.option("--only", multiple=True, help="Settings to measure; repeatable.  [default: all]")
-@click.option("-o", "--result", default="caption-quality", show_default=True, help="Name under results/.")
+@click.option("-o", "--result", default="caption-quality", show_default=True, help="The name of the file in results/.")
 def main(checkpoint: Path, adapter: Path | None, count: int, only: tuple[str, ...], result: str) -> None:
     """Measure every setting and draw quality against time."""
     scenes = [draw_scene("test", index) for index in range(count)]

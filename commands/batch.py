@@ -38,27 +38,32 @@ class _Segments(click.ParamType):
         return seconds
 
 
-@click.command(short_help="Caption many files into one file of records; resumable.")
+@click.command(cls=options.Grouped, short_help="Caption many files into one file of records; resumable.")
 @click.argument("bundle", type=options.PATH)
 @click.argument("inputs", nargs=-1, required=True)
-@click.option("-o", "--output", metavar="FILE", required=True, help="JSONL file of the captions; - for stdout.")
+@click.option("-o", "--output", metavar="FILE", required=True, help="The JSONL file to write; - is stdout.")
 @options.prompt
 @options.no_audio
 @options.viewing_options
 @options.decoding_options
 @options.device_options
 @click.option("--rows", type=click.IntRange(1), help="Captions generated together.  [default: 8, or what fits]")
-@click.option("--memory", type=options.Bytes(), metavar="SIZE", help="Cache at most so large: 2GiB.  [default: all]")
+@click.option(
+    "--memory",
+    type=options.Bytes(),
+    metavar="SIZE",
+    help="The most memory for the cache of keys and values, for example 2GiB.  [default: no limit]",
+)
 @click.option(
     "--segments",
     type=_Segments(),
     metavar="SECONDS|scenes",
-    help="Cut videos: a caption for each piece, or for each scene.  [default: whole]",
+    help="Cut each video into pieces of this length or into scenes, and caption each piece.  [default: whole]",
 )
-@click.option("--srt", is_flag=True, help="A SubRip file beside each clip.")
-@click.option("--vtt", is_flag=True, help="A WebVTT file beside each clip.")
+@click.option("--srt", is_flag=True, help="Write a SubRip file beside each clip.")
+@click.option("--vtt", is_flag=True, help="Write a WebVTT file beside each clip.")
 @click.option(
-    "--subtitles-dir", type=options.PATH, metavar="DIR", help="Subtitle files go there.  [default: beside the clip]"
+    "--subtitles-dir", type=options.PATH, metavar="DIR", help="Write subtitle files there.  [default: beside the clip]"
 )
 @options.resume_options
 @options.quiet
@@ -86,12 +91,12 @@ def batch(
 ) -> None:
     """Caption INPUTS with BUNDLE, many at once, into one JSONL file.
 
-    INPUTS are files, folders (searched for media files), patterns in quotes ('clips/**/*.mp4') and manifests: .jsonl
-    with an object a line, or .csv with a header, with the fields file, prompt, start, end (seconds) and id. Paths in a
-    manifest are relative to it.
+    INPUTS are files, folders (searched for media files), patterns in quotes ('clips/**/*.mp4') and manifests. A
+    manifest is a .jsonl file with an object per line or a .csv file with a header. Its fields are file, prompt, start,
+    end (seconds) and id. Its paths are relative to the manifest.
 
-    Stopped or killed, the same command goes on where it was. What cannot be captioned becomes a record with its
-    reason, and the exit code is then 1.
+    After a stop or a kill, the same command continues. An item that cannot be captioned gets a record with the reason,
+    and the exit code is then 1.
 
     \b
     Example: intertitle batch captioner holiday/ -o captions.jsonl --max-new-tokens 128

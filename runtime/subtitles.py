@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..plain_text import safe
+
 
 @dataclass(frozen=True)
 class Cue:
@@ -55,7 +57,7 @@ def format_vtt(cues: Iterable[Cue]) -> str:
 
 
 def _text(cue: Cue) -> str:
-    return "\n".join(line.strip() for line in cue.text.splitlines() if line.strip())
+    return "\n".join(line.strip() for line in safe(cue.text).split("\n") if line.strip())
 
 
 def _stamp(seconds: float, point: str) -> str:
