@@ -97,7 +97,8 @@ class _Found(msgspec.Struct):
     start: float | None = None
     end: float | None = None
     part_of: str | None = None
-    segments: Annotated[int, msgspec.Meta(ge=1, le=MOST_SEGMENTS)] | None = None
+    #: How many there are, or (pairs) their captions.
+    segments: Annotated[int, msgspec.Meta(ge=1, le=MOST_SEGMENTS)] | list[str] | None = None
     text: str | None = None
     error: _Error | None = None
 
@@ -237,7 +238,7 @@ class RecordFile:
         except (ValueError, RecursionError):  # msgspec's is a ValueError
             record = found = None
         # Some file systems fill the end of a file with zeros when the power fails.
-        torn = self._could_begin(line) or not line.strip(b"\0")
+        torn = self._could_begin(line) or (self._end > 0 and not line.strip(b"\0"))
         if record is None and not line.endswith(b"\n") and torn:
             return False
         if found is None or not isinstance(record, dict) or not isinstance(record.get(self.KEY), str):
