@@ -76,19 +76,27 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
+def sections(command: click.Command) -> dict[str, list[click.Option]]:
+    """The options of a command by the section of its help text; a command that is not ``Grouped`` has one."""
+    options = {parameter.name: parameter for parameter in command.params if isinstance(parameter, click.Option)}
+    if not isinstance(command, Grouped):
+        return {"Options": list(options.values())} if options else {}
+    found = {title: [options.pop(name) for name in names if name in options] for title, names in _SECTIONS.items()}
+    found["Other options"] = list(options.values())
+    return {title: options for title, options in found.items() if options}
+
+
 class Grouped(click.Command):
     """A command with many options, whose help text shows them in sections."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        options = [parameter for parameter in self.get_params(ctx) if isinstance(parameter, click.Option)]
-        shown = {option.name: option.get_help_record(ctx) for option in options}
-        sections = {title: [name for name in names if shown.get(name)] for title, names in _SECTIONS.items()}
-        placed = {name for names in sections.values() for name in names}
-        sections["Other options"] = [name for name, record in shown.items() if record and name not in placed]
-        for title, names in sections.items():
-            if names:
-                with formatter.section(title):
-                    formatter.write_dl([record for name in names if (record := shown[name])])
+        found = sections(self)
+        if (help_option := self.get_help_option(ctx)) is not None:
+            found.setdefault("Other options", []).append(help_option)
+        for title, options in found.items():
+            records = (option.get_help_record(ctx) for option in options)
+            with formatter.section(title):
+                formatter.write_dl([record for record in records if record is not None])
 
 
 def _note_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
