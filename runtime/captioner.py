@@ -21,7 +21,7 @@ from .clip import Clip, array_clip, read_clip
 from .decoding import Decoding, Scheduler, Token, TokenSearch, generate, log_likelihoods, resolve
 from .encoder import EncodedClip, Encoder
 from .inference import FloatArray, Inference
-from .reading import TIME_LIMIT, Readers
+from .reading import TIME_LIMIT, Readers, can_start_workers
 from .runner import Runner
 from .task import CaptionTask, Model
 from .timing import Progress, Stages
@@ -233,7 +233,7 @@ class Captioner:
             raise OptionError(f"rows must be at least 1, not {rows}")
         per_caption = resolve(how, self.manifest.generation).rows
 
-        readers = Readers(READ_AHEAD, item_timeout) if isolate and sys.executable else None
+        readers = Readers(READ_AHEAD, item_timeout) if isolate and can_start_workers() else None
 
         def read(item: BatchItem, stages: Stages) -> Clip:
             return (read_clip if readers is None else readers.read)(
@@ -246,6 +246,10 @@ class Captioner:
                 end=item.end,
                 duplicates=duplicates,
             )
+
+        def stop() -> None:
+            if readers is not None:
+                readers.close()
 
         def task(item: BatchItem, clip: Clip, stages: Stages) -> CaptionTask:
             encoded = self.encoder.encode(clip, stages, visual_tokens=visual_tokens, keep_features=_contrasts(how))
@@ -260,13 +264,12 @@ class Captioner:
 
         wanted = (item if isinstance(item, BatchItem) else BatchItem(item) for item in items)
         try:
-            for done, result in enumerate(run_batch(Pipeline(read, task, open_scheduler), wanted), 1):
+            for done, result in enumerate(run_batch(Pipeline(read, task, open_scheduler, stop), wanted), 1):
                 if progress is not None:
                     progress("captions", done, 0)
                 yield result
         finally:
-            if readers is not None:
-                readers.close()
+            stop()
 
     def score(
         self,
