@@ -127,7 +127,7 @@ _DECODING: dict[str, dict[str, Any]] = {
         "help": "Sampling: least share of the likeliest token's probability.  [default: off]",
     },
     "seed": {"type": int, "default": 0, "show_default": True, "help": "Seed of sampling and noise."},
-    "num_beams": {"type": int, "default": 4, "show_default": True, "help": "Beam search: beams."},
+    "num_beams": {"type": int, "help": "Beam search: beams.  [default: 4]"},
     "length_penalty": {
         "type": float,
         "default": 1.0,
