@@ -21,6 +21,10 @@ class TransientMediaError(MediaError):
     """A file that could not be read just now: the disk, the network or a limit of the machine failed, not the file."""
 
 
+class ItemError(IntertitleError):
+    """An item of many that failed in a way that nobody foresaw: a fault of a library or of intertitle itself."""
+
+
 class CheckpointError(IntertitleError):
     """A checkpoint or adapter that is of an unknown family, incomplete, corrupt or of the wrong shape."""
 

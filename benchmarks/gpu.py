@@ -33,7 +33,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from ..commands import SHIPPED
+from ..commands import SHIPPED_ADAPTER, SHIPPED_BASE
 from ..export.compile import compile_bundle
 from ..models import open_checkpoint
 from ..models.random_checkpoint import SIZES, write_checkpoint
@@ -52,17 +52,43 @@ DEVICES = ("tensorrt-rtx", "tensorrt", "cuda", "cpu")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--device", type=click.Choice(DEVICES), default="tensorrt-rtx", show_default=True)
-@click.option("--size", type=click.Choice(sorted(SIZES)), default="7b", show_default=True)
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Use (or write and keep) the checkpoint there.")
+@click.option(
+    "--device", type=click.Choice(DEVICES), default="tensorrt-rtx", show_default=True, help="The device to measure."
+)
+@click.option(
+    "--size",
+    type=click.Choice(sorted(SIZES)),
+    default="7b",
+    show_default=True,
+    help="The shape of the random checkpoint.",
+)
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="The checkpoint; it is made there if it is missing."
+)
 @click.option("--fixtures", type=click.Path(path_type=Path), help="Folder of fixture checkpoints.  [default: none]")
-@click.option("--bundles", type=click.Path(path_type=Path, exists=True), help="Folder of bundles that are there.")
-@click.option("--rows", multiple=True, type=int, default=(1, 2, 4, 8, 16, 32), show_default=True)
+@click.option(
+    "--bundles", type=click.Path(path_type=Path, exists=True), help="A folder of bundles that were compiled before."
+)
+@click.option(
+    "--rows",
+    multiple=True,
+    type=int,
+    default=(1, 2, 4, 8, 16, 32),
+    show_default=True,
+    help="Captions generated together; repeatable.",
+)
 @click.option("--tokens", default=128, show_default=True, help="New tokens of a measurement.")
-@click.option("--rounds", default=5, show_default=True)
-@click.option("--peers/--no-peers", default=True, show_default=True, help="PyTorch beside it.")
-@click.option("--compiled-rows", multiple=True, type=int, default=(1, 8), show_default=True, help="Of torch.compile.")
-@click.option("-o", "--result", default="gpu", show_default=True, help="Name under results/.")
+@click.option("--rounds", default=5, show_default=True, help="Rounds of each measurement.")
+@click.option("--peers/--no-peers", default=True, show_default=True, help="Also measure PyTorch.")
+@click.option(
+    "--compiled-rows",
+    multiple=True,
+    type=int,
+    default=(1, 8),
+    show_default=True,
+    help="Rows at which torch.compile is measured.",
+)
+@click.option("-o", "--result", default="gpu", show_default=True, help="The name of the file in results/.")
 def main(
     device: str,
     size: str,
@@ -95,7 +121,7 @@ def main(
     figures["place"] = place.describe()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        checks = {"shipped": (SHIPPED / "base", SHIPPED / "synpo")}
+        checks = {"shipped": (SHIPPED_BASE, SHIPPED_ADAPTER)}
         if fixtures is not None:
             checks |= {name: (fixtures / name, None) for name in ("av-qwen2", "clip-mistral", "auroracap")}
         made = _Bundles(place, bundles, scratch)

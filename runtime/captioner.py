@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from ..errors import DeadlineError, OptionError
 from .backends import Backend, Decoder, Options, OrtBackend, open_backend
-from .batching import BatchItem, BatchResult, Pipeline, run_batch
+from .batching import READ_AHEAD, BatchItem, BatchResult, Pipeline, run_batch
 from .bundle import Bundle
 from .caption import Caption, CaptionStream
 from .clip import Clip, array_clip, read_clip
@@ -25,6 +25,7 @@ from .decoding import Decoding, Scheduler, Token, TokenSearch, generate, log_lik
 from .encoder import EncodedClip, Encoder
 from .guard import Guard
 from .inference import FloatArray, Inference
+from .reading import TIME_LIMIT, Readers
 from .runner import Runner
 from .task import CaptionTask, Model
 from .text import check_text
@@ -102,6 +103,8 @@ class Captioner:
         self._guard = Guard(forks=self._device == "cpu")
         self._model = Model(bundle, self.tokenizer, self.encoder)
         self._decoder: Decoder | None = None
+        self.readers: Readers | None = None
+        """Processes that read the files of ``caption`` and ``read``; ``None``: they are read in this one."""
         self._scheduler: Scheduler | None = None
 
     @classmethod
@@ -162,6 +165,8 @@ class Captioner:
                 self.device  # noqa: B018 - the backend's last word, for those who ask later
                 self.encoder.close()
                 self._scheduler = self._decoder = self._backend = None
+                if self.readers is not None:
+                    self.readers.close()
                 _log.info("closed %s", self.bundle.path)
 
     def preload(self, progress: Progress | None = None) -> None:
@@ -318,6 +323,8 @@ class Captioner:
         rows: int | None = None,
         memory: int | None = None,
         progress: Progress | None = None,
+        isolate: bool = True,
+        item_timeout: float = TIME_LIMIT,
     ) -> Iterator[BatchResult]:
         """Caption many clips, several at once: each result as soon as it is complete, with the place of its item.
 
@@ -325,15 +332,18 @@ class Captioner:
         one that cannot be captioned gives a result with an ``error`` and does not stop the others. ``rows``: captions
         generated together (8, or as many as fit into ``memory``: bytes of cache). ``OptionError`` when not even one
         fits. ``progress`` hears ``("captions", done, 0)``. Beside the cache, what is held at once are the clips of
-        the rows and ``batching.READ_AHEAD`` more.
+        the rows and ``batching.READ_AHEAD`` more. ``isolate``: files are read in processes of their own, so that one
+        that crashes a decoder, or takes more than ``item_timeout`` seconds to read, costs only its own caption.
         """
         how = decoding or Decoding()
         if rows is not None and rows < 1:
             raise OptionError(f"rows must be at least 1, not {rows}")
         per_caption = resolve(how, self.manifest.generation).rows
 
+        readers = Readers(READ_AHEAD, item_timeout) if isolate and sys.executable else None
+
         def read(item: BatchItem, stages: Stages) -> Clip:
-            return read_clip(
+            return (read_clip if readers is None else readers.read)(
                 item.source,
                 self.manifest.preprocessing,
                 self.per_frame,
@@ -359,10 +369,14 @@ class Captioner:
 
         wanted = (item if isinstance(item, BatchItem) else BatchItem(item) for item in items)
         results = run_batch(Pipeline(read, task, open_scheduler), wanted)
-        for done, result in enumerate(self._guarded(results), 1):
-            if progress is not None:
-                progress("captions", done, 0)
-            yield result
+        try:
+            for done, result in enumerate(self._guarded(results), 1):
+                if progress is not None:
+                    progress("captions", done, 0)
+                yield result
+        finally:
+            if readers is not None:
+                readers.close()
 
     def score(
         self,
@@ -425,7 +439,8 @@ class Captioner:
         spec = self.manifest.preprocessing
         if source is not None:
             stages = stages or Stages()
-            return read_clip(source, spec, self.per_frame, audio, stages, start=start, end=end, duplicates=duplicates)
+            read = read_clip if self.readers is None else self.readers.read
+            return read(source, spec, self.per_frame, audio, stages, start=start, end=end, duplicates=duplicates)
         if start is not None or end is not None:
             raise OptionError("start= and end= are for files, not for arrays")
         heard = waveform if audio else None

@@ -10,11 +10,13 @@ import json
 import os
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,8 @@ import pytest
 from intertitle.align.scenes import captions, compare, draw_scene
 from intertitle.cli import DEMO_CLIP, cli, main
 from intertitle.commands import SHIPPED
+from intertitle.commands.options import Grouped
+from intertitle.runtime.caption import CaptionStream
 
 Compiled = Callable[..., Path]
 Expected = Callable[[str], dict[str, np.ndarray]]
@@ -188,10 +192,54 @@ def test_one_file_several_files_and_streamed(compiled: Compiled, run: Callable[.
     names = [line.partition("\t")[0] for line in several.out.splitlines()]
     assert names == [str(single), str(DEMO_CLIP)]
     assert several.err == f"captioning {single}\ncaptioning {DEMO_CLIP}\n"
-    assert several.out.partition("\n")[0] == f"{single}\t" + re.sub("[\r\n]", " ", text)
+    assert several.out.partition("\n")[0] == f"{single}\t" + re.sub("[\r\n\t]", " ", text)
     streamed = run("caption", bundle, single, DEMO_CLIP, "--stream", "-q", *options)
     assert streamed.out == several.out
     assert streamed.err == ""
+
+
+def test_several_captions_of_a_clip_are_numbered(compiled: Compiled, run: Callable[..., Result], pictures: Path):
+    arguments = ["caption", compiled("av-qwen2"), pictures / "frame0.png", "-q", "--decoding", "beam", "--n-best", 3]
+    arguments += ["--max-new-tokens", 4]
+    records = [json.loads(line) for line in run(*arguments, "--json").out.splitlines()]
+    scores = [record["mean_logprob"] for record in records]
+    assert len(scores) == 3
+    assert scores == sorted(scores, reverse=True)
+    found = [line.split("\t") for line in run(*arguments).out.splitlines()]
+    assert [line[:2] for line in found] == [[str(n), f"{score:.3f}"] for n, score in enumerate(scores, 1)]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_terminal_obeys_no_caption(
+    streamed: bool, compiled: Compiled, run: Callable[..., Result], pictures: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A hostile tokenizer makes captions that clear the screen; the escape sequence comes in two pieces."""
+    said, single = ["a\x1b", "]0;title\x07\u202e", "b\r", "\nc"], pictures / "frame0.png"
+    shown = "a\\x1b]0;title\\x07\\u202eb"
+    result = intertitle.Captioner.load(compiled("av-qwen2")).caption(
+        single, decoding=intertitle.Decoding(max_new_tokens=2)
+    )
+    made = replace(result, text="".join(said), notes=["n\x1b[2J"])
+
+    def stream(*_: object, **__: object) -> CaptionStream:
+        def pieces() -> Iterator[str]:
+            yield from said
+            begun.caption = made
+
+        begun = CaptionStream(pieces())
+        return begun
+
+    monkeypatch.setattr(intertitle.Captioner, "caption", lambda *_, **__: made)
+    monkeypatch.setattr(intertitle.Captioner, "stream", stream)
+    flag = ["--stream"] if streamed else []
+    arguments = ["caption", compiled("av-qwen2"), single, "-q", *flag]
+    assert run(*arguments).out == f"{shown}\nc\n"
+    assert run(*arguments).err == f"{single}: n\\x1b[2J\n"
+    assert run(*arguments, single).out == f"{single}\t{shown} c\n" * 2
+    if not streamed:
+        (line,) = run(*arguments, "--json").out.splitlines()
+        assert json.loads(line)["text"] == made.text
+        assert "\u202e" not in line
 
 
 def test_what_was_substituted_is_said(compiled: Compiled, run: Callable[..., Result], pictures: Path):
@@ -304,7 +352,8 @@ def test_info(compiled: Compiled, run: Callable[..., Result]):
         (row,) = (line for line in result.out.splitlines() if line.startswith(f"{name} "))
         size = sum((bundle / part[file]).stat().st_size for file in ("graph", "data"))
         assert row.split()[:4] == [name, part["weights"], f"{part['parameters']:,}", f"{size / 1e6:.1f}"]
-    assert f"in {len(list(bundle.iterdir())) - 1} files" in result.out
+    assert f"\n{len(list(bundle.iterdir())) - 1} files " in result.out
+    assert max(map(len, result.out.splitlines()[:-1])) <= 80
 
 
 def test_verify_passes_and_fails(compiled: Compiled, data_dir: Path, run: Callable[..., Result], tmp_path: Path):
@@ -352,11 +401,26 @@ def test_demo_says_what_is_in_the_clip(run: Callable[..., Result], tmp_path: Pat
     held = compare(scene, caption.removeprefix("caption: "))
     assert held.missed == held.invented == frozenset()
     assert truth.removeprefix("truth:   ") == captions(scene)[0]
-    # What it says it ran is what a user can run.
-    (line,) = (line for line in result.errors if line.startswith("$ intertitle caption"))
-    names = {"captioner": tmp_path / "captioner", "clip.mp4": SHIPPED / "clip.mp4"}
-    again = run(*[names.get(word, word) for word in line.split()[2:]], "-q", "--json")
-    assert caption == f"caption: {json.loads(again.out)['text']}"
+    # What it says it ran is what a user can run, with the kept copy as with the package's own bundle.
+    kept = sorted(path.name for path in (tmp_path / "captioner").iterdir())
+    assert kept == sorted(path.name for path in (SHIPPED / "captioner").iterdir())
+    plain = run("demo", "-q")
+    assert plain.out.splitlines()[:3] == [caption, truth, counts]
+    for shown, bundle in ((result, tmp_path / "captioner"), (plain, SHIPPED / "captioner")):
+        (line,) = (line for line in shown.errors if line.startswith("$ intertitle caption"))
+        words = shlex.split(line)[2:]
+        assert words == ["caption", str(bundle), str(SHIPPED / "clip.mp4")]
+        assert caption == f"caption: {json.loads(run(*words, '-q', '--json').out)['text']}"
+
+
+def test_demo_keeps_its_bundle_only_where_nothing_is_lost(run: Callable[..., Result], tmp_path: Path):
+    folder = tmp_path / "holiday"
+    folder.mkdir()
+    (folder / "diary.txt").write_text("dear diary")
+    result = run("demo", "--keep", folder, "-q")
+    assert (result.code, result.out) == (2, "")
+    assert "exists and is not a bundle" in result.err
+    assert [path.name for path in tmp_path.rglob("*")] == ["holiday", "diary.txt"]
 
 
 # --- help and usage
@@ -377,6 +441,20 @@ def test_help(name: str | None, run: Callable[..., Result]):
         assert option.help, option.name
         if not option.is_flag and not option.required and option.name not in ("srt", "json_file"):
             assert option.show_default or "[default: " in option.help, option.name
+
+
+@pytest.mark.parametrize("name", [name for name, command in cli.commands.items() if isinstance(command, Grouped)])
+def test_sections_of_a_help_hold_every_option_once(name: str, run: Callable[..., Result]):
+    text = run(name, "--help").out
+    shown = re.findall(r"^  (?:-\w, )?(--[\w-]+)", text, re.MULTILINE)
+    wanted = [option.opts[-1] for option in options_of(cli.commands[name])] + ["--help"]
+    assert sorted(shown) == sorted(wanted)
+    sections = dict(re.findall(r"^([A-Z][a-z]+) options:\n((?:  .*\n|\n)+)", text, re.MULTILINE))
+    assert list(sections)[:2] == ["Clip", "Decoding"]
+    assert "--prompt" in sections["Clip"]
+    assert "--temperature" in sections["Decoding"]
+    assert "--threads" in sections["Device"]
+    assert "--debug" in sections["Other"]
 
 
 def test_no_arguments_show_the_help(run: Callable[..., Result]):
@@ -468,7 +546,7 @@ def test_a_command_whose_packages_are_missing_says_what_to_install(
     monkeypatch.delitem(sys.modules, "intertitle.export.compile", raising=False)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     monkeypatch.setitem(sys.modules, "torch", None)
-    for arguments in (["compile", "a", "-o", "b"], ["verify", "a", "--reference", "b"], ["demo"]):
+    for arguments in (["compile", "a", "-o", "b"], ["verify", "a", "--reference", "b"]):
         result = run(*arguments)
         assert result.code == 2
         assert re.fullmatch(
