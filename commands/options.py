@@ -109,7 +109,21 @@ debug = click.option(
 )
 quiet = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 no_audio = click.option("--no-audio", is_flag=True, help="Ignore the sound.")
-prompt = click.option("--prompt", metavar="TEXT", help="The instruction to the model.  [default: the bundle's own]")
+
+
+def _only_one(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> str | None:
+    if len(values) > 1:
+        raise click.BadParameter("give it once; a manifest can hold an instruction for each file", context, parameter)
+    return values[0] if values else None
+
+
+prompt = click.option(
+    "--prompt",
+    metavar="TEXT",
+    multiple=True,
+    callback=_only_one,
+    help="The instruction to the model.  [default: the bundle's own]",
+)
 
 
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -178,9 +192,11 @@ def decoding_options(command: Command) -> Command:
         if strategy == "contrastive":
             strategy, given["contrast"] = "greedy", given["contrast"] or "temporal"
         decoding = Decoding(strategy=strategy, **given)  # type: ignore[arg-type]
-        sampling = any(given[name] is not None for name in ("temperature", "top_p", "top_k")) or given["min_p"]
-        if strategy != "sample" and sampling:
-            say("--temperature, --top-p, --top-k and --min-p do nothing without --decoding sample")
+        context = click.get_current_context()
+        for name, needed in _NEEDED.items():
+            source = context.get_parameter_source(name)
+            if strategy != needed and source is click.core.ParameterSource.COMMANDLINE:
+                raise OptionError(f"--{name.replace('_', '-')} does nothing without --decoding {needed}")
         return command(*arguments, decoding=decoding, **others)
 
     made = [click.option(f"--{name.replace('_', '-')}", name, **how) for name, how in _DECODING.items()]
@@ -194,6 +210,16 @@ def decoding_options(command: Command) -> Command:
     )
     return _with_options(with_decoding, strategy, *made)
 
+
+#: The strategy that an option is of.
+_NEEDED = {
+    "temperature": "sample",
+    "top_p": "sample",
+    "top_k": "sample",
+    "min_p": "sample",
+    "num_beams": "beam",
+    "length_penalty": "beam",
+}
 
 #: The fields of ``Decoding`` as options.
 _DECODING: dict[str, dict[str, Any]] = {
@@ -218,7 +244,7 @@ _DECODING: dict[str, dict[str, Any]] = {
         "show_default": True,
         "help": "The seed of sampling and noise.",
     },
-    "num_beams": {"type": int, "default": 4, "show_default": True, "help": "Beam search: the number of beams."},
+    "num_beams": {"type": int, "help": "Beam search: the number of beams.  [default: 4]"},
     "length_penalty": {
         "type": float,
         "default": 1.0,
@@ -296,7 +322,9 @@ def device_options(command: Command) -> Command:
             show_default=True,
             help="Where to run: cpu, cuda, tensorrt-rtx or tensorrt; auto takes the best that works.",
         ),
-        click.option("--threads", type=click.IntRange(1), help="The number of CPU threads.  [default: one per core]"),
+        click.option(
+            "--threads", type=click.IntRange(1, 1024), help="The number of CPU threads.  [default: one per core]"
+        ),
     )
 
 

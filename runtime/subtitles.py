@@ -17,6 +17,16 @@ class Cue:
     text: str
 
 
+def cue_of(text: str, start: float | None, end: float | None, seconds: float | None) -> Cue | None:
+    """The cue of a caption of ``start`` to ``end`` (seconds), or of ``seconds`` from there on; None without an end."""
+    begin = start or 0.0
+    if end is None:
+        if not seconds:
+            return None
+        end = begin + seconds
+    return Cue(begin, end, text)
+
+
 def format_srt(cues: Iterable[Cue]) -> str:
     """The contents of a SubRip file. Cues are numbered from 1; one without text is left out.
 
