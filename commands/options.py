@@ -32,6 +32,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
         "end",
         "segments",
         "segment_prompt",
+        "item_timeout",
         "visual_tokens",
         "duplicates",
     ),
