@@ -162,7 +162,7 @@ def _caption(bundle: Path, clip: Path, device: str, rounds: int, tokens: int, st
         raise RuntimeError(err.strip().splitlines()[-1])
     records = [json.loads(line) for line in out.splitlines()]
     lowest = min(samples, default=before)
-    # Of the later ones: the first loads.
+    # Without the first one, which loads.
     later = records[1:] or records
     return {
         "text": records[0]["text"],

@@ -47,7 +47,7 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        # The checkpoint's Linear has 8 outputs, of which the reference sums the first and the last 4: summed when read.
+        # The checkpoint's Linear has 8 outputs. The reference sums the first 4 and the last 4; we do so when reading.
         self.grep_linear = nn.Linear(config.hidden_size // config.num_heads, 2)
         self.grep_a = nn.Parameter(torch.ones(1, config.num_heads, 1, 1))
 

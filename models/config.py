@@ -28,7 +28,7 @@ class ImageProcessing:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP or SigLIP tower, of which only the layers that reach ``hidden_states[select_layer]`` are built.
+    """A CLIP or SigLIP tower. Only the layers up to ``hidden_states[select_layer]`` are built.
 
     ``keep`` is AuroraCap's ratio of visual tokens kept by merging in every layer; ``None`` is a tower without
     merging. ``num_layers`` is the released depth (the merging schedule depends on it), ``num_used_layers`` what runs.

@@ -2,7 +2,7 @@
 
 Everything is channels-last, so that a 1x1 convolution is a ``Linear``, a channel norm is a ``LayerNorm`` over the last
 axis and the strided 3-D convolution of the sampler is one ``Linear`` over a window's values: the heavy layers are then
-all matrix products, for speed and for weight quantization. Only the depthwise 3x3 is a convolution.
+all matmuls, for speed and for weight quantization. Only the depthwise 3x3 is a convolution.
 
 Sources: VideoLLaMA2 ``model/projector.py`` and ``model/videollama2_arch.py`` (connectors, pooling over time, padding),
 timm 1.0.3 ``models/regnet.py`` (the RegStage block; FACTS 1.3 has the measured constants). Documented there: the

@@ -200,7 +200,7 @@ class Proposer:
     def _distinct(
         self, clip: PreparedClip, prompt: str | None, captions: Sequence[tuple[str, Caption]]
     ) -> list[Candidate]:
-        """The same text is one candidate; an empty one is none."""
+        """Equal texts are one candidate; an empty text is not a candidate."""
         made: dict[str, Candidate] = {}
         for origin, caption in captions:
             text = caption.text.strip()

@@ -26,7 +26,7 @@ _SHOWN = 60
 
 
 class JudgeError(IntertitleError):
-    """A judge that cannot be reached or whose answer is none. The item fails, the run goes on."""
+    """A judge that cannot be reached or whose answer has no marks. The item fails, the run continues."""
 
 
 def caption_question(instruction: str, segments: Sequence[str], caption: str) -> str:

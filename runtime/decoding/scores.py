@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ..inference import FloatArray, Shortlist
 from .options import Settings
 
-#: Scores of which the highest is found first when the few highest of all are wanted.
+#: To find the few highest scores, the highest score of each block of this size is found first.
 _BLOCK = 256
 
 
