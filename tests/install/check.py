@@ -212,7 +212,14 @@ def check_captions(environment: Environment, folder: Path) -> Iterator[str]:
     records = [json.loads(line) for line in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
     if len(records) != len(names) or any(record.get("error") for record in records):
         raise CheckError(f"records of the batch: {records}")
-    yield "video, image, sound, batch"
+    # A line without a file and a clip that was cut off have a record each, and the others are captioned all the same.
+    (media / "cut.mp4").write_bytes((media / "clip.mp4").read_bytes()[:5000])
+    (media / "list.csv").write_text("file,start\nclip.mp4,1\n,2\ncut.mp4,\n", encoding="utf-8")
+    run([intertitle, "batch", "captioner", "media/list.csv", "-o", "list.jsonl", "-q"], variables, folder, code=1)
+    records = [json.loads(line) for line in (folder / "list.jsonl").read_text(encoding="utf-8").splitlines()]
+    if [bool(record.get("error")) for record in records] != [False, True, True]:
+        raise CheckError(f"records of a list with two bad lines: {records}")
+    yield "video, image, sound, batch, bad items"
 
 
 def check_types(environment: Environment, tools: Environment, folder: Path) -> str:
