@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -20,22 +20,44 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from .errors import OptionError
+from .plain_text import flat, one_line, safe, safe_json, safe_pieces
 
 if TYPE_CHECKING:
     from .export.compile import CompileResult
     from .runtime.batch import Tally
-    from .runtime.bundle import Manifest, TensorSpec
+    from .runtime.bundle import Manifest
+
+__all__ = [
+    "BatchDisplay",
+    "ProgressDisplay",
+    "check_savable",
+    "describe",
+    "describe_compiled",
+    "duration",
+    "flat",
+    "one_line",
+    "report",
+    "safe",
+    "safe_json",
+    "safe_pieces",
+    "save",
+    "say",
+    "show",
+    "table",
+]
 
 #: What the numbers of a stage count. Those of other stages are bytes, shown once both are known, or nothing.
 _UNITS = {"vision": "frames", "prefill": "tokens", "decode": "tokens"}
 
 #: The longest label of a bar, in characters: what is left of 80 columns beside the bar, the count and the time.
 _LABEL = 32
+#: Failures that are named at the end of a batch.
+_REASONS = 5
 
 
-def show(*parts: Table | str) -> None:
-    """Print to stdout. Tables fit the terminal, or 120 columns where there is none; text is one line a part."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+def show(*parts: Table | str, columns: int = 120) -> None:
+    """Print to stdout. Tables fit the terminal, or so many columns where there is none; text is one line a part."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else columns)
     for part in parts:
         if isinstance(part, str):
             click.echo(one_line(part))
@@ -56,11 +78,6 @@ def table(*columns: str) -> Table:
     return made
 
 
-def one_line(text: object) -> str:
-    """``text`` on one line, fit for a terminal: line breaks and other control characters as escapes like ``\\n``."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-
-
 def say(message: object, prefix: str = "intertitle: ") -> None:
     """One line on stderr."""
     click.echo(prefix + one_line(message), err=True)
@@ -69,7 +86,7 @@ def say(message: object, prefix: str = "intertitle: ") -> None:
 def report(error: Exception, state: Mapping[str, bool], message: str | None = None) -> None:
     """An error as one line on stderr, or with its traceback where ``state`` (the context's object) says ``debug``."""
     if state.get("debug"):
-        traceback.print_exception(error)
+        click.echo(safe("".join(traceback.format_exception(error))), nl=False, err=True)
     else:
         say(message or error)
 
@@ -99,7 +116,10 @@ def save(path: Path, text: str) -> None:
         target = path.resolve()
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         try:
-            partial.write_text(text, encoding="utf-8")
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
@@ -262,8 +282,8 @@ class BatchDisplay:
             parts.append(f"{duration(left)} left")
         return ", ".join(parts)
 
-    def summary(self, tally: Tally) -> None:
-        """One line on stderr: what was done, what had been, and how fast."""
+    def summary(self, tally: Tally, output: Path | None = None) -> None:
+        """On stderr: what was done, what had been, how fast, and the first reasons of failures."""
         passed = time.monotonic() - self._began
         speed = f"{60 * tally.captioned / passed:.1f} clips/min, " if tally.captioned and passed > 0 else ""
         before = f" ({tally.already_failed} of them before)" if tally.already_failed else ""
@@ -272,6 +292,12 @@ class BatchDisplay:
             f"{tally.failures} failed{before}; {speed}{duration(passed)} in all",
             err=True,
         )
+        for reason in tally.reasons[:_REASONS]:
+            click.echo(f"  failed: {one_line(reason)}", err=True)
+        if tally.failures and output is not None:
+            more = tally.failures - min(len(tally.reasons), _REASONS)
+            others = f"{more} more in {one_line(output)}; " if more else ""
+            click.echo(f"  {others}--retry-failed tries them again", err=True)
 
 
 def duration(seconds: float) -> str:
@@ -305,47 +331,50 @@ def describe_compiled(result: CompileResult) -> Iterator[Table | str]:
 
 
 def describe(manifest: Manifest) -> Iterator[Table | str]:
-    """A bundle's manifest for a reader."""
+    """A bundle's manifest for a reader, in at most 80 columns."""
     files = manifest.files
     yield f"{manifest.name}: {manifest.family}, for {manifest.target} ({manifest.dialect}), decoder {manifest.weights}"
-    parts = table("component", "weights", ">parameters", ">MB", "takes", "gives")
+    parts = table("component", "weights", ">parameters", ">MB")
+    loaded = 0
     for name, part in manifest.components.items():
         size = sum(files[file].size for file in (part.graph, part.data) if file)
-        taken, given = (escape("\n".join(_shapes(specs))) for specs in (part.inputs, part.outputs))
-        parts.add_row(name, part.weights, f"{part.parameters:,}", f"{size / 1e6:,.1f}", taken, given)
-    embedding = manifest.embedding
-    rows, width = embedding.shape
-    size = files[embedding.file].size / 1e6
-    shape = escape(f"table [{rows},{width}]")
-    parts.add_row("embedding", embedding.dtype, f"{rows * width:,}", f"{size:,.1f}", "", shape)
+        loaded += size
+        parts.add_row(name, part.weights, f"{part.parameters:,}", f"{size / 1e6:,.1f}")
+    rows, width = manifest.embedding.shape
+    embedding = files[manifest.embedding.file].size
+    parts.add_row("embedding", manifest.embedding.dtype, f"{rows * width:,}", f"{embedding / 1e6:,.1f}")
+    parts.add_row(f"{len(files)} files", "", "", f"{sum(record.size for record in files.values()) / 1e6:,.1f}")
     yield parts
-    decoder, visual, media = manifest.decoder, manifest.visual, manifest.preprocessing
-    sound = f", {media.audio.num_tokens} audio tokens" if media.audio else ", no audio branch"
+    facts = Table.grid("name", "fact", padding=(0, 2, 0, 0))
+    for name, fact in _facts(manifest, loaded):
+        facts.add_row(name, escape(one_line(fact)))
+    yield facts
+
+
+def _facts(manifest: Manifest, loaded: int) -> Iterator[tuple[str, str]]:
+    """What a captioner takes, does and needs. ``loaded``: bytes of the components that are loaded to run it."""
+    decoder, visual, media, decoding = manifest.decoder, manifest.visual, manifest.preprocessing, manifest.generation
     tokens = visual.blocks * visual.tokens_per_block
     kept = "" if visual.keep in (None, 1) else f" (merging keeps {visual.keep:g})"
     if len(visual.ratios) > 1:
-        counts = (f"{ratio.keep:g} {visual.blocks * ratio.tokens_per_block}" for ratio in visual.ratios)
-        kept = f" (by ratio of merging: {', '.join(counts)})"
-    yield f"sees {media.num_frames} frames ({media.frame_rule}): {tokens} visual tokens{kept}{sound}; modes: " + (
-        ", ".join(manifest.prompts)
+        counts = (f"{ratio.keep:g} gives {visual.blocks * ratio.tokens_per_block}" for ratio in visual.ratios)
+        kept = f" (ratio of merging: {', '.join(counts)})"
+    yield "pictures", f"{media.num_frames} frames of a clip ({media.frame_rule}), {tokens} visual tokens{kept}"
+    yield "sound", f"{media.audio.num_tokens} audio tokens" if media.audio else "is ignored: there is no audio branch"
+    yield "modes", ", ".join(manifest.prompts)
+    yield "prompt", f'"{manifest.default_instruction}" unless another is given'
+    length = f"up to {decoding.max_new_tokens} new tokens, context {decoder.context_length} tokens"
+    yield "decoding", f"greedy unless asked otherwise, {length}, repetition penalty {decoding.repetition_penalty:g}"
+    yield "sampling", f"temperature {decoding.temperature:g}, top-p {decoding.top_p:g}, top-k {decoding.top_k or 'off'}"
+    clip = tokens + (media.audio.num_tokens if media.audio else 0)
+    longest = min(clip + decoding.max_new_tokens, decoder.context_length)
+    yield (
+        "memory",
+        f"{loaded / 1e6:,.1f} MB of weights are loaded; the embedding stays on disk. The cache takes "
+        f"{manifest.cache_bytes:,} bytes a token ({manifest.cache_dtype}): {longest * manifest.cache_bytes / 1e6:,.1f} "
+        f"MB for a whole clip with the longest caption. Activations come on top.",
     )
-    cache = f"{manifest.cache_bytes:,} bytes a token ({manifest.cache_dtype})"
-    yield f"context {decoder.context_length} tokens; cache {cache}"
+    yield "time", "depends on the machine: intertitle caption BUNDLE CLIP --json prints the seconds of each stage"
     made = manifest.provenance
     adapter = f" + adapter {made.adapter}" if made.adapter else ""
-    yield f"compiled from {made.checkpoint}{adapter} by intertitle {made.intertitle}"
-    yield f"{sum(record.size for record in files.values()) / 1e6:,.1f} MB in {len(files)} files"
-
-
-def _shapes(specs: Sequence[TensorSpec]) -> Iterator[str]:
-    """``name shape`` of each tensor; a decoder's cache is dozens of alike ones, of which a line says enough."""
-    cache = [spec for spec in specs if spec.name.startswith(("past.", "present."))]
-    for spec in specs:
-        if spec not in cache:
-            yield f"{one_line(spec.name)} {_shape(spec)}"
-    if cache:
-        yield f"{len(cache)} x {cache[0].name.split('.')[0]} {_shape(cache[0])}"
-
-
-def _shape(spec: TensorSpec) -> str:
-    return "[" + ",".join(one_line(size) for size in spec.shape) + "]"
+    yield "made from", f"{made.checkpoint}{adapter} by intertitle {made.intertitle}"

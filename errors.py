@@ -21,12 +21,24 @@ class TransientMediaError(MediaError):
     """A file that could not be read just now: the disk, the network or a limit of the machine failed, not the file."""
 
 
+class ItemError(IntertitleError):
+    """An item of many that failed in a way that nobody foresaw: a fault of a library or of intertitle itself."""
+
+
 class CheckpointError(IntertitleError):
     """A checkpoint or adapter that is of an unknown family, incomplete, corrupt or of the wrong shape."""
 
 
 class BundleError(IntertitleError):
     """A bundle that is incomplete, corrupt, tampered with or written by another schema version."""
+
+
+class DeadlineError(IntertitleError):
+    """The deadline of a caption that passed before its first token."""
+
+
+class ClosedError(IntertitleError):
+    """A captioner that was closed and is used again."""
 
 
 class TargetError(IntertitleError):

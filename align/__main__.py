@@ -25,12 +25,24 @@ def main() -> None:
 
 
 @main.command()
-@click.option("-o", "--work", type=click.Path(path_type=Path), required=True, help="Folder of the run; resumes there.")
-@click.option("--recipe", type=click.Choice(sorted(RECIPES)), default="small", show_default=True)
-@click.option("--workers", default=2, show_default=True, help="Processes that render clips.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option(
+    "-o",
+    "--work",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The folder of the run, new or stopped.",
+)
+@click.option(
+    "--recipe",
+    type=click.Choice(sorted(RECIPES)),
+    default="small",
+    show_default=True,
+    help="The size of the captioner and how long it trains.",
+)
+@click.option("--workers", default=2, show_default=True, help="The number of processes that render clips.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def train(work: Path, recipe: str, workers: int, quiet: bool) -> None:
-    """Supervised training, from nothing to a checkpoint in the released layout."""
+    """Train a small captioner from random weights and write a checkpoint in the released layout."""
     from .train import Run
 
     with ProgressDisplay(quiet) as progress:
@@ -41,22 +53,32 @@ def train(work: Path, recipe: str, workers: int, quiet: bool) -> None:
 @main.command()
 @click.argument("pairs", type=click.Path(path_type=Path, exists=True))
 @click.option("--base", type=click.Path(path_type=Path, exists=True), required=True, help="The checkpoint to align.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the adapter.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder of the adapter.")
 @click.option(
     "--objective",
     type=click.Choice(list(OBJECTIVES)),
     default="synpo",
     show_default=True,
+    help="The loss.",
 )
-@click.option("--steps", default=200, show_default=True)
-@click.option("--batch", default=8, show_default=True)
-@click.option("--learning-rate", default=2e-4, show_default=True)
-@click.option("--connector-rate", default=0.0, show_default=True, help="Rate of connector and projector; 0: fixed.")
-@click.option("--rank", default=32, show_default=True)
-@click.option("--alpha", default=16.0, show_default=True)
-@click.option("--gap", type=float, help="Pairs that differ by so much.  [default: those that were kept]")
-@click.option("--seed", default=0, show_default=True)
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option("--steps", default=200, show_default=True, help="The number of optimizer steps.")
+@click.option("--batch", default=8, show_default=True, help="Pairs per step.")
+@click.option("--learning-rate", default=2e-4, show_default=True, help="The learning rate of the LoRA layers.")
+@click.option(
+    "--connector-rate",
+    default=0.0,
+    show_default=True,
+    help="The learning rate of connector and audio projector; 0 leaves them as they are.",
+)
+@click.option("--rank", default=32, show_default=True, help="LoRA: the rank of the two matrices.")
+@click.option("--alpha", default=16.0, show_default=True, help="LoRA: their product is scaled by alpha / rank.")
+@click.option(
+    "--gap",
+    type=float,
+    help="Use the pairs whose scores differ by at least this.  [default: the pairs that were kept]",
+)
+@click.option("--seed", default=0, show_default=True, help="The seed of the order of pairs and of the new weights.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def tune(
     pairs: Path,
     base: Path,
@@ -72,7 +94,7 @@ def tune(
     seed: int,
     quiet: bool,
 ) -> None:
-    """Preference training on PAIRS (of scenes, from `intertitle pairs --scenes`): an adapter."""
+    """Train a LoRA adapter on PAIRS, which `intertitle pairs --scenes` wrote."""
     from .features import scene_features
     from .policy import Policy
     from .tune import Tuning, scene_pairs
@@ -127,10 +149,10 @@ def ship(base: Path, adapter: Path, scene: int | None, output: Path, quiet: bool
 
 @main.command()
 @click.argument("work", type=click.Path(path_type=Path, exists=True))
-@click.option("--adapter", "adapters", type=click.Path(path_type=Path), multiple=True, help="Tunings beside it.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The picture (png, svg, pdf).")
+@click.option("--adapter", "adapters", type=click.Path(path_type=Path), multiple=True, help="Draw this tuning, too.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The picture: png, svg or pdf.")
 def plot(work: Path, adapters: tuple[Path, ...], output: Path) -> None:
-    """Draw the losses of a training in WORK."""
+    """Draw the losses of the training in WORK."""
     from .plots import draw_losses
 
     click.echo(draw_losses(work, {adapter.name: adapter for adapter in adapters}, output))

@@ -47,14 +47,20 @@ MAIN = ("cider", "completeness", "invention", "readable", "repetition", "words")
 @click.option("--work", type=click.Path(path_type=Path, exists=True), required=True, help="Folder of the training.")
 @click.option("--pairs", "pairs_path", type=click.Path(path_type=Path), help="Pairs.  [default: work/pairs.jsonl]")
 @click.option("--test", "count", default=600, show_default=True, help="Unseen test clips.")
-@click.option("--seeds", default=3, show_default=True)
-@click.option("--steps", default=150, show_default=True)
-@click.option("--batch", default=8, show_default=True)
-@click.option("--learning-rate", default=2e-4, show_default=True)
-@click.option("--connector-rate", default=0.0, show_default=True, help="Rate of connector and projector; 0: fixed.")
-@click.option("--gap", type=float, help="Pairs that differ by so much.  [default: those the run kept]")
-@click.option("--only", multiple=True, type=click.Choice(sorted(CONTESTANTS)), help="These only.  [default: all]")
-@click.option("-o", "--result", default="alignment", show_default=True, help="Name under results/.")
+@click.option("--seeds", default=3, show_default=True, help="Trainings of each objective.")
+@click.option("--steps", default=150, show_default=True, help="Optimizer steps.")
+@click.option("--batch", default=8, show_default=True, help="Pairs per step.")
+@click.option("--learning-rate", default=2e-4, show_default=True, help="The learning rate.")
+@click.option(
+    "--connector-rate", default=0.0, show_default=True, help="The learning rate of connector and projector; 0: fixed."
+)
+@click.option(
+    "--gap", type=float, help="Use pairs whose scores differ by at least this.  [default: those the run kept]"
+)
+@click.option(
+    "--only", multiple=True, type=click.Choice(sorted(CONTESTANTS)), help="Measure only these.  [default: all]"
+)
+@click.option("-o", "--result", default="alignment", show_default=True, help="The name of the file in results/.")
 def main(
     work: Path,
     pairs_path: Path | None,

@@ -175,9 +175,11 @@ def _outcome(record: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.option("--kills", type=click.IntRange(1), default=200, show_default=True, help="Processes to kill.")
-@click.option("--clips", type=click.IntRange(1), default=40, show_default=True, help="Clips of a run.")
-@click.option("--seed", default=0, show_default=True, help="Of the moments.")
+@click.option(
+    "--kills", type=click.IntRange(1), default=200, show_default=True, help="The number of processes to kill."
+)
+@click.option("--clips", type=click.IntRange(1), default=40, show_default=True, help="The number of clips of a run.")
+@click.option("--seed", default=0, show_default=True, help="The seed of the moments at which processes are killed.")
 def main(kills: int, clips: int, seed: int) -> None:
     """Kill batches of a tiny captioner (random weights) and write what was found to results/batch-kills.json."""
     from ..export.compile import compile_bundle

@@ -2,7 +2,7 @@
 
 Needs neither PyTorch nor ONNX. Notes the system (release, power mode, clocks, memory), builds the bundle's engines,
 captions the clip and notes stages, memory and, where the board has sensors for it, power; then the clip's frames by
-PyAV and by GStreamer. A step that fails is noted with its reason, and the next one is taken. See JETSON.md.
+PyAV and by GStreamer. A step that fails is noted with its reason, and the next one is taken. See docs/jetson.md.
 """
 
 from __future__ import annotations
@@ -70,9 +70,11 @@ class PowerMeter:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundle", type=click.Path(path_type=Path, exists=True))
 @click.argument("clip", type=click.Path(path_type=Path, exists=True))
-@click.option("--device", default="auto", show_default=True, help="auto is what the bundle was compiled for.")
-@click.option("--rounds", default=3, show_default=True)
-@click.option("--max-new-tokens", default=64, show_default=True)
+@click.option(
+    "--device", default="auto", show_default=True, help="auto is the device that the bundle was compiled for."
+)
+@click.option("--rounds", default=3, show_default=True, help="Rounds of each measurement.")
+@click.option("--max-new-tokens", default=64, show_default=True, help="Tokens of each caption.")
 @click.option(
     "-o", "--report", "path", type=click.Path(path_type=Path), default=Path("board-report.json"), show_default=True
 )

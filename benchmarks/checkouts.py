@@ -65,7 +65,7 @@ class Worker:
 @click.option("--clips", "count", default=8, show_default=True, help="Clips of a round.")
 @click.option("--tokens", default=64, show_default=True, help="New tokens of each caption.")
 @click.option("--rounds", default=7, show_default=True, help="Rounds of each checkout, after one that is not counted.")
-@click.option("-o", "--result", default="checkouts", show_default=True, help="Name under results/.")
+@click.option("-o", "--result", default="checkouts", show_default=True, help="The name of the file in results/.")
 def main(before: Path, bundle: Path | None, count: int, tokens: int, rounds: int, result: str) -> None:
     """Measure this checkout against the one in the folder BEFORE, for example a git worktree of an older commit."""
     with tempfile.TemporaryDirectory() as scratch:

@@ -196,9 +196,11 @@ def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torc
 
 @click.command()
 @click.argument("paths", nargs=-1, type=click.Path(exists=True, path_type=Path))
-@click.option("--tokens", default=24, show_default=True, help="Tokens of the caption that the drift is taken along.")
-@click.option("--rounds", default=2, show_default=True)
-@click.option("-o", "--result", default="compression", show_default=True, help="Name under results/.")
+@click.option(
+    "--tokens", default=24, show_default=True, help="Tokens of the caption along which the drift is measured."
+)
+@click.option("--rounds", default=2, show_default=True, help="Rounds of each measurement.")
+@click.option("-o", "--result", default="compression", show_default=True, help="The name of the file in results/.")
 def main(paths: tuple[Path, ...], tokens: int, rounds: int, result: str) -> None:
     """Measure bundles (folders with a bundle.json) on clips (all other PATHS; the shipped one if there is none)."""
     bundles = [path for path in paths if (path / "bundle.json").exists()]

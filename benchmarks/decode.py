@@ -114,11 +114,13 @@ class TorchEager:
 
 
 @click.command()
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Use (or write and keep) the checkpoint there.")
-@click.option("--prompt-tokens", default=256, show_default=True)
-@click.option("--tokens", default=64, show_default=True)
-@click.option("--rounds", default=7, show_default=True)
-@click.option("-o", "--result", default="decode-0.5b", show_default=True, help="Name under results/.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="The checkpoint; it is made there if it is missing."
+)
+@click.option("--prompt-tokens", default=256, show_default=True, help="Tokens of the prompt.")
+@click.option("--tokens", default=64, show_default=True, help="New tokens of each measurement.")
+@click.option("--rounds", default=7, show_default=True, help="Rounds of each measurement.")
+@click.option("-o", "--result", default="decode-0.5b", show_default=True, help="The name of the file in results/.")
 def main(checkpoint: Path | None, prompt_tokens: int, tokens: int, rounds: int, result: str) -> None:
     """Measure seconds per decoded token of each loop."""
     with tempfile.TemporaryDirectory() as scratch:

@@ -95,15 +95,32 @@ def read_bandwidth(threads: int) -> Callable[[], float]:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--peer-python", type=click.Path(path_type=Path, exists=True), required=True, help="Has the peers.")
-@click.option("--genai-model", type=click.Path(path_type=Path, exists=True), help="What GenAI's builder wrote.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Use (or write and keep) the checkpoint there.")
-@click.option("--gguf", type=click.Path(path_type=Path), help="Use (or write and keep) llama.cpp's model there.")
-@click.option("--block-size", "block_sizes", type=int, multiple=True, default=(32, 128), show_default=True)
-@click.option("--prompt-tokens", default=256, show_default=True)
-@click.option("--tokens", default=32, show_default=True)
-@click.option("--rounds", default=7, show_default=True)
-@click.option("-o", "--result", default="decode-peers", show_default=True, help="Name under results/.")
+@click.option(
+    "--peer-python",
+    type=click.Path(path_type=Path, exists=True),
+    required=True,
+    help="A Python in which the peers are installed.",
+)
+@click.option(
+    "--genai-model", type=click.Path(path_type=Path, exists=True), help="The model that GenAI's builder wrote."
+)
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="The checkpoint; it is made there if it is missing."
+)
+@click.option("--gguf", type=click.Path(path_type=Path), help="llama.cpp's model; it is made there if it is missing.")
+@click.option(
+    "--block-size",
+    "block_sizes",
+    type=int,
+    multiple=True,
+    default=(32, 128),
+    show_default=True,
+    help="Block sizes to measure; repeatable.",
+)
+@click.option("--prompt-tokens", default=256, show_default=True, help="Tokens of the prompt.")
+@click.option("--tokens", default=32, show_default=True, help="New tokens of each measurement.")
+@click.option("--rounds", default=7, show_default=True, help="Rounds of each measurement.")
+@click.option("-o", "--result", default="decode-peers", show_default=True, help="The name of the file in results/.")
 def main(
     peer_python: Path,
     genai_model: Path | None,

@@ -44,10 +44,18 @@ print(json.dumps({"seconds": round(seconds, 2), "engine_bytes": len(plan.engine)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--size", type=click.Choice(sorted(SIZES)), default="7b", show_default=True)
+@click.option(
+    "--size",
+    type=click.Choice(sorted(SIZES)),
+    default="7b",
+    show_default=True,
+    help="The shape of the random checkpoint.",
+)
 @click.option("--layers", default=1, show_default=True, help="Layers of the decoder.")
-@click.option("--compute-capability", "capabilities", default="8.6,8.9,12.0", show_default=True)
-@click.option("-o", "--result", default="engines-7b-av", show_default=True, help="Name under results/.")
+@click.option(
+    "--compute-capability", "capabilities", default="8.6,8.9,12.0", show_default=True, help="GPUs to build for."
+)
+@click.option("-o", "--result", default="engines-7b-av", show_default=True, help="The name of the file in results/.")
 def main(size: str, layers: int, capabilities: str, result: str) -> None:
     """Compile and build, and note what each took."""
     shape = SIZES[size]

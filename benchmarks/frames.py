@@ -142,10 +142,10 @@ def measure(path: Path, rounds: int) -> dict[str, object]:
 
 
 @click.command()
-@click.option("--rounds", default=5, show_default=True)
+@click.option("--rounds", default=5, show_default=True, help="Rounds of each measurement.")
 @click.option("--seconds", default=60, show_default=True, help="Length of the clips.")
-@click.option("--fps", default=60, show_default=True)
-@click.option("-o", "--result", default="frames", show_default=True, help="Name under results/.")
+@click.option("--fps", default=60, show_default=True, help="Frames per second of the clips.")
+@click.option("-o", "--result", default="frames", show_default=True, help="The name of the file in results/.")
 def main(rounds: int, seconds: int, fps: int, result: str) -> None:
     """Measure seconds to the 16 frames of a clip."""
     figures: dict[str, object] = {

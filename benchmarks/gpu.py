@@ -52,17 +52,43 @@ DEVICES = ("tensorrt-rtx", "tensorrt", "cuda", "cpu")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--device", type=click.Choice(DEVICES), default="tensorrt-rtx", show_default=True)
-@click.option("--size", type=click.Choice(sorted(SIZES)), default="7b", show_default=True)
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Use (or write and keep) the checkpoint there.")
+@click.option(
+    "--device", type=click.Choice(DEVICES), default="tensorrt-rtx", show_default=True, help="The device to measure."
+)
+@click.option(
+    "--size",
+    type=click.Choice(sorted(SIZES)),
+    default="7b",
+    show_default=True,
+    help="The shape of the random checkpoint.",
+)
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="The checkpoint; it is made there if it is missing."
+)
 @click.option("--fixtures", type=click.Path(path_type=Path), help="Folder of fixture checkpoints.  [default: none]")
-@click.option("--bundles", type=click.Path(path_type=Path, exists=True), help="Folder of bundles that are there.")
-@click.option("--rows", multiple=True, type=int, default=(1, 2, 4, 8, 16, 32), show_default=True)
+@click.option(
+    "--bundles", type=click.Path(path_type=Path, exists=True), help="A folder of bundles that were compiled before."
+)
+@click.option(
+    "--rows",
+    multiple=True,
+    type=int,
+    default=(1, 2, 4, 8, 16, 32),
+    show_default=True,
+    help="Captions generated together; repeatable.",
+)
 @click.option("--tokens", default=128, show_default=True, help="New tokens of a measurement.")
-@click.option("--rounds", default=5, show_default=True)
-@click.option("--peers/--no-peers", default=True, show_default=True, help="PyTorch beside it.")
-@click.option("--compiled-rows", multiple=True, type=int, default=(1, 8), show_default=True, help="Of torch.compile.")
-@click.option("-o", "--result", default="gpu", show_default=True, help="Name under results/.")
+@click.option("--rounds", default=5, show_default=True, help="Rounds of each measurement.")
+@click.option("--peers/--no-peers", default=True, show_default=True, help="Also measure PyTorch.")
+@click.option(
+    "--compiled-rows",
+    multiple=True,
+    type=int,
+    default=(1, 8),
+    show_default=True,
+    help="Rows at which torch.compile is measured.",
+)
+@click.option("-o", "--result", default="gpu", show_default=True, help="The name of the file in results/.")
 def main(
     device: str,
     size: str,

@@ -15,9 +15,11 @@ from ..models.random_checkpoint import SIZES, write_checkpoint
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--size", type=click.Choice(list(SIZES)), default="7b", show_default=True, help="7b: as released.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option(
+    "--size", type=click.Choice(list(SIZES)), default="7b", show_default=True, help="7b is the released size."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The seed of the weights.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def main(out: Path, size: str, seed: int, quiet: bool) -> None:
     """Write a VideoLLaMA2.1-7B-AV-shaped checkpoint with random weights to OUT (a new folder; 17 GB at 7b)."""
     started = time.perf_counter()

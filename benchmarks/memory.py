@@ -74,10 +74,10 @@ def bound(captioner: Captioner, rows: int) -> dict[str, int]:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--bundle", type=click.Path(path_type=Path), help="Measure this bundle.  [default: random, tiny, int4]")
-@click.option("--clips", "count", default=500, show_default=True)
-@click.option("--tokens", default=24, show_default=True)
-@click.option("--rows", default=DEFAULT_ROWS, show_default=True)
-@click.option("-o", "--result", default="memory", show_default=True, help="Name under results/.")
+@click.option("--clips", "count", default=500, show_default=True, help="The number of clips.")
+@click.option("--tokens", default=24, show_default=True, help="New tokens of each measurement.")
+@click.option("--rows", default=DEFAULT_ROWS, show_default=True, help="Captions generated together.")
+@click.option("-o", "--result", default="memory", show_default=True, help="The name of the file in results/.")
 def main(bundle: Path | None, count: int, tokens: int, rows: int, result: str) -> None:
     """Run a batch of many clips and watch the memory."""
     with tempfile.TemporaryDirectory() as scratch:

@@ -26,10 +26,10 @@ OBJECTIVES = ("synpo", "leanpo", "dpo")
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--base", type=click.Path(path_type=Path, exists=True), required=True, help="A checkpoint of scenes.")
-@click.option("--batch", default=8, show_default=True)
+@click.option("--batch", default=8, show_default=True, help="Pairs per step.")
 @click.option("--steps", default=8, show_default=True, help="Steps of one round.")
-@click.option("--rounds", default=5, show_default=True)
-@click.option("-o", "--result", default="preference-step", show_default=True, help="Name under results/.")
+@click.option("--rounds", default=5, show_default=True, help="Rounds of each measurement.")
+@click.option("-o", "--result", default="preference-step", show_default=True, help="The name of the file in results/.")
 def main(base: Path, batch: int, steps: int, rounds: int, result: str) -> None:
     """Measure and compare."""
     scenes = [draw_scene("validation", index) for index in range(batch)]

@@ -23,14 +23,23 @@ _INTERTITLE = [sys.executable, "-m", "intertitle.cli"]
 
 
 @click.command()
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Use (or write and keep) the checkpoint there.")
-@click.option("--bundle", type=click.Path(path_type=Path), help="Write and keep the bundle there.")
-@click.option("--clip", type=click.Path(path_type=Path, exists=True), default=DEMO_CLIP, help="What to caption.")
-@click.option("--weights", default="int4", show_default=True)
-@click.option("--encoder-weights", "encoders", multiple=True, default=("fp32", "int8"), show_default=True)
-@click.option("--max-new-tokens", default=64, show_default=True)
-@click.option("--size", default="7b", show_default=True, help="Another size of random checkpoint, to try the script.")
-@click.option("-o", "--result", default="real-size-7b-av", show_default=True, help="Name under results/.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="The checkpoint; it is made there if it is missing."
+)
+@click.option("--bundle", type=click.Path(path_type=Path), help="The bundle; it is written there and kept.")
+@click.option("--clip", type=click.Path(path_type=Path, exists=True), default=DEMO_CLIP, help="The clip to caption.")
+@click.option("--weights", default="int4", show_default=True, help="The decoder's weights.")
+@click.option(
+    "--encoder-weights",
+    "encoders",
+    multiple=True,
+    default=("fp32", "int8"),
+    show_default=True,
+    help="Weights of the encoders to measure; repeatable.",
+)
+@click.option("--max-new-tokens", default=64, show_default=True, help="Tokens of each caption.")
+@click.option("--size", default="7b", show_default=True, help="The size of the random checkpoint.")
+@click.option("-o", "--result", default="real-size-7b-av", show_default=True, help="The name of the file in results/.")
 def main(
     checkpoint: Path | None,
     bundle: Path | None,

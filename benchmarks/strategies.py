@@ -52,10 +52,10 @@ def n_best_seconds(decoder: OrtDecoder, prompt: np.ndarray, count: int, tokens: 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--bundle", type=click.Path(path_type=Path), help="Measure this bundle.  [default: random, 0.5b, int4]")
-@click.option("--prompt-tokens", default=256, show_default=True)
-@click.option("--tokens", default=48, show_default=True)
-@click.option("--rounds", default=6, show_default=True)
-@click.option("-o", "--result", default="strategies-0.5b", show_default=True, help="Name under results/.")
+@click.option("--prompt-tokens", default=256, show_default=True, help="Tokens of the prompt.")
+@click.option("--tokens", default=48, show_default=True, help="New tokens of each measurement.")
+@click.option("--rounds", default=6, show_default=True, help="Rounds of each measurement.")
+@click.option("-o", "--result", default="strategies-0.5b", show_default=True, help="The name of the file in results/.")
 def main(bundle: Path | None, prompt_tokens: int, tokens: int, rounds: int, result: str) -> None:
     """Measure each strategy's time per token beside that of greedy decoding."""
     with tempfile.TemporaryDirectory() as scratch:

@@ -53,12 +53,20 @@ def stages(captions: list[Caption]) -> dict[str, float]:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--bundle", type=click.Path(path_type=Path), help="Measure this bundle.  [default: random, 0.5b, int4]")
-@click.option("--clips", "count", default=8, show_default=True)
-@click.option("--tokens", "lengths", multiple=True, type=int, default=(64, 256), show_default=True)
+@click.option("--clips", "count", default=8, show_default=True, help="The number of clips.")
+@click.option(
+    "--tokens",
+    "lengths",
+    multiple=True,
+    type=int,
+    default=(64, 256),
+    show_default=True,
+    help="New tokens of each caption; repeatable.",
+)
 @click.option("--audio/--no-audio", default=False, show_default=True, help="Listen to the clips' sound as well.")
 @click.option("--rows", default=8, show_default=True, help="Captions generated together.")
-@click.option("--rounds", default=3, show_default=True)
-@click.option("-o", "--result", default="throughput-0.5b", show_default=True, help="Name under results/.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds of each measurement.")
+@click.option("-o", "--result", default="throughput-0.5b", show_default=True, help="The name of the file in results/.")
 def main(
     bundle: Path | None, count: int, lengths: tuple[int, ...], audio: bool, rows: int, rounds: int, result: str
 ) -> None:

@@ -15,6 +15,7 @@ import click
 from ..console import BatchDisplay, ProgressDisplay, check_savable, save, say
 from ..errors import OptionError
 from . import FAILED, options
+from .outputs import check_output, check_record_name
 
 if TYPE_CHECKING:
     from ..runtime.batch import Entry, RecordFile, RecordStream, Settings, SubtitleWriter
@@ -38,27 +39,40 @@ class _Segments(click.ParamType):
         return seconds
 
 
-@click.command(short_help="Caption many files into one file of records; resumable.")
+@click.command(cls=options.Grouped, short_help="Caption many files into one file of records; resumable.")
 @click.argument("bundle", type=options.PATH)
 @click.argument("inputs", nargs=-1, required=True)
-@click.option("-o", "--output", metavar="FILE", required=True, help="JSONL file of the captions; - for stdout.")
+@click.option("-o", "--output", metavar="FILE", required=True, help="The JSONL file to write; - is stdout.")
 @options.prompt
 @options.no_audio
 @options.viewing_options
 @options.decoding_options
 @options.device_options
 @click.option("--rows", type=click.IntRange(1), help="Captions generated together.  [default: 8, or what fits]")
-@click.option("--memory", type=options.Bytes(), metavar="SIZE", help="Cache at most so large: 2GiB.  [default: all]")
+@click.option(
+    "--memory",
+    type=options.Bytes(),
+    metavar="SIZE",
+    help="The most memory for the cache of keys and values, for example 2GiB.  [default: no limit]",
+)
 @click.option(
     "--segments",
     type=_Segments(),
     metavar="SECONDS|scenes",
-    help="Cut videos: a caption for each piece, or for each scene.  [default: whole]",
+    help="Cut each video into pieces of this length or into scenes, and caption each piece.  [default: whole]",
 )
-@click.option("--srt", is_flag=True, help="A SubRip file beside each clip.")
-@click.option("--vtt", is_flag=True, help="A WebVTT file beside each clip.")
+@click.option("--srt", is_flag=True, help="Write a SubRip file beside each clip.")
+@click.option("--vtt", is_flag=True, help="Write a WebVTT file beside each clip.")
 @click.option(
-    "--subtitles-dir", type=options.PATH, metavar="DIR", help="Subtitle files go there.  [default: beside the clip]"
+    "--subtitles-dir", type=options.PATH, metavar="DIR", help="Write subtitle files there.  [default: beside the clip]"
+)
+@click.option(
+    "--item-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give up on a file that takes longer to read.",
 )
 @options.resume_options
 @options.quiet
@@ -80,18 +94,20 @@ def batch(
     srt: bool,
     vtt: bool,
     subtitles_dir: Path | None,
+    item_timeout: float,
     retry_failed: bool,
     overwrite: bool,
     quiet: bool,
 ) -> None:
     """Caption INPUTS with BUNDLE, many at once, into one JSONL file.
 
-    INPUTS are files, folders (searched for media files), patterns in quotes ('clips/**/*.mp4') and manifests: .jsonl
-    with an object a line, or .csv with a header, with the fields file, prompt, start, end (seconds) and id. Paths in a
-    manifest are relative to it.
+    INPUTS are files, folders (searched for media files), patterns in quotes ('clips/**/*.mp4') and manifests. A
+    manifest is a .jsonl file with an object per line or a .csv file with a header. Its fields are file (or video, or
+    path), prompt, start, end (seconds) and id. Other fields go into the record, under meta. Its paths are relative to
+    the manifest.
 
-    Stopped or killed, the same command goes on where it was. What cannot be captioned becomes a record with its
-    reason, and the exit code is then 1.
+    After a stop or a kill, the same command continues. An item that cannot be captioned gets a record with the reason,
+    and the exit code is then 1.
 
     \b
     Example: intertitle batch captioner holiday/ -o captions.jsonl --max-new-tokens 128
@@ -109,8 +125,12 @@ def batch(
         check_savable(target)
         if target.exists() and not target.is_file():
             raise OptionError(f"{target}: is a pipe or a device; use -o - and send stdout there")
+        check_record_name(target)
+        check_output(target, (*inputs, bundle / "bundle.json"))
     entries = read_inputs(inputs)
     files = [entry for entry in entries if isinstance(entry, Entry)]
+    if target is not None:
+        check_output(target, (entry.file for entry in files))
     subtitles = _subtitles(files, srt, vtt, subtitles_dir)
     from ..runtime.captioner import Captioner
 
@@ -144,7 +164,9 @@ def batch(
                 "duplicates": duplicates,
                 "rows": rows,
                 "memory": memory,
+                "item_timeout": item_timeout,
             },
+            debug=click.get_current_context().ensure_object(dict).get("debug", False),
         )
         try:
             tally = job.run(captioner)
@@ -153,7 +175,7 @@ def batch(
             if target is not None:
                 say(f"{target}: what is done is kept; the same command goes on from there", prefix="")
             raise
-    display.summary(tally)
+    display.summary(tally, target)
     if tally.failures:
         raise click.exceptions.Exit(FAILED)
 

@@ -23,11 +23,27 @@ from . import options
     metavar="LIST",
     default="current",
     show_default=True,
-    help="GPUs to build for: current is the one at hand; tensorrt-rtx builds for any without having one (86,89,120).",
+    help="The GPUs to build for. current: the GPU of this machine. TensorRT for RTX also builds for others: 86,89,120.",
 )
-@click.option("--max-length", type=click.IntRange(min=2), help="Tokens of prompt and caption, in 64s.  [default: fits]")
-@click.option("--rows", type=click.IntRange(min=1), help="Captions or streams of one step.  [default: 8]")
-@click.option("--memory", type=options.Bytes(), metavar="SIZE", help="For a layer at work: 2GiB.  [default: all]")
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=2),
+    help="The most tokens of one prompt and its caption together, rounded up to a multiple of 64. The cache of keys "
+    "and values grows with it.  [default: the longest prompt of the bundle and its longest caption]",
+)
+@click.option(
+    "--rows",
+    type=click.IntRange(min=1),
+    help="The most captions generated together. A caption with a contrast takes two, a beam search one per beam.  "
+    "[default: 8]",
+)
+@click.option(
+    "--memory",
+    type=options.Bytes(),
+    metavar="SIZE",
+    help="The most GPU memory that one layer may use for temporary data, for example 2GiB. Less memory rules out some "
+    "fast kernels.  [default: no limit]",
+)
 @options.quiet
 @options.debug
 def build(
@@ -39,9 +55,10 @@ def build(
     memory: int | None,
     quiet: bool,
 ) -> None:
-    """Build the engines of BUNDLE, compiled with --target tensorrt-rtx, into this user's engine cache.
+    """Build the TensorRT engines of BUNDLE into this user's engine cache.
 
-    What is there already stays; of what is built again it is said why.
+    BUNDLE was compiled with --target tensorrt-rtx, tensorrt or tensorrt-10.3. An engine that is up to date stays; a
+    rebuild prints its reason.
 
     \b
     Example: intertitle build captioner --compute-capability 86,89,120

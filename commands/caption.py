@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..console import ProgressDisplay, check_savable, one_line, report, save, say
-from ..errors import MediaError, OptionError
+from ..console import ProgressDisplay, flat, one_line, report, safe, safe_json, safe_pieces, save, say
+from ..errors import BundleError, IntertitleError, OptionError, TargetError
 from . import BAD_INPUT, options
+from .outputs import check_output, check_subtitles
 
 if TYPE_CHECKING:
     from ..runtime.caption import Caption, CaptionStream
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from ..runtime.decoding import Decoding
 
 
-@click.command(short_help="Caption videos, images and sounds with a bundle.")
+@click.command(cls=options.Grouped, short_help="Caption videos, images and sounds with a bundle.")
 @click.argument("bundle", type=options.PATH)
 @click.argument("media", type=options.PATH, nargs=-1, required=True)
 @click.option(
@@ -29,21 +30,25 @@ if TYPE_CHECKING:
     "prompts",
     metavar="TEXT",
     multiple=True,
-    help="Instruction to the captioner; several share one encoding.  [default: the family's own]",
+    help="The instruction to the model; repeatable, the clip is encoded once.  [default: the bundle's own]",
 )
 @options.no_audio
-@click.option("--start", type=float, metavar="SECONDS", help="Caption from here on.  [default: the beginning]")
-@click.option("--end", type=float, metavar="SECONDS", help="Caption up to here.  [default: the end]")
+@click.option("--start", type=float, metavar="SECONDS", help="Start here.  [default: the beginning]")
+@click.option("--end", type=float, metavar="SECONDS", help="Stop here.  [default: the end]")
 @options.viewing_options
 @options.decoding_options
 @click.option(
-    "--n-best", type=click.IntRange(1), default=1, help="Captions of each clip, likeliest first.  [default: 1]"
+    "--n-best",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Print this many captions of each clip, the likeliest first, each with its number and mean log-likelihood.",
 )
 @options.device_options
-@click.option("--staged", is_flag=True, help="Less memory: one component loaded at a time, anew for each clip.")
+@click.option("--staged", is_flag=True, help="Save memory: load one component at a time, again for each clip.")
 @click.option("--stream", is_flag=True, help="Print text as it is generated.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a caption: text, tokens, timings, notes.")
-@click.option("--srt", type=options.PATH, metavar="FILE", help="Also write the caption as a subtitle file (one clip).")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object per caption: text, tokens, timings, notes.")
+@click.option("--srt", type=options.PATH, metavar="FILE", help="Also write the caption of one clip as a SubRip file.")
 @options.quiet
 @options.debug
 def caption(
@@ -64,13 +69,16 @@ def caption(
 ) -> None:
     """Caption MEDIA (videos, images, folders of images, sound files) with BUNDLE.
 
-    One file gives its caption; several give a line each, the file's name, a tab and the caption (so do several
-    instructions: the instruction, a tab and the caption). A file that cannot be captioned does not stop the others.
+    For one file the command prints its caption. For several files it prints one line per file: name, tab, caption.
+    Several instructions and several captions of a clip are printed in the same way. If a file cannot be captioned,
+    the others are captioned all the same.
 
     \b
     Example: intertitle caption captioner clip.mp4 --max-new-tokens 128 --json
     """
+    from ..runtime.batching import as_item_error
     from ..runtime.captioner import Captioner
+    from ..runtime.reading import Readers
 
     if stream and as_json:
         raise OptionError("--stream and --json exclude each other")
@@ -79,24 +87,36 @@ def caption(
     if srt is not None:
         if len(media) > 1 or len(prompts) > 1:
             raise OptionError("--srt takes one clip and one instruction")
-        check_savable(srt)
+        check_output(srt, media)
+        check_subtitles(srt)
     with ProgressDisplay(quiet) as progress:
         captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress, staged=staged)
     options.say_device(captioner)
+    if len(media) > 1:
+        # A file that crashes its decoder must not cost the others their captions.
+        captioner.readers = Readers()
     asked = _Asked(captioner, prompts, decoding, n_best, {"audio": not no_audio, **viewing})
     failed, result = False, None
     for path in media:
-        show = _Show(path, len(media) > 1, len(prompts) > 1, as_json)
-        try:
-            for prompt, pieces in asked.answers(path, quiet, stream):
-                result = show(prompt, pieces)
-        except MediaError as error:
-            # One bad file does not cost the others their captions.
-            report(error, click.get_current_context().ensure_object(dict))
-            failed = True
-            continue
-        except OptionError as error:
-            raise OptionError(f"{path}: {error}") from error
+        show = _Show(path, len(media) > 1, len(prompts) > 1, n_best > 1, as_json)
+        answers = asked.answers(path, quiet, stream)
+        while True:
+            try:
+                answer = next(answers, None)
+            except (BundleError, TargetError):
+                raise
+            except Exception as error:
+                if len(media) == 1 and not isinstance(error, IntertitleError):
+                    raise
+                # One bad file does not cost the others their captions.
+                mine = as_item_error(error, path)
+                message = f"{path}: {mine}" if isinstance(mine, OptionError) else str(mine)
+                report(mine, click.get_current_context().ensure_object(dict), message)
+                failed, result = True, None
+                break
+            if answer is None:
+                break
+            result = show(*answer)
         if srt is not None and result is not None:
             _save_srt(srt, path, result)
     if failed:
@@ -113,8 +133,13 @@ class _Asked:
     n_best: int
     viewing: dict[str, Any]
 
-    def answers(self, path: Path, quiet: bool, stream: bool) -> Iterator[tuple[str | None, CaptionStream | Caption]]:
-        """Each instruction with its caption, or (``stream``) with one whose first piece of text is there."""
+    def answers(
+        self, path: Path, quiet: bool, stream: bool
+    ) -> Iterator[tuple[int, str | None, CaptionStream | Caption]]:
+        """Number, instruction and caption of each answer. A ``stream`` has its first piece of text.
+
+        The captions of one instruction are numbered from 1, the likeliest first.
+        """
         source: Path | PreparedClip = path
         viewing = self.viewing
         if len(self.prompts) > 1:
@@ -130,7 +155,7 @@ class _Asked:
                     found[0].peek()
                 else:
                     found = [self.captioner.caption(source, **how)]
-            yield from ((prompt, one) for one in found)
+            yield from ((number, prompt, one) for number, one in enumerate(found, 1))
 
 
 @dataclass(frozen=True)
@@ -140,22 +165,25 @@ class _Show:
     path: Path
     several_files: bool
     several_prompts: bool
+    several_captions: bool
     as_json: bool
 
-    def __call__(self, prompt: str | None, pieces: CaptionStream | Caption) -> Caption:
+    def __call__(self, number: int, prompt: str | None, pieces: CaptionStream | Caption) -> Caption:
         from ..runtime.caption import CaptionStream
 
         if isinstance(pieces, CaptionStream):
             click.echo(self._label(prompt), nl=False)
-            for piece in pieces:
-                click.echo(self._line(piece), nl=False)
+            for piece in safe_pieces(pieces):
+                click.echo(piece if self._alone else flat(piece), nl=False)
             click.echo()
             assert pieces.caption is not None
             result = pieces.caption
         else:
             result = pieces
             line = _caption_json(self.path, prompt, result) if self.as_json else None
-            click.echo(line or self._label(prompt) + self._line(result.text))
+            score = f"{number}\t{result.mean_logprob:.3f}\t" if self.several_captions else ""
+            text = safe(result.text) if self._alone else flat(result.text)
+            click.echo(line or f"{self._label(prompt)}{score}{text}")
         for note in result.notes:
             say(f"{self.path}: {note}", prefix="")
         return result
@@ -164,15 +192,15 @@ class _Show:
         name = f"{one_line(self.path)}\t" if self.several_files else ""
         return name + (f"{one_line(prompt)}\t" if self.several_prompts else "")
 
-    def _line(self, text: str) -> str:
-        """Fit for one line of several."""
-        alone = not self.several_files and not self.several_prompts
-        return text if alone else text.replace("\r", " ").replace("\n", " ")
+    @property
+    def _alone(self) -> bool:
+        """Whether this is the only caption; of several, each takes one line."""
+        return not (self.several_files or self.several_prompts or self.several_captions)
 
 
 def _caption_json(path: Path, prompt: str | None, result: Caption) -> str:
     record = {"file": str(path), "prompt": prompt, **asdict(result), "mean_logprob": result.mean_logprob}
-    text = json.dumps(record, ensure_ascii=False)
+    text = safe_json(json.dumps(record, ensure_ascii=False))
     try:
         text.encode(sys.stdout.encoding)
     except UnicodeEncodeError:
@@ -182,8 +210,9 @@ def _caption_json(path: Path, prompt: str | None, result: Caption) -> str:
 
 
 def _save_srt(path: Path, clip: Path, result: Caption) -> None:
-    from ..runtime.subtitles import Cue, format_srt
+    from ..runtime.subtitles import cue_of, format_srt
 
-    if not result.seconds:
-        raise OptionError(f"{clip}: --srt needs a clip with a duration, not an image")
-    save(path, format_srt([Cue(0.0, result.seconds, result.text)]))
+    cue = cue_of(result.text, result.start, None, result.seconds)
+    if cue is None:
+        raise OptionError(f"{clip}: --srt needs a clip with a duration, and this one has none (an image has none)")
+    save(path, format_srt([cue]))

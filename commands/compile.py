@@ -13,43 +13,45 @@ from . import options
 @click.command("compile", short_help="Compile a checkpoint into a bundle.")
 @click.argument("checkpoint", type=options.PATH)
 @click.option(
-    "-o", "--output", type=options.PATH, metavar="DIR", required=True, help="The bundle to write, a new directory."
+    "-o", "--output", type=options.PATH, metavar="DIR", required=True, help="The bundle to write: a new directory."
 )
 @click.option(
-    "--adapter", type=options.PATH, metavar="DIR", help="A LoRA adapter (PEFT layout) to merge.  [default: none]"
+    "--adapter", type=options.PATH, metavar="DIR", help="Merge this LoRA adapter (PEFT layout).  [default: none]"
 )
 @click.option(
     "--target",
     metavar="NAME",
     default="cpu",
     show_default=True,
-    help="cpu, cuda, tensorrt-rtx, tensorrt (10.15 on) or tensorrt-10.3 (JetPack 6).",
+    help="Compile for cpu, cuda, tensorrt-rtx, tensorrt (10.15 or later) or tensorrt-10.3 (JetPack 6).",
 )
 @click.option(
-    "--weights", metavar="FORMAT", help="The decoder's weights: int4, fp32, or fp16 (not for cpu).  [default: int4]"
+    "--weights",
+    metavar="FORMAT",
+    help="The decoder's weights: int4, fp16 (not for cpu) or fp32 (not for cuda).  [default: int4]",
 )
 @click.option(
     "--encoder-weights",
     metavar="FORMAT",
-    help="Weights of vision, connector and audio: fp32 (cpu), fp16 (others), or int8, a quarter or half of it."
-    "  [default: fp32 or fp16]",
+    help="The weights of vision, connector and audio: fp32, fp16 (not for cpu) or int8.  [default: fp32 for cpu, fp16 "
+    "for other targets]",
 )
 @click.option(
     "--block-size",
     type=int,
     metavar="N",
-    help="int4 weights that share a scale: 32, 64 or 128. Larger is faster and coarser, and a caption may come out "
-    "otherwise in a batch than alone.  [default: 32]",
+    help="The number of int4 weights that share a scale: 32, 64 or 128. Larger blocks are faster and less exact; a "
+    "clip may then get another caption in a batch than alone.  [default: 32]",
 )
 @click.option(
     "--visual-tokens",
     type=float,
     metavar="RATIO",
     multiple=True,
-    help="Share of visual tokens that AuroraCap's merging can keep; repeatable, the first is the default one at run "
-    "time.  [default: 1, 0.5, 0.25, 0.1]",
+    help="AuroraCap: a share of visual tokens that can be kept at run time; repeatable, the first is the default.  "
+    "[default: 1, 0.5, 0.25, 0.1]",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a bundle that is already there.")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that exists.")
 @options.quiet
 @options.debug
 def compile_command(

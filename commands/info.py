@@ -7,17 +7,17 @@ from pathlib import Path
 
 import click
 
-from ..console import ProgressDisplay, describe, show
+from ..console import ProgressDisplay, describe, safe_json, show
 from . import options
 
 
 @click.command(short_help="Show what is in a bundle.")
 @click.argument("bundle", type=options.PATH)
-@click.option("--json", "as_json", is_flag=True, help="The manifest as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @options.quiet
 @options.debug
 def info(bundle: Path, as_json: bool, quiet: bool) -> None:
-    """Show what is in BUNDLE, once its files have been checked.
+    """Check the files of BUNDLE, then show what it holds, what it takes and what it needs.
 
     \b
     Example: intertitle info captioner
@@ -30,9 +30,10 @@ def info(bundle: Path, as_json: bool, quiet: bool) -> None:
     with ProgressDisplay(quiet) as progress:
         opened = Bundle.open(bundle, progress=lambda done, total: progress("checking the bundle", done, total))
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(opened.manifest), indent=1).decode())
+        click.echo(safe_json(msgspec.json.format(msgspec.json.encode(opened.manifest), indent=1).decode()))
     else:
-        show(*describe(opened.manifest), *_here(where(opened)))
+        show(*describe(opened.manifest), columns=80)
+        show(*_here(where(opened)))
 
 
 def _here(devices: list[tuple[str, str | None]]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options that several commands share, and how a help text groups them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,84 @@ Command = Callable[..., Any]
 
 PATH = click.Path(path_type=Path)
 
+#: The sections of a help text and the options (by parameter name) that stand in each, in this order. An option that is
+#: in none of them stands in the last section.
+_SECTIONS: dict[str, tuple[str, ...]] = {
+    "Clip options": (
+        "scenes",
+        "prompt",
+        "prompts",
+        "no_audio",
+        "start",
+        "end",
+        "segments",
+        "segment_prompt",
+        "visual_tokens",
+        "duplicates",
+    ),
+    "Decoding options": (
+        "strategy",
+        "max_new_tokens",
+        "candidates",
+        "n_best",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "num_beams",
+        "length_penalty",
+        "repetition_penalty",
+        "no_repeat_ngram",
+        "stop",
+        "prefix",
+        "contrast",
+        "contrasts",
+        "contrast_alpha",
+        "contrast_beta",
+        "noise_step",
+        "retrospective",
+        "refine",
+        "confidence",
+        "deadline",
+    ),
+    "Scoring options": ("scorer_name", "judge_url", "judge_model", "judge_workers", "judge_timeout", "gap"),
+    "Output options": (
+        "output",
+        "stream",
+        "as_json",
+        "srt",
+        "vtt",
+        "subtitles_dir",
+        "retry_failed",
+        "overwrite",
+    ),
+    "Device options": ("device", "threads", "staged", "rows", "memory"),
+}
+
+
+def sections(command: click.Command) -> dict[str, list[click.Option]]:
+    """The options of a command by the section of its help text; a command that is not ``Grouped`` has one."""
+    options = {parameter.name: parameter for parameter in command.params if isinstance(parameter, click.Option)}
+    if not isinstance(command, Grouped):
+        return {"Options": list(options.values())} if options else {}
+    found = {title: [options.pop(name) for name in names if name in options] for title, names in _SECTIONS.items()}
+    found["Other options"] = list(options.values())
+    return {title: options for title, options in found.items() if options}
+
+
+class Grouped(click.Command):
+    """A command with many options, whose help text shows them in sections."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        found = sections(self)
+        if (help_option := self.get_help_option(ctx)) is not None:
+            found.setdefault("Other options", []).append(help_option)
+        for title, options in found.items():
+            records = (option.get_help_record(ctx) for option in options)
+            with formatter.section(title):
+                formatter.write_dl([record for record in records if record is not None])
+
 
 def _note_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
@@ -27,11 +105,25 @@ def _note_debug(context: click.Context, _: click.Parameter, value: bool) -> None
 
 
 debug = click.option(
-    "--debug", is_flag=True, expose_value=False, callback=_note_debug, help="Show the traceback of an error."
+    "--debug", is_flag=True, expose_value=False, callback=_note_debug, help="Show an error with its traceback."
 )
-quiet = click.option("-q", "--quiet", is_flag=True, help="No progress.")
-no_audio = click.option("--no-audio", is_flag=True, help="Do not listen to the sound.")
-prompt = click.option("--prompt", metavar="TEXT", help="Instruction to the captioner.  [default: the family's own]")
+quiet = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+no_audio = click.option("--no-audio", is_flag=True, help="Ignore the sound.")
+
+
+def _only_one(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> str | None:
+    if len(values) > 1:
+        raise click.BadParameter("give it once; a manifest can hold an instruction for each file", context, parameter)
+    return values[0] if values else None
+
+
+prompt = click.option(
+    "--prompt",
+    metavar="TEXT",
+    multiple=True,
+    callback=_only_one,
+    help="The instruction to the model.  [default: the bundle's own]",
+)
 
 
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -75,14 +167,16 @@ def viewing_options(command: Command) -> Command:
             "--visual-tokens",
             type=VisualTokens(),
             metavar="N|RATIO",
-            help="Merge the clip's visual tokens to so many, or to this share (0.5, 50%).  [default: all]",
+            help="Keep this many visual tokens (256) or this share of them (0.5 or 50%); similar ones are merged.  "
+            "[default: all]",
         ),
         click.option(
             "--drop-duplicates",
             "duplicates",
             type=click.FloatRange(min=0),
             metavar="LEVELS",
-            help="Drop frames that differ from the last kept one by no more grey levels, e.g. 2.  [default: none]",
+            help="Skip a frame that differs from the last kept one by at most this many grey levels (0 to 255).  "
+            "[default: keep all]",
         ),
     )
 
@@ -98,9 +192,11 @@ def decoding_options(command: Command) -> Command:
         if strategy == "contrastive":
             strategy, given["contrast"] = "greedy", given["contrast"] or "temporal"
         decoding = Decoding(strategy=strategy, **given)  # type: ignore[arg-type]
-        sampling = any(given[name] is not None for name in ("temperature", "top_p", "top_k")) or given["min_p"]
-        if strategy != "sample" and sampling:
-            say("--temperature, --top-p, --top-k and --min-p do nothing without --decoding sample")
+        context = click.get_current_context()
+        for name, needed in _NEEDED.items():
+            source = context.get_parameter_source(name)
+            if strategy != needed and source is click.core.ParameterSource.COMMANDLINE:
+                raise OptionError(f"--{name.replace('_', '-')} does nothing without --decoding {needed}")
         return command(*arguments, decoding=decoding, **others)
 
     made = [click.option(f"--{name.replace('_', '-')}", name, **how) for name, how in _DECODING.items()]
@@ -110,46 +206,91 @@ def decoding_options(command: Command) -> Command:
         type=click.Choice(["greedy", "sample", "beam", "contrastive"]),
         default="greedy",
         show_default=True,
-        help="How tokens are chosen; contrastive is greedy with --contrast temporal.",
+        help="How the next token is chosen. contrastive means greedy with --contrast temporal.",
     )
     return _with_options(with_decoding, strategy, *made)
 
 
+#: The strategy that an option is of.
+_NEEDED = {
+    "temperature": "sample",
+    "top_p": "sample",
+    "top_k": "sample",
+    "min_p": "sample",
+    "num_beams": "beam",
+    "length_penalty": "beam",
+}
+
 #: The fields of ``Decoding`` as options.
 _DECODING: dict[str, dict[str, Any]] = {
-    "max_new_tokens": {"type": int, "help": "Longest caption, in tokens.  [default: the checkpoint's]"},
-    "temperature": {"type": float, "help": "Sampling: temperature.  [default: the checkpoint's]"},
-    "top_p": {"type": float, "help": "Sampling: probability mass kept.  [default: the checkpoint's]"},
-    "top_k": {"type": int, "help": "Sampling: tokens kept, 0 for all.  [default: the checkpoint's]"},
+    "max_new_tokens": {"type": int, "help": "Stop after this many tokens.  [default: the bundle's]"},
+    "temperature": {"type": float, "help": "Sampling: divide the logits by this.  [default: the bundle's]"},
+    "top_p": {
+        "type": float,
+        "help": "Sampling: keep the likeliest tokens that together have this probability.  [default: the bundle's]",
+    },
+    "top_k": {
+        "type": int,
+        "help": "Sampling: keep this many of the likeliest tokens; 0 keeps all.  [default: the bundle's]",
+    },
     "min_p": {
         "type": float,
         "default": 0.0,
-        "help": "Sampling: least share of the likeliest token's probability.  [default: off]",
+        "help": "Sampling: drop tokens less than this times as likely as the likeliest token.  [default: off]",
     },
-    "seed": {"type": int, "default": 0, "show_default": True, "help": "Seed of sampling and noise."},
-    "num_beams": {"type": int, "default": 4, "show_default": True, "help": "Beam search: beams."},
+    "seed": {
+        "type": int,
+        "default": 0,
+        "show_default": True,
+        "help": "The seed of sampling and noise.",
+    },
+    "num_beams": {"type": int, "help": "Beam search: the number of beams.  [default: 4]"},
     "length_penalty": {
         "type": float,
         "default": 1.0,
         "show_default": True,
-        "help": "Beam search: length's power.",
+        "help": "Beam search: divide a beam's log-likelihood by its length to this power.",
     },
-    "repetition_penalty": {"type": float, "help": "Above 1: against repetition.  [default: the checkpoint's]"},
-    "no_repeat_ngram": {"type": int, "default": 0, "help": "No N tokens in a row twice.  [default: off]"},
-    "stop": {"metavar": "TEXT", "multiple": True, "help": "Text that ends a caption; repeatable.  [default: none]"},
-    "prefix": {"metavar": "TEXT", "default": "", "help": "Text that the caption begins with.  [default: none]"},
+    "repetition_penalty": {
+        "type": float,
+        "help": "Above 1, tokens that were generated become less likely.  [default: the bundle's]",
+    },
+    "no_repeat_ngram": {
+        "type": int,
+        "default": 0,
+        "help": "Never generate the same sequence of this many tokens twice.  [default: off]",
+    },
+    "stop": {"metavar": "TEXT", "multiple": True, "help": "Stop at this text; repeatable.  [default: none]"},
+    "prefix": {"metavar": "TEXT", "default": "", "help": "Begin the caption with this text.  [default: none]"},
     "contrast": {
         "type": click.Choice(["temporal", "noise"]),
-        "help": "Subtract what is said without the evidence: of every third frame, or of noised ones.  [default: none]",
+        "help": "Contrastive decoding: subtract the logits of a second view of the clip. temporal: every third frame "
+        "(SynPO). noise: frames with noise (VCD).  [default: none]",
     },
-    "contrast_alpha": {"type": float, "help": "Weight of the contrast.  [default: temporal 0.5, noise 1]"},
-    "contrast_beta": {"type": float, "help": "Least share of the likeliest token's probability.  [default: noise 0.1]"},
-    "noise_step": {"type": int, "default": 500, "show_default": True, "help": "Noise contrast: step of 1000."},
-    "retrospective": {"is_flag": True, "help": "Caption again with the first caption in the prompt."},
+    "contrast_alpha": {
+        "type": float,
+        "help": "Contrast: its weight; 0 is no contrast.  [default: 0.5 for temporal, 1 for noise]",
+    },
+    "contrast_beta": {
+        "type": float,
+        "help": "Contrast: drop tokens less than this times as likely as the likeliest token of the whole clip.  "
+        "[default: off for temporal, 0.1 for noise]",
+    },
+    "noise_step": {
+        "type": int,
+        "default": 500,
+        "show_default": True,
+        "help": "Noise contrast: how much noise the frames get, from 0 (almost none) to 999 (only noise).",
+    },
+    "retrospective": {
+        "is_flag": True,
+        "help": "Caption twice: the second prompt holds the first caption and asks for corrections (SynPO).",
+    },
     "confidence": {
         "type": float,
         "metavar": "LOGPROB",
-        "help": "Contrast, second pass only for captions whose mean log-likelihood is below this.  [default: all]",
+        "help": "Use the contrast and the second pass only if the plain caption's mean token log-likelihood is below "
+        "this, for example -1.5.  [default: always]",
     },
 }
 
@@ -165,8 +306,8 @@ def resume_options(command: Command) -> Command:
 
     return _with_options(
         checked,
-        click.option("--retry-failed", is_flag=True, help="Try again what failed in an earlier run."),
-        click.option("--overwrite", is_flag=True, help="Begin afresh where the output is there already."),
+        click.option("--retry-failed", is_flag=True, help="Try the items again that failed in an earlier run."),
+        click.option("--overwrite", is_flag=True, help="Replace an output that exists."),
     )
 
 
@@ -179,9 +320,11 @@ def device_options(command: Command) -> Command:
             metavar="NAME",
             default="auto",
             show_default=True,
-            help="Where to run: auto (the best that works), cpu, cuda, tensorrt-rtx or tensorrt.",
+            help="Where to run: cpu, cuda, tensorrt-rtx or tensorrt; auto takes the best that works.",
         ),
-        click.option("--threads", type=click.IntRange(1), help="Processor threads.  [default: one a core]"),
+        click.option(
+            "--threads", type=click.IntRange(1, 1024), help="The number of CPU threads.  [default: one per core]"
+        ),
     )
 
 

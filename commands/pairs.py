@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..console import BatchDisplay, ProgressDisplay, check_savable, duration, say
+from ..console import BatchDisplay, ProgressDisplay, duration, say
 from ..errors import OptionError
 from . import FAILED, options
+from .outputs import check_output, check_record_name
 
 if TYPE_CHECKING:
     from ..align.preference import Item, PairTally, Recipe, Scorer
@@ -24,56 +25,84 @@ if TYPE_CHECKING:
 KEY = "INTERTITLE_JUDGE_API_KEY"
 
 
-@click.command(short_help="Preference pairs from clips, for aligning a captioner; resumable.")
+@click.command(cls=options.Grouped, short_help="Preference pairs from clips, for aligning a captioner; resumable.")
 @click.argument("bundle", type=options.PATH)
 @click.argument("inputs", nargs=-1)
-@click.option("-o", "--output", type=options.PATH, metavar="FILE", required=True, help="JSONL file of the pairs.")
+@click.option("-o", "--output", type=options.PATH, metavar="FILE", required=True, help="The JSONL file to write.")
 @click.option(
-    "--scenes", metavar="SPLIT:FIRST:STOP", help="Rendered scenes in place of inputs: train:0:500.  [default: none]"
+    "--scenes", metavar="SPLIT:FIRST:STOP", help="Use rendered scenes instead of INPUTS: train:0:500.  [default: none]"
 )
 @click.option(
     "--scorer",
     "scorer_name",
     type=click.Choice(["reference-free", "scenes", "judge"]),
-    help="By agreement, by the facts of scenes, or by a language model.  [default: scenes for scenes, else "
-    "reference-free]",
+    help="How captions are scored: by their agreement, by the facts of the scene, or by a language model.  [default: "
+    "scenes with --scenes, else reference-free]",
 )
 @click.option(
-    "--judge-url", metavar="URL", help=f"OpenAI-compatible API: http://host/v1; its key is in ${KEY}.  [default: none]"
+    "--judge-url",
+    metavar="URL",
+    help=f"Judge: an OpenAI-compatible API, http://host/v1; key in ${KEY}.  [default: none]",
 )
-@click.option("--judge-model", metavar="NAME", help="The judging model.  [default: none]")
+@click.option("--judge-model", metavar="NAME", help="Judge: the name of its model.  [default: none]")
 @click.option(
-    "--judge-workers", type=click.IntRange(1, 256), default=8, show_default=True, help="Questions asked at a time."
+    "--judge-workers", type=click.IntRange(1, 256), default=8, show_default=True, help="Judge: questions in flight."
 )
 @click.option(
     "--judge-timeout",
     type=click.FloatRange(0, min_open=True),
     default=60.0,
     show_default=True,
-    help="Seconds for an answer, of which there are 5 tries.",
+    help="Judge: wait this many seconds for an answer. A question is asked up to 5 times.",
 )
-@click.option("--candidates", type=click.IntRange(1), default=8, show_default=True, help="Captions to be sampled.")
+@click.option(
+    "--candidates", type=click.IntRange(1), default=8, show_default=True, help="Captions to sample of each clip."
+)
 @click.option(
     "--contrast-alpha",
     "contrasts",
     type=float,
     multiple=True,
-    help="A caption with temporal contrast of this weight; repeatable.  [default: 0.5]",
+    help="Add a caption with temporal contrast of this weight; repeatable.  [default: 0.5]",
 )
-@click.option("--gap", type=float, default=4.0, show_default=True, help="Keep pairs that differ by so much, of 13.5.")
-@click.option("--refine/--no-refine", default=True, show_default=True, help="Second looks with the caption at hand.")
+@click.option(
+    "--gap",
+    type=float,
+    default=4.0,
+    show_default=True,
+    help="Keep a pair if the scores of its two captions differ by at least this. A score is at most 13.5.",
+)
+@click.option(
+    "--refine/--no-refine",
+    default=True,
+    show_default=True,
+    help="Caption again with each caption in the prompt, and add the results.",
+)
 @options.prompt
 @click.option(
     "--segment-prompt",
     metavar="TEXT",
-    help="Instruction for segments, '' for that of the whole clip.  [default: a cautious one]",
+    help="The instruction for the segments of a clip; '' uses --prompt. The default asks to say only what is certain.  "
+    "[default: a cautious one]",
 )
 @options.no_audio
-@click.option("--max-new-tokens", type=click.IntRange(1), help="Longest caption, in tokens.  [default: the bundle's]")
-@click.option("--temperature", type=float, default=0.9, show_default=True, help="Sampling: temperature.")
-@click.option("--top-p", type=float, default=0.95, show_default=True, help="Sampling: probability mass kept.")
-@click.option("--top-k", type=int, default=32, show_default=True, help="Sampling: tokens kept, 0 for all.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampling.")
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Stop after this many tokens.  [default: the bundle's]")
+@click.option("--temperature", type=float, default=0.9, show_default=True, help="Sampling: divide the logits by this.")
+@click.option(
+    "--top-p",
+    type=float,
+    default=0.95,
+    show_default=True,
+    help="Sampling: keep the likeliest tokens that together have this probability.",
+)
+@click.option(
+    "--top-k",
+    type=int,
+    default=32,
+    show_default=True,
+    help="Sampling: keep this many of the likeliest tokens; 0 keeps all.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="The seed of sampling.")
 @options.device_options
 @options.resume_options
 @options.quiet
@@ -101,11 +130,11 @@ def pairs(
 ) -> None:
     """Caption INPUTS with BUNDLE several times each, score the captions, and write the best and the worst.
 
-    INPUTS are as those of batch: files, folders, patterns and manifests. The steps are SynPO's: captions of segments,
-    candidates for the whole clip (sampled, greedy, contrastive), a second look at each, scores for factuality, fluency
-    and consistency.
+    INPUTS are the same as for batch: files, folders, patterns and manifests. The steps are those of SynPO. The bundle
+    captions segments of the clip, then the whole clip several times (sampled, greedy, contrastive), then again with
+    each caption in the prompt. Each caption gets a score for factuality, fluency and consistency.
 
-    Stopped or killed, the same command goes on where it was. What fails becomes a record with its reason, and the exit
+    After a stop or a kill, the same command continues. A clip that fails gets a record with the reason, and the exit
     code is then 1.
 
     \b
@@ -113,6 +142,7 @@ def pairs(
                --judge-url http://localhost:8000/v1 --judge-model qwen-plus
     """
     from ..align.preference import CAUTIOUS, PairFile, PairJob, Proposer, Recipe, read_pairs
+    from ..runtime.batch import Entry
 
     name = scorer_name or ("scenes" if scenes is not None else "reference-free")
     _check(inputs, scenes, name, judge_url, judge_model)
@@ -126,21 +156,26 @@ def pairs(
     scorer = _scorer(name, judge_url, judge_model, judge_workers, judge_timeout)
     if str(output) == "-":
         raise OptionError("-: pairs need a file that can be gone on with, not stdout")
-    check_savable(output)
+    check_record_name(output)
+    files = [entry.file for entry in entries if isinstance(entry, Entry)]
+    check_output(output, (*inputs, bundle / "bundle.json", *files))
     if output.exists() and not output.is_file():
         raise OptionError(f"{output}: is a pipe or a device, and pairs need a file that can be gone on with")
     from ..runtime.captioner import Captioner
+    from ..runtime.reading import Readers
 
     with ProgressDisplay(quiet) as progress:
         captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress)
     options.say_device(captioner)
+    captioner.readers = Readers()
     settings = _settings(bundle, recipe, scorer=scorer.name, judge_model=judge_model, gap=gap)
+    debug = click.get_current_context().ensure_object(dict).get("debug", False)
     began = time.monotonic()
     with (
         PairFile(output, settings, overwrite=overwrite, retry_failed=retry_failed) as records,
         BatchDisplay(len(entries), quiet) as display,
     ):
-        job = PairJob(entries, records, scorer, gap=gap, watch=display)
+        job = PairJob(entries, records, scorer, gap=gap, watch=display, debug=debug)
         proposer = Proposer(captioner, recipe, segments=scorer.needs_segments, likelihoods=scorer.needs_likelihoods)
         try:
             tally = job.run(proposer)

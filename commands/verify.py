@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 @click.argument("media", type=options.PATH, nargs=-1)
 @click.option("--reference", type=options.PATH, metavar="DIR", required=True, help="The checkpoint that was compiled.")
 @click.option("--adapter", type=options.PATH, metavar="DIR", help="The adapter that was merged.  [default: none]")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Greedy tokens compared.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Greedy tokens to compare."
+)
 @options.no_audio
-@click.option("--json", "json_file", type=options.PATH, metavar="FILE", help="Write the report as JSON; - for stdout.")
+@click.option("--json", "json_file", type=options.PATH, metavar="FILE", help="Write the report as JSON; - is stdout.")
 @options.quiet
 @options.debug
 def verify(
@@ -38,8 +40,8 @@ def verify(
 ) -> None:
     """Compare BUNDLE with PyTorch, stage by stage, on MEDIA (default: the shipped clip).
 
-    Exits with 1 when a stage fails and names the first one. PASS: every stage within its tolerance and the greedy
-    tokens equal. AMBIGUOUS: the tokens part at a near-tie.
+    PASS: every stage is within its tolerance, and the greedy tokens are equal. AMBIGUOUS: the tokens differ where two
+    logits are almost equal. FAIL: the report names the first stage that fails, and the exit code is 1.
 
     \b
     Example: intertitle verify captioner --reference VideoLLaMA2.1-7B-AV --json report.json

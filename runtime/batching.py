@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-from ..errors import IntertitleError
+from ..errors import BundleError, IntertitleError, ItemError, TargetError, TransientMediaError
 from .caption import Caption
 from .clip import Clip
 from .decoding import Scheduler
+from .media.doors import reason
 from .runner import Runner
 from .task import CaptionTask
 from .timing import Stages
@@ -45,21 +46,37 @@ class Pipeline:
 
     ``read``: from an item to its clip, in a thread. ``task``: from a clip to a task, encoding it. ``open``: a scheduler
     whose rows hold so many tokens at least; ``OptionError``, which ends the batch, where the memory does not suffice
-    for one caption.
+    for one caption. ``stop``: ends the reads that are under way.
     """
 
     read: Callable[[BatchItem, Stages], Clip]
     task: Callable[[BatchItem, Clip, Stages], CaptionTask]
     open: Callable[[int], Scheduler]
+    stop: Callable[[], None] = lambda: None
 
 
 def run_batch(pipeline: Pipeline, items: Iterable[BatchItem]) -> Iterator[BatchResult]:
     """Results in the order in which they are complete; ``items`` are taken as they are needed, in this thread.
 
-    An ``IntertitleError`` of an item is its result. Any other exception ends the batch. At most ``READ_AHEAD`` clips
-    wait beside those whose captions are being generated. Close the iterator to stop: what is under way is dropped.
+    Whatever an item raises is its result: an ``IntertitleError`` as it is, anything else as an ``ItemError``. Only a
+    ``BundleError`` and a ``TargetError`` end the batch, since no item is at fault. Where a decode step of several
+    captions fails, each of them is tried again alone. At most ``READ_AHEAD`` clips wait beside those whose captions are
+    being generated. Close the iterator to stop: what is under way is dropped.
     """
     return _Batch(pipeline, items).run()
+
+
+def as_item_error(error: Exception, source: str | os.PathLike[str]) -> IntertitleError:
+    """What was raised for a file as one of our errors, with the original as its cause."""
+    if isinstance(error, IntertitleError):
+        return error
+    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
+    if isinstance(error, MemoryError):
+        made: IntertitleError = TransientMediaError(f"{name}: there is not enough memory for it")
+    else:
+        made = ItemError(f"{name}: {reason(error)}")
+    made.__cause__ = error
+    return made
 
 
 class _Batch:
@@ -78,15 +95,48 @@ class _Batch:
                 self._read_ahead()
                 yield from self._start_ready()
                 if self._runner is not None and not self._runner.idle:
-                    for task in self._runner.step():
-                        index, item = self._under_way.pop(id(task))
-                        yield BatchResult(index, item, task.captions[0])
+                    yield from self._step(self._runner)
                 elif not self._reading and self._held is None and self._exhausted:
                     return
         finally:
             for future in self._reading:
                 future.cancel()
+            self._pipeline.stop()
             self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _step(self, runner: Runner) -> Iterator[BatchResult]:
+        """One decode step of all rows."""
+        try:
+            finished = list(runner.step())
+        except (BundleError, TargetError):
+            raise
+        except Exception:
+            # Nobody knows whose fault it is.
+            self._runner = None
+            started, self._under_way = self._under_way, {}
+            if self._held is not None:
+                self._under_way[id(self._held)] = started.pop(id(self._held))
+            for index, item in started.values():
+                yield self._alone(index, item)
+            return
+        for task in finished:
+            index, item = self._under_way.pop(id(task))
+            yield BatchResult(index, item, task.captions[0])
+
+    def _alone(self, index: int, item: BatchItem) -> BatchResult:
+        """The result of an item that is read, encoded and decoded with no other beside it."""
+        stages = Stages()
+        try:
+            task = self._pipeline.task(item, self._pipeline.read(item, stages), stages)
+            runner = Runner(self._pipeline.open(task.max_length))
+            runner.add(task)
+            while not runner.idle:
+                runner.step()
+        except (BundleError, TargetError):
+            raise
+        except Exception as error:
+            return BatchResult(index, item, error=as_item_error(error, item.source))
+        return BatchResult(index, item, task.captions[0])
 
     def _read_ahead(self) -> None:
         while len(self._reading) < READ_AHEAD and not self._exhausted:
@@ -129,8 +179,10 @@ class _Batch:
             index, item, stages = self._reading.pop(ready)
             try:
                 task = self._pipeline.task(item, ready.result(), stages)
-            except IntertitleError as error:
-                yield BatchResult(index, item, error=error)
+            except (BundleError, TargetError):
+                raise
+            except Exception as error:
+                yield BatchResult(index, item, error=as_item_error(error, item.source))
             else:
                 self._held = task
                 self._under_way[id(task)] = (index, item)

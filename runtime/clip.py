@@ -13,6 +13,7 @@ from ..errors import MediaError, OptionError
 from .bundle import AudioSpec, Preprocessing
 from .inference import FloatArray
 from .media import Media, as_frames, as_waveform, open_media
+from .media.doors import media_errors
 from .preprocess.audio import audio_policy, resample, video_policy
 from .preprocess.duplicates import check_threshold, distinct_frames
 from .preprocess.frames import sample_indices, span_frames
@@ -93,14 +94,14 @@ def read_clip(
     kept one, or with ``per_frame`` are dropped too. ``MediaError`` when nothing is left or the source ends before
     ``start``, ``OptionError`` for a span of images and for times or a threshold that cannot be.
     """
-    name = os.fspath(source)
     span = _Span(start, end)
     span.check()
     if duplicates is not None:
         check_threshold(duplicates)
     with stages.measure("open"):
         media = open_media(source)
-    with media:
+    name = os.fspath(source)
+    with media_errors(name), media:
         clip = Clip(seconds=media.duration or None, start=span.offset)
         if not span.whole:
             clip.seconds = _span_seconds(media, span)

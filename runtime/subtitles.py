@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..plain_text import safe
+
 
 @dataclass(frozen=True)
 class Cue:
@@ -13,6 +15,16 @@ class Cue:
     start: float
     end: float
     text: str
+
+
+def cue_of(text: str, start: float | None, end: float | None, seconds: float | None) -> Cue | None:
+    """The cue of a caption of ``start`` to ``end`` (seconds), or of ``seconds`` from there on; None without an end."""
+    begin = start or 0.0
+    if end is None:
+        if not seconds:
+            return None
+        end = begin + seconds
+    return Cue(begin, end, text)
 
 
 def format_srt(cues: Iterable[Cue]) -> str:
@@ -45,7 +57,7 @@ def format_vtt(cues: Iterable[Cue]) -> str:
 
 
 def _text(cue: Cue) -> str:
-    return "\n".join(line.strip() for line in cue.text.splitlines() if line.strip())
+    return "\n".join(line.strip() for line in safe(cue.text).split("\n") if line.strip())
 
 
 def _stamp(seconds: float, point: str) -> str:

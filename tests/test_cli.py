@@ -15,7 +15,8 @@ import signal
 import subprocess
 import sys
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ import pytest
 from intertitle.align.scenes import captions, compare, draw_scene
 from intertitle.cli import DEMO_CLIP, cli, main
 from intertitle.commands import SHIPPED
+from intertitle.commands.options import Grouped
+from intertitle.runtime.caption import CaptionStream
 
 Compiled = Callable[..., Path]
 Expected = Callable[[str], dict[str, np.ndarray]]
@@ -189,10 +192,54 @@ def test_one_file_several_files_and_streamed(compiled: Compiled, run: Callable[.
     names = [line.partition("\t")[0] for line in several.out.splitlines()]
     assert names == [str(single), str(DEMO_CLIP)]
     assert several.err == f"captioning {single}\ncaptioning {DEMO_CLIP}\n"
-    assert several.out.partition("\n")[0] == f"{single}\t" + re.sub("[\r\n]", " ", text)
+    assert several.out.partition("\n")[0] == f"{single}\t" + re.sub("[\r\n\t]", " ", text)
     streamed = run("caption", bundle, single, DEMO_CLIP, "--stream", "-q", *options)
     assert streamed.out == several.out
     assert streamed.err == ""
+
+
+def test_several_captions_of_a_clip_are_numbered(compiled: Compiled, run: Callable[..., Result], pictures: Path):
+    arguments = ["caption", compiled("av-qwen2"), pictures / "frame0.png", "-q", "--decoding", "beam", "--n-best", 3]
+    arguments += ["--max-new-tokens", 4]
+    records = [json.loads(line) for line in run(*arguments, "--json").out.splitlines()]
+    scores = [record["mean_logprob"] for record in records]
+    assert len(scores) == 3
+    assert scores == sorted(scores, reverse=True)
+    found = [line.split("\t") for line in run(*arguments).out.splitlines()]
+    assert [line[:2] for line in found] == [[str(n), f"{score:.3f}"] for n, score in enumerate(scores, 1)]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_terminal_obeys_no_caption(
+    streamed: bool, compiled: Compiled, run: Callable[..., Result], pictures: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A hostile tokenizer makes captions that clear the screen; the escape sequence comes in two pieces."""
+    said, single = ["a\x1b", "]0;title\x07\u202e", "b\r", "\nc"], pictures / "frame0.png"
+    shown = "a\\x1b]0;title\\x07\\u202eb"
+    result = intertitle.Captioner.load(compiled("av-qwen2")).caption(
+        single, decoding=intertitle.Decoding(max_new_tokens=2)
+    )
+    made = replace(result, text="".join(said), notes=["n\x1b[2J"])
+
+    def stream(*_: object, **__: object) -> CaptionStream:
+        def pieces() -> Iterator[str]:
+            yield from said
+            begun.caption = made
+
+        begun = CaptionStream(pieces())
+        return begun
+
+    monkeypatch.setattr(intertitle.Captioner, "caption", lambda *_, **__: made)
+    monkeypatch.setattr(intertitle.Captioner, "stream", stream)
+    flag = ["--stream"] if streamed else []
+    arguments = ["caption", compiled("av-qwen2"), single, "-q", *flag]
+    assert run(*arguments).out == f"{shown}\nc\n"
+    assert run(*arguments).err == f"{single}: n\\x1b[2J\n"
+    assert run(*arguments, single).out == f"{single}\t{shown} c\n" * 2
+    if not streamed:
+        (line,) = run(*arguments, "--json").out.splitlines()
+        assert json.loads(line)["text"] == made.text
+        assert "\u202e" not in line
 
 
 def test_what_was_substituted_is_said(compiled: Compiled, run: Callable[..., Result], pictures: Path):
@@ -234,13 +281,18 @@ def test_options_reach_the_captioner(compiled: Compiled, run: Callable[..., Resu
     assert len(seen) == 4
 
 
-def test_sampling_options_without_sampling_are_pointed_out(compiled: Compiled, run: Callable[..., Result]):
+@pytest.mark.parametrize(
+    ("option", "value", "needed"),
+    [("--temperature", 0.5, "sample"), ("--top-k", 3, "sample"), ("--num-beams", 4, "beam")],
+)
+def test_options_of_another_strategy_are_refused(
+    compiled: Compiled, run: Callable[..., Result], option: str, value: float, needed: str
+):
     options = ["-q", "--no-audio", "--max-new-tokens", 2]
-    result = run("caption", compiled("av-qwen2"), DEMO_CLIP, "--temperature", 0.5, *options)
-    assert result.code == 0
-    assert result.errors == [
-        "intertitle: --temperature, --top-p, --top-k and --min-p do nothing without --decoding sample"
-    ]
+    for strategy in ([], ["--decoding", "greedy"]):
+        result = run("caption", compiled("av-qwen2"), DEMO_CLIP, option, value, *strategy, *options)
+        assert result.code == 2
+        assert result.errors == [f"intertitle: {option} does nothing without --decoding {needed}"]
     assert run("caption", compiled("av-qwen2"), DEMO_CLIP, "--seed", 7, *options).err == ""
 
 
@@ -305,7 +357,8 @@ def test_info(compiled: Compiled, run: Callable[..., Result]):
         (row,) = (line for line in result.out.splitlines() if line.startswith(f"{name} "))
         size = sum((bundle / part[file]).stat().st_size for file in ("graph", "data"))
         assert row.split()[:4] == [name, part["weights"], f"{part['parameters']:,}", f"{size / 1e6:.1f}"]
-    assert f"in {len(list(bundle.iterdir())) - 1} files" in result.out
+    assert f"\n{len(list(bundle.iterdir())) - 1} files " in result.out
+    assert max(map(len, result.out.splitlines()[:-1])) <= 80
 
 
 def test_verify_passes_and_fails(compiled: Compiled, data_dir: Path, run: Callable[..., Result], tmp_path: Path):
@@ -393,6 +446,20 @@ def test_help(name: str | None, run: Callable[..., Result]):
         assert option.help, option.name
         if not option.is_flag and not option.required and option.name not in ("srt", "json_file"):
             assert option.show_default or "[default: " in option.help, option.name
+
+
+@pytest.mark.parametrize("name", [name for name, command in cli.commands.items() if isinstance(command, Grouped)])
+def test_sections_of_a_help_hold_every_option_once(name: str, run: Callable[..., Result]):
+    text = run(name, "--help").out
+    shown = re.findall(r"^  (?:-\w, )?(--[\w-]+)", text, re.MULTILINE)
+    wanted = [option.opts[-1] for option in options_of(cli.commands[name])] + ["--help"]
+    assert sorted(shown) == sorted(wanted)
+    sections = dict(re.findall(r"^([A-Z][a-z]+) options:\n((?:  .*\n|\n)+)", text, re.MULTILINE))
+    assert list(sections)[:2] == ["Clip", "Decoding"]
+    assert "--prompt" in sections["Clip"]
+    assert "--temperature" in sections["Decoding"]
+    assert "--threads" in sections["Device"]
+    assert "--debug" in sections["Other"]
 
 
 def test_no_arguments_show_the_help(run: Callable[..., Result]):

@@ -7,6 +7,7 @@ import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -182,21 +183,44 @@ def test_tables_are_plain_and_aligned(capsys: Capture):
 
 def test_a_bundle_described(write_bundle: Callable[..., Path], tmp_path: Path):
     """By hand from the manifest of ``conftest.py``."""
-    *lines, files = describe(Bundle.open(write_bundle(tmp_path / "bundle")).manifest)
-    text = [line for line in lines if isinstance(line, str)]
-    assert text == [
-        "tiny: videollama2, for cpu (ort), decoder int4",
-        "sees 8 frames (centered): 5 visual tokens, 1496 audio tokens; modes: video, audio, audiovideo",
-        # Keys and values of one layer, one head of two floats.
-        "context 64 tokens; cache 16 bytes a token (float32)",
-        "compiled from tiny by intertitle 0",
-    ]
-    assert files == "0.0 MB in 8 files"
-    (parts,) = (line for line in lines if isinstance(line, Table))
+    first, parts, facts = describe(Bundle.open(write_bundle(tmp_path / "bundle")).manifest)
+    assert first == "tiny: videollama2, for cpu (ort), decoder int4"
+    assert cells(facts) == {
+        "pictures": "8 frames of a clip (centered), 5 visual tokens",
+        "sound": "1496 audio tokens",
+        "modes": "video, audio, audiovideo",
+        "prompt": '"Describe the video in detail." unless another is given',
+        "decoding": "greedy unless asked otherwise, up to 16 new tokens, context 64 tokens, repetition penalty 1",
+        "sampling": "temperature 0.2, top-p 0.9, top-k off",
+        # Keys and values of one layer, one head of two floats; the context ends a caption after 64 tokens.
+        "memory": "0.0 MB of weights are loaded; the embedding stays on disk. The cache takes 16 bytes a token "
+        "(float32): 0.0 MB for a whole clip with the longest caption. Activations come on top.",
+        "time": "depends on the machine: intertitle caption BUNDLE CLIP --json prints the seconds of each stage",
+        "made from": "tiny by intertitle 0",
+    }
+    assert isinstance(parts, Table)
     columns = {str(column.header): list(column.cells) for column in parts.columns}
-    assert columns["component"] == ["vision", "connector", "audio", "decoder", "embedding"]
-    assert columns["weights"] == ["fp32", "fp32", "fp32", "int4", "bfloat16"]
-    assert columns["parameters"] == ["10", "10", "10", "10", "28"]
+    assert columns["component"] == ["vision", "connector", "audio", "decoder", "embedding", "8 files"]
+    assert columns["weights"] == ["fp32", "fp32", "fp32", "int4", "bfloat16", ""]
+    assert columns["parameters"] == ["10", "10", "10", "10", "28", ""]
+
+
+def cells(facts: Table | str) -> dict[Any, Any]:
+    assert isinstance(facts, Table)
+    names, values = (list(column.cells) for column in facts.columns)
+    return dict(zip(names, values, strict=True))
+
+
+def test_the_shipped_bundle_described_fits_80_columns(
+    write_bundle: Callable[..., Path], tmp_path: Path, capsys: Capture
+):
+    manifest = Bundle.open(write_bundle(tmp_path / "bundle")).manifest
+    long = replace(manifest, default_instruction="Describe [bold] the video " * 12 + "\x1b[2J")
+    show(*describe(long), columns=80)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert " ".join(out.split()).count("Describe [bold] the video") == 12
+    assert "\x1b" not in out
 
 
 def test_ratios_of_merging_described(write_bundle: Callable[..., Path], tmp_path: Path):
@@ -205,13 +229,10 @@ def test_ratios_of_merging_described(write_bundle: Callable[..., Path], tmp_path
         MergingRatio(keep=1.0, graph="a", tokens_per_block=9),
         MergingRatio(keep=0.1, graph="b", tokens_per_block=2),
     ]
-    for count, said in (
-        (2, "72 visual tokens (by ratio of merging: 1 72, 0.1 16), 1496"),
-        (1, "72 visual tokens, 1496"),
-    ):
+    for count, said in ((2, "72 visual tokens (ratio of merging: 1 gives 72, 0.1 gives 16)"), (1, "72 visual tokens")):
         visual = VisualSpec(blocks=8, tokens_per_block=9, per_frame=True, ratios=ratios[:count])
-        text = [line for line in describe(replace(manifest, visual=visual)) if isinstance(line, str)]
-        assert said in text[1]
+        *_, facts = describe(replace(manifest, visual=visual))
+        assert cells(facts)["pictures"] == f"8 frames of a clip (centered), {said}"
 
 
 def test_save_is_whole_or_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -222,12 +243,11 @@ def test_save_is_whole_or_leaves_what_was_there(tmp_path: Path, monkeypatch: pyt
     assert link.is_symlink()
     assert path.read_text(encoding="utf-8") == "second é\n"
 
-    def full(self: Path, *_: object, **__: object) -> None:
-        self.touch()
+    def full(descriptor: int) -> None:
         raise OSError(28, os.strerror(28))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(OptionError, match=r"a\.json: cannot be written: No space left"):
             save(path, "third")
     assert path.read_text(encoding="utf-8") == "second é\n"

@@ -9,8 +9,8 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,11 @@ SOUND = "wav mp3 m4a aac flac ogg oga opus wma aif aiff"
 IMAGE = "jpg jpeg png bmp tif tiff webp avif"
 EXTENSIONS = frozenset(f".{name}" for name in f"{VIDEO} {SOUND} {IMAGE}".split())
 MANIFESTS = frozenset({".jsonl", ".csv"})
-COLUMNS = ("file", "prompt", "start", "end", "id")
+#: What the column of the files may be called.
+FILE_COLUMNS = ("file", "video", "path")
+COLUMNS = ("prompt", "start", "end", "id")
+#: Bytes of a manifest and of a line of it, and lines, that are read.
+MOST_BYTES, MOST_LINE_BYTES, MOST_LINES = 1 << 30, 1 << 20, 5_000_000
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Entry:
     """A file to caption, with its own instruction (``None``: the run's) and span in seconds (``None``: all of it).
 
     ``id`` names its record: a manifest's own, or one that follows from the path, the instruction and the span.
-    ``manifest`` and ``line`` say where it was listed.
+    ``manifest`` and ``line`` say where it was listed, ``meta`` holds the columns there that are not ours.
     """
 
     file: str
@@ -42,6 +46,7 @@ class Entry:
     own_id: str | None = None
     manifest: str = ""
     line: int = 0
+    meta: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def path(self) -> str:
@@ -69,8 +74,8 @@ class BadLine:
         return f"{self.manifest}:{self.line}"
 
 
-class _Row(msgspec.Struct, forbid_unknown_fields=True):
-    """A line of a manifest, as JSON writes it."""
+class _Row(msgspec.Struct):
+    """What a line of a manifest says that is ours."""
 
     file: str
     prompt: str | None = None
@@ -84,8 +89,9 @@ def read_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[Entry | BadLin
 
     A folder stands for the media files below it (by extension; hidden ones are passed over) in sorted order, a pattern
     with ``*``, ``?`` or ``[`` for what it matches, a ``.jsonl`` or ``.csv`` file for its lines, whose paths are
-    relative to it. A line that cannot be used becomes a ``BadLine``. ``OptionError`` for an input that does not exist,
-    a folder or pattern without media files and a manifest without a usable line.
+    relative to it and whose other columns go into the records. A line that cannot be used becomes a ``BadLine``.
+    ``OptionError`` for an input that does not exist, a folder or pattern without media files and a manifest without a
+    usable line.
     """
     found: list[Entry | BadLine] = []
     seen: set[tuple[object, ...]] = set()
@@ -164,9 +170,13 @@ def _is_media(path: str) -> bool:
 
 def _read_manifest(path: Path) -> Iterator[Entry | BadLine]:
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise OptionError(f"{path}: is larger than {MOST_BYTES >> 30} GiB: split the manifest")
         content = path.read_bytes()
     except OSError as error:
         raise OptionError(f"{path}: cannot be read: {error.strerror}") from error
+    if content.count(b"\n") > MOST_LINES:
+        raise OptionError(f"{path}: has more than {MOST_LINES:,} lines: split the manifest")
     entries = list((_csv_rows if path.suffix.lower() == ".csv" else _json_rows)(path, content))
     if not any(isinstance(entry, Entry) for entry in entries):
         reason = f": line {entries[0].line}: {entries[0].reason}" if entries else ""  # type: ignore[union-attr]
@@ -178,12 +188,13 @@ def _json_rows(path: Path, content: bytes) -> Iterator[Entry | BadLine]:
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line.strip():
             continue
+        if len(line) > MOST_LINE_BYTES:
+            yield BadLine(str(path), number, f"is longer than {MOST_LINE_BYTES >> 20} MiB")
+            continue
         try:
-            row = msgspec.json.decode(line, type=_Row)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            yield _entry(path, number, msgspec.json.decode(line, type=dict[str, Any]))
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             yield BadLine(str(path), number, str(error))
-        else:
-            yield _entry(path, number, row)
 
 
 def _csv_rows(path: Path, content: bytes) -> Iterator[Entry | BadLine]:
@@ -192,10 +203,9 @@ def _csv_rows(path: Path, content: bytes) -> Iterator[Entry | BadLine]:
         header = [name.strip() for name in next(reader, [])]
     except (UnicodeDecodeError, csv.Error) as error:
         raise OptionError(f"{path}: is not a CSV file in UTF-8 ({error})") from error
-    unknown = [name for name in header if name not in COLUMNS]
-    if "file" not in header or unknown or len(set(header)) < len(header):
-        what = f"not '{unknown[0]}'" if unknown else "with 'file' and no name twice"
-        raise OptionError(f"{path}: the first line names the columns: {', '.join(COLUMNS)}, {what}")
+    if len(set(FILE_COLUMNS).intersection(header)) != 1 or len(set(header)) < len(header):
+        names = f"{' or '.join(FILE_COLUMNS)}, {', '.join(COLUMNS)} and others, no name twice"
+        raise OptionError(f"{path}: the first line names the columns: {names}")
     while True:
         number = reader.line_num + 1
         try:
@@ -215,15 +225,21 @@ def _csv_rows(path: Path, content: bytes) -> Iterator[Entry | BadLine]:
             for name in ("start", "end"):
                 if name in values:
                     values[name] = float(values[name])
-            row = msgspec.convert(values, _Row)
+            yield _entry(path, number, values)
         except ValueError as error:  # msgspec's is one
             yield BadLine(str(path), number, str(error))
-        else:
-            yield _entry(path, number, row)
 
 
-def _entry(manifest: Path, line: int, row: _Row) -> Entry | BadLine:
-    """A row as an entry, its file looked for beside the manifest."""
+def _entry(manifest: Path, line: int, values: dict[str, Any]) -> Entry | BadLine:
+    """A row as an entry, its file looked for beside the manifest. ``ValidationError`` for values of a wrong type."""
+    names = [name for name in FILE_COLUMNS if name in values]
+    if len(names) > 1:
+        return BadLine(str(manifest), line, f"names its file twice: '{names[0]}' and '{names[1]}'")
+    ours = {name: values[name] for name in COLUMNS if name in values}
+    if names:
+        ours["file"] = values[names[0]]
+    row = msgspec.convert(ours, _Row)
+    meta = {name: value for name, value in values.items() if name not in COLUMNS and name not in FILE_COLUMNS}
     for name, time in (("start", row.start), ("end", row.end)):
         if time is not None and not (math.isfinite(time) and time >= 0):
             return BadLine(str(manifest), line, f"{name} is seconds from 0 on, not {time}")
@@ -234,4 +250,4 @@ def _entry(manifest: Path, line: int, row: _Row) -> Entry | BadLine:
     own = None if row.id is None else str(row.id)
     if own == "":
         return BadLine(str(manifest), line, "id is empty")
-    return Entry(str(manifest.parent / row.file), row.prompt, row.start, row.end, own, str(manifest), line)
+    return Entry(str(manifest.parent / row.file), row.prompt, row.start, row.end, own, str(manifest), line, meta)

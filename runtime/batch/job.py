@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 from ...errors import IntertitleError, MediaError
 from ..batching import BatchItem, BatchResult
 from ..caption import Caption
+from ..reading import TIME_LIMIT, Readers
 from .content import ContentHashes, identify
 from .inputs import BadLine, Entry
-from .records import Record, RecordFile, RecordStream
+from .records import Record, RecordFile, RecordStream, error_record
 from .subtitles import SubtitleWriter
 
 Segments = float | Literal["scenes"]
@@ -30,7 +31,7 @@ class Tally:
     """How far a job has come. ``inputs`` and ``finished`` count inputs, the rest captions and failures.
 
     ``already`` were captioned and ``already_failed`` had failed in an earlier run; ``copied`` are captions of a file
-    with the same content.
+    with the same content. ``reasons``: of the failures of this run, a line each.
     """
 
     inputs: int
@@ -40,6 +41,7 @@ class Tally:
     failed: int = 0
     already: int = 0
     already_failed: int = 0
+    reasons: list[str] = field(default_factory=list)
 
     @property
     def failures(self) -> int:
@@ -65,6 +67,8 @@ class _Task:
         record: Record = {"id": self.id, "file": self.entry.file, "start": self.start, "end": self.end}
         if self.entry.prompt is not None:
             record["prompt"] = self.entry.prompt
+        if self.entry.meta:
+            record["meta"] = self.entry.meta
         if self.segments is not None:
             record |= {"part_of": self.entry.id, "segment": self.segment, "segments": self.segments}
         return record | {"sha256": self.sha256, "size": self.size, "mtime_ns": self.mtime_ns}
@@ -75,6 +79,7 @@ class Job:
 
     ``segments``: seconds, or ``scenes``: videos (and, by seconds, sounds) without a span of their own become an item a
     segment. ``options`` go to ``caption_batch``. ``watch`` is told the tally after each record and each input.
+    ``debug``: records of failures hold the traceback.
     """
 
     def __init__(
@@ -86,11 +91,13 @@ class Job:
         subtitles: SubtitleWriter | None = None,
         watch: Callable[[Tally], None] | None = None,
         options: Mapping[str, Any] | None = None,
+        debug: bool = False,
     ) -> None:
         self.tally = Tally(len(entries))
         self._entries, self._records = entries, records
         self._segments, self._subtitles, self._options = segments, subtitles, dict(options or {})
-        self._watch = watch or (lambda tally: None)
+        self._watch, self._debug = watch or (lambda tally: None), debug
+        self._readers: Readers | None = None
         self._hashes = ContentHashes()
         self._order: list[str] = []
         self._submitted: dict[int, _Task] = {}
@@ -116,6 +123,8 @@ class Job:
             close = getattr(results, "close", None)
             if close is not None:
                 close()
+            if self._readers is not None:
+                self._readers.close()
         bases = {entry.id for entry in self._entries} | {entry.manifest for entry in self._entries if entry.manifest}
         self._records.finish(self._order, bases)
         return self.tally
@@ -198,16 +207,9 @@ class Job:
         """Segments in seconds; none where the input stays whole."""
         if self._segments is None or entry.start is not None or entry.end is not None:
             return []
-        from ..media import open_media
-        from ..media.segments import fixed_spans, scene_spans
-
-        with open_media(entry.file) as media:
-            kind, duration = media.kind, media.duration
-        if kind == "image" or (kind == "audio" and self._segments == "scenes"):
-            return []
-        if self._segments == "scenes":
-            return scene_spans(entry.file)
-        return fixed_spans(duration, float(self._segments))
+        if self._readers is None:
+            self._readers = Readers(time_limit=self._options.get("item_timeout", TIME_LIMIT))
+        return self._readers.spans(entry.file, None if self._segments == "scenes" else float(self._segments))
 
     def _finish(self, task: _Task, result: BatchResult) -> None:
         followers = self._under_way.pop((task.sha256, task.entry.prompt, task.start, task.end))
@@ -228,16 +230,16 @@ class Job:
             self._item_done(finished.entry)
 
     def _copy(self, task: _Task, like: Record) -> None:
-        about = {*task.record, "run", "settings", "prompt", "part_of", "segment", "segments", "copied_from"}
+        about = {*task.record, "run", "settings", "prompt", "part_of", "segment", "segments", "copied_from", "meta"}
         caption = {name: value for name, value in like.items() if name not in about}
         self._records.append(task.record | {"copied_from": like["id"]} | caption)
         self.tally.copied += 1
         self._watch(self.tally)
 
     def _fail(self, record: Record, error: IntertitleError, reason: str) -> None:
-        kind = type(error).__name__.removesuffix("Error").lower()
-        self._records.append(record | {"error": {"kind": kind, "reason": reason}})
+        self._records.append(record | error_record(error, reason, self._debug))
         self.tally.failed += 1
+        self.tally.reasons.append(reason)
         self._watch(self.tally)
 
     def _record_failed_entry(self, entry: Entry, error: IntertitleError) -> None:
@@ -246,6 +248,8 @@ class Job:
         record: Record = {"id": entry.id, "file": entry.file, "start": entry.start, "end": entry.end}
         if entry.prompt is not None:
             record["prompt"] = entry.prompt
+        if entry.meta:
+            record["meta"] = entry.meta
         try:
             identity = identify(entry.file)
         except MediaError:
@@ -299,5 +303,9 @@ def _described(caption: Caption) -> Record:
     # The record has the item's own start.
     for name in ("token_logprobs", "contrast_logprobs", "start"):
         del fields[name]
+    # ``settings`` of a record are those of its run.
+    fields["decoding"] = fields.pop("settings")
     text = fields.pop("text")
-    return {"text": text, "mean_logprob": caption.mean_logprob} | fields
+    # "settings" are those of the run: what was asked. These are what came of it.
+    decoding = {"decoding": fields.pop("settings")} if "settings" in fields else {}
+    return {"text": text, "mean_logprob": caption.mean_logprob} | fields | decoding

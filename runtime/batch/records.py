@@ -6,18 +6,23 @@ beside the file: the records say with which settings they were made and what the
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
 import math
 import os
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, Annotated, Any, ClassVar
 
-from ...errors import OptionError
+import msgspec
+
+from ...errors import IntertitleError, OptionError, TransientMediaError
+from ..media.segments import MOST_SEGMENTS
 from .content import Identity
 
 try:
@@ -58,7 +63,8 @@ class Settings:
 class Known:
     """What is remembered of a record that is in the file: where it is, and what it was made of.
 
-    ``asked``: instruction, start and end. ``base``: the input that it is of.
+    ``asked``: instruction, start and end. ``base``: the input that it is of. ``transient``: it failed for a reason that
+    may have gone.
     """
 
     offset: int
@@ -71,6 +77,46 @@ class Known:
     content: tuple[object, ...] | None
     segments: int | None
     base: str
+    transient: bool = False
+
+
+class _Error(msgspec.Struct):
+    kind: str = ""
+    transient: bool = False
+
+
+#: Not NaN, which ``json`` reads.
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+
+
+class _Found(msgspec.Struct):
+    """The fields of a record that decide what is done again, as they must be. Bit rot and hand edits change types."""
+
+    settings: dict[str, Any]
+    file: str | None = None
+    size: int | None = None
+    mtime_ns: int | None = None
+    sha256: str | None = None
+    prompt: str | None = None
+    start: _Seconds | None = None
+    end: _Seconds | None = None
+    seconds: _Seconds | None = None
+    part_of: str | None = None
+    #: How many there are, or (pairs) their captions.
+    segments: Annotated[int, msgspec.Meta(ge=1, le=MOST_SEGMENTS)] | list[str] | None = None
+    text: str | msgspec.UnsetType = msgspec.UNSET
+    error: _Error | msgspec.UnsetType = msgspec.UNSET
+
+
+def error_record(error: IntertitleError, message: str, debug: bool) -> Record:
+    """``error`` as its part of a record: kind, reason, whether it may pass, and with ``debug`` the traceback."""
+    kind = type(error).__name__.removesuffix("Error").removeprefix("Transient").lower()
+    found: Record = {"kind": kind, "reason": message}
+    if isinstance(error, TransientMediaError):
+        found["transient"] = True
+    if debug:
+        found["traceback"] = "".join(traceback.format_exception(error))
+    return {"error": found}
 
 
 def content_key(record: Mapping[str, Any]) -> tuple[object, ...] | None:
@@ -83,7 +129,8 @@ def content_key(record: Mapping[str, Any]) -> tuple[object, ...] | None:
 class RecordFile:
     """A JSONL file of records that is open for one run, under a lock that ends with the process.
 
-    Opening removes a torn last line, and with ``retry_failed`` the records of failures; ``overwrite`` begins afresh.
+    Opening removes a torn last line, the records of failures that may have passed, and with ``retry_failed`` those of
+    all failures; ``overwrite`` begins afresh.
     ``OptionError`` when another run has the file open, when it is not a file of records, when its records were made
     with other settings, and when it cannot be written.
 
@@ -105,8 +152,9 @@ class RecordFile:
             raise OptionError(f"{path}: cannot be written: {error.strerror}") from error
         try:
             self._load(overwrite)
-            if retry_failed and any(known.failed for known in self.known.values()):
-                self._rewrite([name for name, known in self.known.items() if not known.failed])
+            again = {name for name, known in self.known.items() if known.failed and (retry_failed or known.transient)}
+            if again:
+                self._rewrite([name for name in self.known if name not in again])
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
@@ -176,7 +224,7 @@ class RecordFile:
         with open(self._file.fileno(), "rb", closefd=False) as file:
             file.seek(0)
             if overwrite:
-                if not self._could_begin(file.read(len(self._beginning))):
+                if not self._is_output(file.readline()):
                     raise OptionError(f"{self.path}: is not an output of {self.MAKER}, so it is not overwritten")
                 self._file.truncate(0)
                 return
@@ -189,13 +237,18 @@ class RecordFile:
 
     def _take(self, line: bytes, number: int) -> bool:
         """Remember a line that was found in the file; ``False`` if it is torn."""
+        record = found = None
         try:
-            record = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            record = None
-        if record is None and not line.endswith(b"\n") and self._could_begin(line):
-            return False
-        if not isinstance(record, dict) or not isinstance(record.get(self.KEY), str) or "settings" not in record:
+            record = json.loads(line)
+            found = msgspec.convert(record, _Found)
+        except (ValueError, RecursionError):  # msgspec's is a ValueError
+            pass
+        if not line.endswith(b"\n"):
+            # Some file systems fill the end of a file with zeros when the power fails.
+            if self._is_output(line) or (number > 1 and not line.strip(b"\0")):
+                return False
+            found = None
+        if found is None or not isinstance(record, dict) or not isinstance(record.get(self.KEY), str):
             raise OptionError(
                 f"{self.path}: line {number} is not a record of {self.MAKER}; choose another output (or mend the line)"
             )
@@ -221,7 +274,8 @@ class RecordFile:
             (record.get("prompt"), record.get("start"), record.get("end")),
             key,
             record.get("segments"),
-            record.get("part_of", name),
+            record.get("part_of") or name,
+            "error" in record and bool(record["error"].get("transient")),
         )
         if key is not None:
             self._by_content[key] = name
@@ -230,6 +284,14 @@ class RecordFile:
     def _beginning(self) -> bytes:
         """How every record begins, so that no other file is ever taken for an output and cut or replaced."""
         return f'{{"{self.KEY}": "'.encode()
+
+    def _is_output(self, line: bytes) -> bool:
+        """Whether a file that begins with ``line`` is empty, holds records, or broke off in its first one."""
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            return self._could_begin(line) and not line.endswith(b"\n")
+        return self._could_begin(line) and isinstance(record, dict) and {"settings", "run"} <= record.keys()
 
     def _could_begin(self, data: bytes) -> bool:
         """Whether this is a record, or the beginning of one."""
@@ -309,7 +371,7 @@ def encode(record: Mapping[str, Any]) -> bytes:
 
 def _partial(target: Path) -> Path:
     """Where the new file is written that will take the place of ``target``. Only the holder of the lock does that."""
-    return target.with_name(f".{target.name}.partial")
+    return target.with_name(f".{target.name}.intertitle-partial")
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:
@@ -341,8 +403,14 @@ def _open_locked(path: Path) -> IO[bytes]:
 
 
 def _lock(file: IO[bytes]) -> None:
-    if fcntl is not None:
+    if fcntl is None:
+        return
+    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some network file systems have no locks: two runs on one output are not noticed there.
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
 
 
 def _sync_directory(folder: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...errors import OptionError
-from ..subtitles import Cue, format_srt, format_vtt
+from ..subtitles import Cue, cue_of, format_srt, format_vtt
 
 FORMATS: Mapping[str, Callable[[Iterable[Cue]], str]] = {"srt": format_srt, "vtt": format_vtt}
 
@@ -34,8 +35,9 @@ class SubtitleWriter:
         owners: dict[Path, str] = {}
         files = list(dict.fromkeys(map(os.path.abspath, files)))
         plain = [self._place(file).with_suffix("") for file in files]
+        counts = Counter(plain)
         for file, stem in zip(files, plain, strict=True):
-            unique = stem if plain.count(stem) == 1 else self._place(file)
+            unique = stem if counts[stem] == 1 else self._place(file)
             if unique in owners:
                 raise OptionError(f"{owners[unique]} and {file} would have the same subtitle file in {directory}")
             owners[unique] = file
@@ -43,7 +45,12 @@ class SubtitleWriter:
 
     def write(self, file: str, records: Iterable[Mapping[str, Any]]) -> None:
         """The cues of a file's captions. Failures and clips without a duration (images) give none."""
-        cues = sorted((cue for record in records if (cue := _cue(record)) is not None), key=lambda cue: cue.start)
+        found = (
+            cue_of(record["text"], record.get("start"), record.get("end"), record.get("seconds"))
+            for record in records
+            if "text" in record
+        )
+        cues = sorted((cue for cue in found if cue is not None), key=lambda cue: cue.start)
         if not cues:
             return
         stem = self._stems[os.path.abspath(file)]  # noqa: PTH100
@@ -58,12 +65,3 @@ class SubtitleWriter:
     def _place(self, file: str) -> Path:
         path = Path(file)
         return path if self._directory is None else self._directory / path.name
-
-
-def _cue(record: Mapping[str, Any]) -> Cue | None:
-    if "text" not in record:
-        return None
-    start, end = record.get("start") or 0.0, record.get("end")
-    if end is None and record.get("seconds"):
-        end = start + record["seconds"]
-    return None if end is None else Cue(start, end, record["text"])

@@ -1,27 +1,32 @@
 """Still images, and folders of them taken as the frames of a clip.
 
 OpenCV decodes them: its pixels are those of Pillow, which the reference reads images with; FFmpeg interpolates the
-chroma of JPEG and WebP in another way. Of an animated PNG or WebP the first frame is taken. A rotation that a photo's
-EXIF data ask for is applied, as for video (the reference leaves it out).
+chroma of JPEG and WebP in another way. An animated WebP is a video, which OpenCV decodes as well (an animated PNG is
+one for FFmpeg). A rotation that a photo's EXIF data ask for is applied, as for video (the reference leaves it out).
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
 from ...errors import MediaError
-from .source import FrameArray, Media, check_size
+from .image_files import PNG, read_image_file, still_png, webp_animation
+from .source import MAX_PIXELS, FrameArray, Media, check_size, check_total
 
 #: VideoLLaMA2 mm_utils.py: a folder of images is a video of 3 frames a second.
 FOLDER_FPS = 3.0
 
 _JPEG = b"\xff\xd8\xff"
-_SIGNATURES = (_JPEG, b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*")
+_SIGNATURES = (_JPEG, PNG, b"BM", b"II*\0", b"MM\0*")
+#: Milliseconds of a frame of an animation that states less than 11: what browsers show.
+_SHORT, _USUAL = 10, 100
 
 
 def is_still_image(head: bytes) -> bool:
@@ -73,6 +78,50 @@ class ImageReader:
         pass
 
 
+def open_webp_animation(path: Path) -> Media:
+    """An animated WebP as ``Media``; ``MediaError`` for a damaged one."""
+    return Media(path, "video", WebpReader(path))
+
+
+class WebpReader:
+    """A ``FrameReader`` over an animated WebP file, all of whose frames are decoded at once."""
+
+    def __init__(self, path: Path) -> None:
+        content = read_image_file(path)
+        try:
+            width, height, count = webp_animation(content)
+        except ValueError as error:
+            raise MediaError(f"{path}: the image {error}") from None
+        check_size(str(path), width, height)
+        check_total(str(path), width, height, count * 4 / 3)
+        cv2 = _opencv()
+        with _silent(cv2):
+            try:
+                done, animation = cv2.imdecodeanimation(np.frombuffer(content, np.uint8))
+            except cv2.error:
+                done, animation = False, cv2.Animation()
+        if not done or not animation.frames:
+            raise MediaError(f"{path}: the image is damaged or of an unknown kind")
+        self._images: Sequence[FrameArray] = animation.frames
+        lasting = [_USUAL if time <= _SHORT else time for time in map(int, animation.durations)]
+        self.num_frames = len(self._images)
+        self.times = np.cumsum([0, *lasting[:-1]]) / 1000
+        self.duration = sum(lasting) / 1000
+        self.fps = self.num_frames / self.duration
+        self.notes: list[str] = []
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self._images[0].shape[1], self._images[0].shape[0]
+
+    def read(self, indices: Sequence[int]) -> Iterator[tuple[int, FrameArray]]:
+        for index in indices:
+            yield index, np.ascontiguousarray(self._images[index][:, :, 2::-1])
+
+    def close(self) -> None:
+        self._images = ()
+
+
 def _is_image_file(file: Path) -> bool:
     if file.name.startswith(".") or not file.is_file():
         return False
@@ -90,20 +139,18 @@ def _natural_order(file: Path) -> list[tuple[int, int, str]]:
 
 def _decode(path: Path) -> FrameArray:
     """RGB uint8 ``[H, W, 3]``: alpha dropped, grey and palettes expanded, 16 bits cut to 8."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise MediaError(f"{path}: cannot be read ({error.strerror})") from error
+    content = read_image_file(path)
+    if content.startswith(PNG):
+        try:
+            content = still_png(content)
+        except ValueError as error:
+            raise MediaError(f"{path}: the image {error}") from None
     cv2 = _opencv()
-    logging = getattr(cv2.utils, "logging", cv2)  # OpenCV 5, OpenCV 4
-    level = logging.getLogLevel()
-    logging.setLogLevel(0)
-    try:
-        bgr = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error:
-        bgr = None
-    finally:
-        logging.setLogLevel(level)
+    with _silent(cv2):
+        try:
+            bgr = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+        except cv2.error:
+            bgr = None
     # Before version 5, OpenCV fills the missing part of a JPEG with grey: is there an end after the start of the scan?
     ends = not content.startswith(_JPEG) or content.rfind(b"\xff\xd9") > content.rfind(b"\xff\xda")
     if bgr is None or not ends:
@@ -112,7 +159,21 @@ def _decode(path: Path) -> FrameArray:
     return np.ascontiguousarray(bgr[:, :, ::-1])
 
 
+@contextmanager
+def _silent(cv2: ModuleType) -> Iterator[None]:
+    """OpenCV without its log lines."""
+    logging = getattr(cv2.utils, "logging", cv2)  # OpenCV 5, OpenCV 4
+    level = logging.getLogLevel()
+    logging.setLogLevel(0)
+    try:
+        yield
+    finally:
+        logging.setLogLevel(level)
+
+
 def _opencv() -> ModuleType:
+    # Read when OpenCV is loaded: it then refuses larger images by their headers.
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
     try:
         import cv2
     except ImportError as error:

@@ -20,6 +20,10 @@ Span = tuple[float, float]
 
 #: The shortest piece that is cut, in seconds.
 SHORTEST = 0.1
+#: The most segments of one file: a day in pieces of less than a second.
+MOST_SEGMENTS = 100_000
+#: So many segments are cut even of a film of fewer frames (a slide show).
+_FEW_SEGMENTS = 1_000
 #: Scene detection looks at frames of about this width; PySceneDetect's own ``auto_downscale`` aims at 256.
 _WIDTH = 256
 
@@ -40,6 +44,27 @@ def fixed_spans(duration: float, seconds: float) -> list[Span]:
     count = max(whole + (left >= seconds / 4), 1)
     bounds = [piece * seconds for piece in range(count)] + [duration]
     return list(itertools.pairwise(bounds))
+
+
+def media_spans(path: str | os.PathLike[str], segments: float | None) -> list[Span]:
+    """The segments of a file: of ``segments`` seconds, or (``None``) its scenes. None where it stays whole.
+
+    An image stays whole, and so does a sound that was to be cut into scenes. ``MediaError`` for a file that would give
+    more segments than it has frames or, without pictures, than ``MOST_SEGMENTS``: its duration cannot be real.
+    """
+    from . import open_media
+
+    with open_media(path) as media:
+        kind, duration, frames = media.kind, media.duration, media.num_frames
+    if kind == "image" or (kind == "audio" and segments is None):
+        return []
+    if segments is None:
+        return scene_spans(path)
+    count = duration / segments
+    if count > MOST_SEGMENTS or (kind == "video" and count > frames + 1 and count > _FEW_SEGMENTS):
+        held = f"{frames} frames" if kind == "video" else "sound"
+        raise MediaError(f"{os.fspath(path)}: lasts {duration:.6g} s with {held}: not cut into {count:.0f} segments")
+    return fixed_spans(duration, segments)
 
 
 def scene_spans(path: str | os.PathLike[str], threshold: float = 27.0, min_seconds: float = 1.0) -> list[Span]:

@@ -17,6 +17,10 @@ FrameArray = npt.NDArray[np.uint8]
 
 #: The largest width or height that is taken for real (8K video is 7680 wide).
 MAX_SIDE = 16_384
+#: The most pixels of a frame: a photo of 100 megapixels, four frames of 8K.
+MAX_PIXELS = 1 << 27
+#: Bytes that the frames of a clip may take together: 16 frames of 8K are 1.6 GB.
+MAX_FRAME_BYTES = 1 << 31
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +141,7 @@ class Media:
         frames: FrameArray | None = None
         for index, frame in reader.read(unique.tolist()):
             if frames is None:
+                check_total(str(self.path), frame.shape[1], frame.shape[0], len(wanted))
                 frames = np.empty((len(wanted), *frame.shape), np.uint8)
             frames[places == np.searchsorted(unique, index)] = frame
         return np.empty((0, self.height, self.width, 3), np.uint8) if frames is None else frames
@@ -188,3 +193,13 @@ def check_size(name: str, width: int, height: int) -> None:
     """``MediaError`` for pictures without an area or larger than any real one."""
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
         raise MediaError(f"{name}: frames of {width}x{height} pixels (each side must be 1 to {MAX_SIDE})")
+    if width * height > MAX_PIXELS:
+        raise MediaError(f"{name}: frames of {width}x{height} pixels (up to {MAX_PIXELS / 1e6:.0f} million are read)")
+
+
+def check_total(name: str, width: int, height: int, count: float) -> None:
+    """``MediaError`` for more pictures of this size than are held at once."""
+    if width * height * 3 * count > MAX_FRAME_BYTES:
+        raise MediaError(
+            f"{name}: {count:.0f} frames of {width}x{height} pixels take more than {MAX_FRAME_BYTES >> 30} GiB together"
+        )

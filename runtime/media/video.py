@@ -25,7 +25,7 @@ from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from ...errors import MediaError
 from .container import has_jumps, open_input, read_packets, refuse_encrypted, video_stream
 from .packets import PacketIndex, Run, VideoPacket, plan_runs
-from .source import FrameArray
+from .source import MAX_PIXELS, FrameArray
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -113,6 +113,8 @@ class ContainerFrameReader:
         if stream is None:
             raise MediaError(f"{self._path}: the video disappeared while it was being read")
         stream.thread_type = threads
+        # The size may change midway: the decoder refuses what `check_size` would.
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         return stream
 
     def _reopen(self, threads: Threads = "AUTO") -> None:

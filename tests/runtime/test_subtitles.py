@@ -8,6 +8,7 @@ import av
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from intertitle.plain_text import safe
 from intertitle.runtime.subtitles import Cue, format_srt, format_vtt
 
 
@@ -48,6 +49,15 @@ def test_empty_lines_would_end_a_cue(tmp_path: Path):
     assert format_srt([Cue(0, 1, "")]) == ""
 
 
+def test_players_get_no_control_characters(tmp_path: Path):
+    """A caption with an escape sequence, an override of direction, and line breaks that only some readers know."""
+    cues = [Cue(0, 1, "a\x1b[2J\x9b\u202eb\u2028\x0b\nc\x85d")]
+    said = "a\\x1b[2J\\x9b\\u202eb\nc\nd"
+    assert format_srt(cues) == f"1\n00:00:00,000 --> 00:00:01,000\n{said}\n"
+    assert format_vtt(cues) == f"WEBVTT\n\n00:00:00.000 --> 00:00:01.000\n{said}\n"
+    assert read(tmp_path / "a.srt", format_srt(cues)) == [(0, 1000, said)]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
@@ -71,4 +81,4 @@ def test_ffmpeg_reads_every_cue_back(tmp_path_factory: pytest.TempPathFactory, s
         (round(cue.start * 1000), round(cue.end * 1000)) for cue in cues
     ]
     for cue, (_, _, text) in zip(cues, found, strict=True):
-        assert text.split() == cue.text.split()
+        assert text.split() == safe(cue.text).split()
