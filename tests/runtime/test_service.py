@@ -1,4 +1,4 @@
-"""What a long-running service needs of a captioner: deadlines, closing, threads, forks, and captions that say it all."""
+"""What a long-running service needs of a captioner: deadlines, closing, threads, forks, captions that say it all."""
 
 from __future__ import annotations
 
@@ -149,16 +149,13 @@ def test_the_length_of_a_prompt_is_known_before_it_is_encoded(variant, visual_to
         sound = {"waveform": numbers["audio_int16"], "sample_rate": 16000}
         clips += [captioner.read(frames=numbers["frames_uint8"], **sound), captioner.read(**sound)]
     for clip in clips:
-        try:
-            known = captioner.encoder.block_lengths(clip, visual_tokens)
-        except OptionError as error:
-            with pytest.raises(OptionError) as raised:
-                captioner.encoder.encode(clip, Stages(), visual_tokens=visual_tokens)
-            assert str(raised.value) == str(error)
-        else:
-            assert known == [
-                len(b) for b in captioner.encoder.encode(clip, Stages(), visual_tokens=visual_tokens).blocks
-            ]
+        if variant == "auroracap-keep" and visual_tokens == 40 and captioner.encoder.block_lengths(clip)[1:]:
+            # No compiled ratio gives so few of a clip with several frames.
+            with pytest.raises(OptionError, match="no compiled ratio"):
+                captioner.encoder.block_lengths(clip, visual_tokens)
+            continue
+        encoded = captioner.encoder.encode(clip, Stages(), visual_tokens=visual_tokens)
+        assert captioner.encoder.block_lengths(clip, visual_tokens) == [len(block) for block in encoded.blocks]
 
 
 @pytest.mark.parametrize("method", ["caption", "stream", "candidates", "caption_batch"])
@@ -388,13 +385,11 @@ def test_what_happens_is_logged(compiled, tmp_path, caplog, eight):
 # Threads and forks
 
 
-def test_threads_share_a_captioner(listener, eight):
+def test_threads_share_a_captioner(listener, eight, slow_steps):
     clips = [eight, eight[::-1].copy(), np.roll(eight, 3, 0)]
     alone = [listener.caption(frames=clip, decoding=SHORT).token_ids for clip in clips]
-    sampled = [
-        each.token_ids
-        for each in listener.candidates(frames=eight, count=2, decoding=replace(SHORT, strategy="sample"))
-    ]
+    drawn = replace(SHORT, strategy="sample")
+    sampled = [each.token_ids for each in listener.candidates(frames=eight, count=2, decoding=drawn)]
 
     def work(number: int) -> None:
         kind, which = number % 4, number % 3
@@ -406,27 +401,26 @@ def test_threads_share_a_captioner(listener, eight):
             assert stream.caption is not None
             assert stream.caption.token_ids == alone[which]
         elif kind == 2:
-            how = replace(SHORT, strategy="sample")
-            assert [each.token_ids for each in listener.candidates(frames=eight, count=2, decoding=how)] == sampled
+            assert [each.token_ids for each in listener.candidates(frames=eight, count=2, decoding=drawn)] == sampled
         else:
             results = list(listener.caption_batch([DEMO], audio=False, decoding=SHORT, isolate=False))
             assert [result.error for result in results] == [None]
 
     with ThreadPoolExecutor(4) as pool:
-        for future in [pool.submit(work, number) for number in range(24)]:
+        for future in [pool.submit(work, number) for number in range(12)]:
             future.result(timeout=120)
 
 
 def test_an_open_stream_does_not_keep_others_out(listener, eight):
-    with listener.stream(frames=eight, decoding=LONG) as stream:
+    with listener.stream(frames=eight, decoding=SHORT) as stream:
         next(stream)
         # This thread and another one.
         here = listener.caption(frames=eight, decoding=SHORT).token_ids
         with ThreadPoolExecutor(1) as pool:
             there = pool.submit(lambda: listener.caption(frames=eight, decoding=SHORT).token_ids).result(timeout=60)
-        next(stream)
+        list(stream)
     assert stream.caption is not None
-    assert here == there == stream.caption.token_ids[:6]
+    assert here == there == stream.caption.token_ids
 
 
 def test_a_call_waits_for_that_of_another_thread(listener, eight):
@@ -457,8 +451,9 @@ if "held" in sys.argv:
     # Another thread is in the middle of a call when the process forks.
     middle = threading.Event()
     def wait(*_):
-        middle.set()
-        time.sleep(1)
+        if not middle.is_set():
+            middle.set()
+            time.sleep(1)
     threading.Thread(target=captioner.caption, args=sys.argv[2:3], kwargs={"decoding": how, "progress": wait}).start()
     middle.wait()
 child = os.fork()
