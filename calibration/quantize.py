@@ -26,10 +26,10 @@ def quantize_int4(weight: Tensor, block_size: int = 32) -> tuple[Tensor, Tensor]
 
     The scale is that of the block's largest magnitude m over 8, with the sign that lets m itself be code 0 (= -8):
     all 16 codes are used, and the error on Gaussian weights is 8.6 % instead of 9.7 % for a positive m / 7 (measured,
-    LEADS 13.7). Every weight is off by at most half a step, those beyond 7.5 steps on the other side of m by at most
-    one. Codes and scales are those of ONNX Runtime's own quantizer (``quantize_matmul_4bits``), ties included. Scales
-    may be negative, which the ``ort`` dialect allows and TensorRT does not. A block of zeros, or of numbers too small
-    for a normal float32 scale, becomes zero.
+    docs/facts.md 6). Every weight is off by at most half a step, those beyond 7.5 steps on the other side of m by at
+    most one. Codes and scales are those of ONNX Runtime's own quantizer (``quantize_matmul_4bits``), ties included.
+    Scales may be negative, which the ``ort`` dialect allows and TensorRT does not. A block of zeros, or of numbers too
+    small for a normal float32 scale, becomes zero.
     """
     rows, width = weight.shape
     blocks = -(-width // block_size)

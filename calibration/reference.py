@@ -223,8 +223,8 @@ def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
 def reference_fbank(sound: FloatArray, num_mel_bins: int = 128, rate: int = 16000) -> FloatArray:
     """Kaldi's log mel filter bank of float32 sound in [-1, 1], rounded through bfloat16: ``[frames, mel]``.
 
-    Constants as in FACTS 1.4 (torchaudio ``compliance.kaldi.fbank`` with its defaults). Computed in float64; the
-    filters in float32, as torchaudio does, whose rounding there (0.2 % of a filter that touches one bin of the
+    Constants as in docs/facts.md 1.4 (torchaudio ``compliance.kaldi.fbank`` with its defaults). Computed in float64;
+    the filters in float32, as torchaudio does, whose rounding there (0.2 % of a filter that touches one bin of the
     spectrum with its edge) shows after the bfloat16 step. Beside a loud pure tone the quietest bins of torchaudio's
     float32 spectrum are rounding noise, which nothing can reproduce.
     """
