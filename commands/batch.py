@@ -126,10 +126,11 @@ def batch(
         if target.exists() and not target.is_file():
             raise OptionError(f"{target}: is a pipe or a device; use -o - and send stdout there")
         check_record_name(target)
+        check_output(target, (*inputs, bundle / "bundle.json"))
     entries = read_inputs(inputs)
     files = [entry for entry in entries if isinstance(entry, Entry)]
     if target is not None:
-        check_output(target, (*inputs, bundle / "bundle.json", *(entry.file for entry in files)))
+        check_output(target, (entry.file for entry in files))
     subtitles = _subtitles(files, srt, vtt, subtitles_dir)
     from ..runtime.captioner import Captioner
 

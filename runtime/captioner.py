@@ -25,7 +25,7 @@ from .decoding import Decoding, Scheduler, Token, TokenSearch, generate, log_lik
 from .encoder import EncodedClip, Encoder
 from .guard import Guard
 from .inference import FloatArray, Inference
-from .reading import TIME_LIMIT, Readers
+from .reading import TIME_LIMIT, Readers, can_start_workers
 from .runner import Runner
 from .task import CaptionTask, Model
 from .text import check_text
@@ -340,7 +340,7 @@ class Captioner:
             raise OptionError(f"rows must be at least 1, not {rows}")
         per_caption = resolve(how, self.manifest.generation).rows
 
-        readers = Readers(READ_AHEAD, item_timeout) if isolate and sys.executable else None
+        readers = Readers(READ_AHEAD, item_timeout) if isolate and can_start_workers() else None
 
         def read(item: BatchItem, stages: Stages) -> Clip:
             return (read_clip if readers is None else readers.read)(
@@ -353,6 +353,10 @@ class Captioner:
                 end=item.end,
                 duplicates=duplicates,
             )
+
+        def stop() -> None:
+            if readers is not None:
+                readers.close()
 
         def task(item: BatchItem, clip: Clip, stages: Stages) -> CaptionTask:
             asked = prompt if item.prompt is None else item.prompt
@@ -368,15 +372,14 @@ class Captioner:
             )
 
         wanted = (item if isinstance(item, BatchItem) else BatchItem(item) for item in items)
-        results = run_batch(Pipeline(read, task, open_scheduler), wanted)
+        results = run_batch(Pipeline(read, task, open_scheduler, stop), wanted)
         try:
             for done, result in enumerate(self._guarded(results), 1):
                 if progress is not None:
                     progress("captions", done, 0)
                 yield result
         finally:
-            if readers is not None:
-                readers.close()
+            stop()
 
     def score(
         self,

@@ -281,13 +281,18 @@ def test_options_reach_the_captioner(compiled: Compiled, run: Callable[..., Resu
     assert len(seen) == 4
 
 
-def test_sampling_options_without_sampling_are_pointed_out(compiled: Compiled, run: Callable[..., Result]):
+@pytest.mark.parametrize(
+    ("option", "value", "needed"),
+    [("--temperature", 0.5, "sample"), ("--top-k", 3, "sample"), ("--num-beams", 4, "beam")],
+)
+def test_options_of_another_strategy_are_refused(
+    compiled: Compiled, run: Callable[..., Result], option: str, value: float, needed: str
+):
     options = ["-q", "--no-audio", "--max-new-tokens", 2]
-    result = run("caption", compiled("av-qwen2"), DEMO_CLIP, "--temperature", 0.5, *options)
-    assert result.code == 0
-    assert result.errors == [
-        "intertitle: --temperature, --top-p, --top-k and --min-p do nothing without --decoding sample"
-    ]
+    for strategy in ([], ["--decoding", "greedy"]):
+        result = run("caption", compiled("av-qwen2"), DEMO_CLIP, option, value, *strategy, *options)
+        assert result.code == 2
+        assert result.errors == [f"intertitle: {option} does nothing without --decoding {needed}"]
     assert run("caption", compiled("av-qwen2"), DEMO_CLIP, "--seed", 7, *options).err == ""
 
 
