@@ -28,8 +28,9 @@ from .errors import (
 if TYPE_CHECKING:
     from .runtime.batching import BatchItem, BatchResult
     from .runtime.caption import Caption, CaptionStream
-    from .runtime.captioner import Captioner, MediaOptions, PreparedClip
+    from .runtime.captioner import Captioner
     from .runtime.decoding import Decoding
+    from .runtime.prepared import MediaOptions, PreparedClip
 
 __all__ = [
     "BatchItem",
@@ -60,8 +61,8 @@ _LAZY = {
     "CaptionStream": "caption",
     "Captioner": "captioner",
     "Decoding": "decoding",
-    "MediaOptions": "captioner",
-    "PreparedClip": "captioner",
+    "MediaOptions": "prepared",
+    "PreparedClip": "prepared",
 }
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())

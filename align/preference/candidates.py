@@ -116,7 +116,7 @@ class Proposer:
     """Makes the material of items with one captioner.
 
     ``segments``: whether segments are captioned; ``likelihoods``: whether every candidate's is needed (a refined one
-    then costs a prefill more). Use it from one thread, as the captioner.
+    then costs a prefill more). Use it from one thread.
     """
 
     def __init__(
