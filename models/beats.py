@@ -1,8 +1,9 @@
 """BEATs, the audio encoder of VideoLLaMA2.1-AV, and the projector to the decoder's width.
 
-Source: VideoLLaMA2 ``model/beats/*.py`` (branch audio_visual; FACTS 1.4), the fine-tuned BEATs of microsoft/unilm with
-other defaults. What is identity at inference (dropout, layer drop, gradient scaling, the all-False padding mask) and
-the classification head are not here; weight norm and the gate's sums are folded into the weights on reading.
+Source: VideoLLaMA2 ``model/beats/*.py`` (branch audio_visual; docs/facts.md 1.4), the fine-tuned BEATs of
+microsoft/unilm with other defaults. What is identity at inference (dropout, layer drop, gradient scaling, the all-False
+padding mask) and the classification head are not here; weight norm and the gate's sums are folded into the weights on
+reading.
 """
 
 from __future__ import annotations

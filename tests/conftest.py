@@ -44,7 +44,7 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture
 def manifest_json() -> dict[str, Any]:
-    """A ``bundle.json`` written by hand from DESIGN's description, still without files."""
+    """A ``bundle.json`` written by hand, still without files."""
 
     def component(graph: str, **more: Any) -> dict[str, Any]:
         tensors = {

@@ -74,8 +74,8 @@ def scene_media(scene: Scene, spec: Preprocessing, *, audio: bool = True, span: 
 
 
 def equal_spans(start: float, end: float, least: float) -> list[Span]:
-    """SynPO's segments: clamp(int(duration // 10) + 1, 2, 16) equal parts (FACTS 2.2), fewer where they would be
-    shorter than ``least`` seconds."""
+    """SynPO's segments: clamp(int(duration // 10) + 1, 2, 16) equal parts (docs/facts.md 2.2), fewer where they would
+    be shorter than ``least`` seconds."""
     duration = end - start
     count = min(max(int(duration // 10) + 1, 2), 16)
     count = max(min(count, int(duration / least)), 1)

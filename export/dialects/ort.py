@@ -90,7 +90,7 @@ class MatMulNBits(nn.Module):
 
     Its two initializers are ``qweight`` and ``scales``, or ``qweight8`` and ``scales8``. In float32 the kernel may
     quantize the activations to int8 block by block (accuracy level 4: about three times as fast on a CPU as level 0,
-    measured). In float16, which is for GPUs, it may not (level 0).
+    docs/facts.md 6). In float16, which is for GPUs, it may not (level 0).
     """
 
     def __init__(self, linear: nn.Linear, block_size: int, dtype: torch.dtype = torch.float32, bits: int = 4) -> None:

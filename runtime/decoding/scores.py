@@ -60,7 +60,8 @@ def log_beta(beta: float | None) -> float:
 
 class Combination:
     """``(1 + alpha) * full - alpha * other``; with ``beta``, only of tokens at least beta times as likely as the
-    likeliest one of the full stream (the others become -inf). SynPO ``generate_cd`` and VCD ``vcd_sample`` (FACTS)."""
+    likeliest one of the full stream (the others become -inf). SynPO ``generate_cd``, VCD ``vcd_sample`` (docs/facts.md
+    2.3, 4)."""
 
     def __init__(self, alpha: float, beta: float | None) -> None:
         self._alpha, self._log_beta = np.float32(alpha), log_beta(beta)
