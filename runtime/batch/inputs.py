@@ -29,6 +29,8 @@ FILE_COLUMNS = ("file", "video", "path")
 COLUMNS = ("prompt", "start", "end", "id")
 #: Bytes of a manifest and of a line of it, and lines, that are read.
 MOST_BYTES, MOST_LINE_BYTES, MOST_LINES = 1 << 30, 1 << 20, 5_000_000
+#: Objects and lists within each other, in a column that is not ours.
+MOST_DEPTH = 100
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,19 @@ def read_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[Entry | BadLin
     usable line.
     """
     found: list[Entry | BadLine] = []
-    seen: set[tuple[object, ...]] = set()
+    seen: dict[tuple[object, ...], Entry] = {}
     ids: dict[str, Entry] = {}
     for given in inputs:
         for entry in _expand(os.fspath(given)):
             if isinstance(entry, Entry):
                 key = (entry.path, entry.prompt, entry.start, entry.end, entry.own_id)
-                if key in seen:
+                first = seen.setdefault(key, entry)
+                if first is not entry:
+                    if entry.meta and entry.meta != first.meta:
+                        where = f"line {first.line}" if first.manifest == entry.manifest else "an earlier input"
+                        reason = f"asks the same of {entry.file} as {where}, with other columns: add an id"
+                        found.append(BadLine(entry.manifest, entry.line, reason))
                     continue
-                seen.add(key)
                 ids.setdefault(entry.id, entry)
             found.append(entry)
     return [_unless_taken(entry, ids) for entry in found]
@@ -240,6 +246,8 @@ def _entry(manifest: Path, line: int, values: dict[str, Any]) -> Entry | BadLine
         ours["file"] = values[names[0]]
     row = msgspec.convert(ours, _Row)
     meta = {name: value for name, value in values.items() if name not in COLUMNS and name not in FILE_COLUMNS}
+    if _is_deeper(meta, MOST_DEPTH):
+        return BadLine(str(manifest), line, f"is nested more than {MOST_DEPTH} deep")
     for name, time in (("start", row.start), ("end", row.end)):
         if time is not None and not (math.isfinite(time) and time >= 0):
             return BadLine(str(manifest), line, f"{name} is seconds from 0 on, not {time}")
@@ -251,3 +259,16 @@ def _entry(manifest: Path, line: int, values: dict[str, Any]) -> Entry | BadLine
     if own == "":
         return BadLine(str(manifest), line, "id is empty")
     return Entry(str(manifest.parent / row.file), row.prompt, row.start, row.end, own, str(manifest), line, meta)
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether more than so many objects and lists are within each other: writing them again takes as many calls."""
+    within = [value]
+    for _ in range(levels + 1):
+        within = [
+            inner
+            for outer in within
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(within)

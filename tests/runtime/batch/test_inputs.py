@@ -74,7 +74,7 @@ def test_a_jsonl_manifest(tree: Tree):
         '\ufeff{"file": "a.mp4", "id": 7}\n'
         "\n"
         '{"file": "../b.mp4", "prompt": "Was hört man? 犬", "start": 1, "end": 2.5, "id": "é"}\n'
-        '{"file": "c.mp4", "strat": 1}\n'
+        '{"file": "c.mp4", "video": "c.mp4"}\n'
         '{"file": 5}\n'
         "no json\n"
         '{"file": "a.mp4", "start": 3, "end": 3}\n'
@@ -94,7 +94,7 @@ def test_a_jsonl_manifest(tree: Tree):
     bad = {entry.line: entry.reason for entry in found if isinstance(entry, BadLine)}
     assert list(bad) == [4, 5, 6, 7, 8, 9]
     for line, said in {
-        4: "strat",
+        4: "names its file twice: 'file' and 'video'",
         5: "$.file",
         6: "malformed",
         7: "not after",
@@ -132,7 +132,9 @@ def test_a_csv_manifest(tree: Tree):
         ("empty", "holds no video, sound or image files"),
         ("nothing.jsonl", "holds no usable line"),
         ("bad.jsonl", "holds no usable line: line 1: "),
-        ("header.csv", "the first line names the columns: file, prompt, start, end, id, not 'path'"),
+        ("header.csv", "the first line names the columns: file or video or path, prompt, start, end, id and others, no name twice"),
+        ("twice.csv", "no name twice"),
+        ("both.csv", "the first line names the columns"),
         ("latin.csv", "is not a CSV file in UTF-8"),
         ("only-header.csv", "holds no usable line"),
     ],
@@ -140,10 +142,61 @@ def test_a_csv_manifest(tree: Tree):
 def test_what_is_refused(given: str, reason: str, tree: Tree):
     tree("c/a.txt", "empty/.hidden.mp4", "nothing.jsonl")
     Path("bad.jsonl").write_text("what\n")
-    Path("header.csv").write_text("path\na.mp4\n")
+    Path("header.csv").write_text("clip\na.mp4\n")
+    Path("twice.csv").write_text("file,note,note\na.mp4,1,2\n")
+    Path("both.csv").write_text("file,path\na.mp4,b.mp4\n")
     Path("latin.csv").write_bytes("file\né.mp4\n".encode("latin-1"))
     Path("only-header.csv").write_text("file\n")
     with pytest.raises(OptionError) as caught:
         read_inputs([given])
     assert reason in str(caught.value)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("column", ["file", "video", "path"])
+def test_columns_that_are_not_ours_come_along(column: str, tree: Tree):
+    tree("m/x")
+    Path("m/a.csv").write_text(f"split,{column},prompt,label\ntrain,a.mp4,What?,\n,b.mp4,,犬\n", encoding="utf-8")
+    Path("m/b.jsonl").write_text(f'{{"{column}": "c.mp4", "label": {{"boxes": [[1, 2.5, null]]}}, "settings": 5}}\n')
+    found = read_inputs(["m/a.csv", "m/b.jsonl"])
+    assert [(entry.file, dict(entry.meta)) for entry in found if isinstance(entry, Entry)] == [
+        ("m/a.mp4", {"split": "train"}),
+        ("m/b.mp4", {"label": "犬"}),
+        ("m/c.mp4", {"label": {"boxes": [[1, 2.5, None]]}, "settings": 5}),
+    ]
+
+
+def test_the_same_with_other_columns_is_told(tree: Tree):
+    """Its columns would be lost, were it taken for a repetition."""
+    tree("x")
+    Path("a.csv").write_text("file,split,id\na.mp4,train,\na.mp4,test,\na.mp4,train,\na.mp4,test,7\n")
+    found = read_inputs(["a.csv"])
+    assert [entry.line for entry in found] == [2, 3, 5]  # line 4 repeats line 2
+    assert [(bad.line, bad.reason) for bad in found if isinstance(bad, BadLine)] == [
+        (3, "asks the same of a.mp4 as line 2, with other columns: add an id")
+    ]
+
+
+def test_manifests_are_bounded(tree: Tree, monkeypatch: pytest.MonkeyPatch):
+    tree("x")
+    nested = "[" * 101 + "]" * 101
+    Path("long.jsonl").write_text(
+        '{"file": "a.mp4"}\n'
+        f'{{"file": "b.mp4", "text": "{"x" * (1 << 20)}"}}\n'
+        f'{{"file": "c.mp4", "deep": {nested}}}\n'
+        f'{{"file": "d.mp4", "deep": {"[" * 100_000}}}\n'
+        f'{{"file": "e.mp4", "deep": {nested[1:-1]}}}\n'
+        '{"file": "f.mp4", "number": 1e999}\n'
+    )
+    found = read_inputs(["long.jsonl"])
+    assert [entry.file for entry in found if isinstance(entry, Entry)] == ["a.mp4", "e.mp4"]
+    bad = {entry.line: entry.reason for entry in found if isinstance(entry, BadLine)}
+    assert (bad[2], bad[3]) == ("is longer than 1 MiB", "is nested more than 100 deep")
+    assert all(len(reason) < 300 for reason in bad.values())
+    Path("huge.jsonl").touch()
+    os.truncate("huge.jsonl", 1 << 40)  # no disk is used
+    with pytest.raises(OptionError, match=r"huge\.jsonl: is larger than 1 GiB: split the manifest"):
+        read_inputs(["huge.jsonl"])
+    monkeypatch.setattr("intertitle.runtime.batch.inputs.MOST_LINES", 3)
+    with pytest.raises(OptionError, match=r"long\.jsonl: has more than 3 lines: split the manifest"):
+        read_inputs(["long.jsonl"])
