@@ -66,11 +66,11 @@ def run_batch(pipeline: Pipeline, items: Iterable[BatchItem]) -> Iterator[BatchR
     return _Batch(pipeline, items).run()
 
 
-def as_item_error(error: Exception, item: BatchItem) -> IntertitleError:
-    """``error`` as one of ours, with the original as its cause."""
+def as_item_error(error: Exception, source: str | os.PathLike[str]) -> IntertitleError:
+    """What was raised for a file as one of our errors, with the original as its cause."""
     if isinstance(error, IntertitleError):
         return error
-    name = item.source if isinstance(item.source, str | os.PathLike) else type(item.source).__name__
+    name = source if isinstance(source, str | os.PathLike) else type(source).__name__
     if isinstance(error, MemoryError):
         made: IntertitleError = TransientMediaError(f"{name}: there is not enough memory for it")
     else:
@@ -135,7 +135,7 @@ class _Batch:
         except (BundleError, TargetError):
             raise
         except Exception as error:
-            return BatchResult(index, item, error=as_item_error(error, item))
+            return BatchResult(index, item, error=as_item_error(error, item.source))
         return BatchResult(index, item, task.captions[0])
 
     def _read_ahead(self) -> None:
@@ -182,7 +182,7 @@ class _Batch:
             except (BundleError, TargetError):
                 raise
             except Exception as error:
-                yield BatchResult(index, item, error=as_item_error(error, item))
+                yield BatchResult(index, item, error=as_item_error(error, item.source))
             else:
                 self._held = task
                 self._under_way[id(task)] = (index, item)

@@ -81,6 +81,8 @@ class Captioner:
         """Why better devices are not used, a line each."""
         self._model = Model(bundle, self.tokenizer, self.encoder)
         self._decoder: Decoder | None = None
+        self.readers: Readers | None = None
+        """Processes that read the files of ``caption`` and ``read``; ``None``: they are read in this one."""
         self._scheduler: Scheduler | None = None
 
     @classmethod
@@ -324,7 +326,8 @@ class Captioner:
         spec = self.manifest.preprocessing
         if source is not None:
             stages = stages or Stages()
-            return read_clip(source, spec, self.per_frame, audio, stages, start=start, end=end, duplicates=duplicates)
+            read = read_clip if self.readers is None else self.readers.read
+            return read(source, spec, self.per_frame, audio, stages, start=start, end=end, duplicates=duplicates)
         if start is not None or end is not None:
             raise OptionError("start= and end= are for files, not for arrays")
         heard = waveform if audio else None

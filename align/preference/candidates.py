@@ -11,13 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...errors import IntertitleError, MediaError, OptionError
-from ...runtime.batching import BatchItem
+from ...errors import BundleError, IntertitleError, MediaError, OptionError, TargetError
+from ...runtime.batching import BatchItem, as_item_error
 from ...runtime.caption import Caption
 from ...runtime.captioner import Captioner, PreparedClip
 from ...runtime.decoding import Decoding
-from ...runtime.media import open_media
-from ...runtime.media.segments import SHORTEST, Span
+from ...runtime.media.segments import SHORTEST, Span, media_duration
 from ..scenes import SECONDS, Scene
 from .items import Item, equal_spans, scene_media
 
@@ -136,8 +135,10 @@ class Proposer:
                 prompt = self._prompt(item)
                 asked = self.captioner.manifest.default_instruction if prompt is None else prompt
                 material = Material(item.key, asked, found, self.candidates(item), item.scene)
-            except IntertitleError as error:
-                yield Proposal(item, error=error)
+            except (BundleError, TargetError):
+                raise
+            except Exception as error:
+                yield Proposal(item, error=as_item_error(error, item.source))
             else:
                 yield Proposal(item, material)
 
@@ -158,8 +159,10 @@ class Proposer:
                 if item.scene is not None:
                     found[item.key] = [self._scene_segment(item, span, decoding) for span in spans]
                     continue
-            except IntertitleError as error:
-                found[item.key] = error
+            except (BundleError, TargetError):
+                raise
+            except Exception as error:
+                found[item.key] = as_item_error(error, item.source)
                 continue
             asked += [BatchItem(item.source, self._segment_prompt(item), *span) for span in spans]
             places += [(item.key, number) for number in range(len(spans))]
@@ -239,10 +242,10 @@ class Proposer:
         if item.scene is not None:
             return equal_spans(0.0, SECONDS, SHORTEST)
         assert item.entry is not None
-        with open_media(item.source) as media:
-            if media.kind == "image" or not media.duration:
-                return []
-            duration = media.duration
+        readers = self.captioner.readers
+        duration = (media_duration if readers is None else readers.duration)(item.source)
+        if not duration:
+            return []
         start, end = item.entry.start or 0.0, min(item.entry.end or duration, duration)
         if start >= end:
             raise MediaError(f"{item.source}: lasts {duration:.2f} s, the span starts at {start:g} s")

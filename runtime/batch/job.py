@@ -305,4 +305,6 @@ def _described(caption: Caption) -> Record:
     for name in ("token_logprobs", "contrast_logprobs", "start"):
         del fields[name]
     text = fields.pop("text")
-    return {"text": text, "mean_logprob": caption.mean_logprob} | fields
+    # "settings" are those of the run: what was asked. These are what came of it.
+    decoding = {"decoding": fields.pop("settings")} if "settings" in fields else {}
+    return {"text": text, "mean_logprob": caption.mean_logprob} | fields | decoding

@@ -41,4 +41,5 @@ def media_errors(name: str) -> Iterator[None]:
         # FFmpeg's EPERM and EIO also stand for broken data; only the system's own errors are taken at their word.
         transient = is_transient(error) and not type(error).__module__.startswith("av.")
         kind = TransientMediaError if transient else MediaError
-        raise kind(f"{name}: cannot be read ({reason(error)})") from error
+        system = isinstance(error, OSError) and error.strerror and not type(error).__module__.startswith("av.")
+        raise kind(f"{name}: cannot be read ({error.strerror if system else reason(error)})") from error

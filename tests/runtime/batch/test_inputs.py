@@ -74,7 +74,7 @@ def test_a_jsonl_manifest(tree: Tree):
         '\ufeff{"file": "a.mp4", "id": 7}\n'
         "\n"
         '{"file": "../b.mp4", "prompt": "Was hört man? 犬", "start": 1, "end": 2.5, "id": "é"}\n'
-        '{"file": "c.mp4", "video": "c.mp4"}\n'
+        '{"file": "c.mp4", "video": "d.mp4"}\n'
         '{"file": 5}\n'
         "no json\n"
         '{"file": "a.mp4", "start": 3, "end": 3}\n'
@@ -132,7 +132,7 @@ def test_a_csv_manifest(tree: Tree):
         ("empty", "holds no video, sound or image files"),
         ("nothing.jsonl", "holds no usable line"),
         ("bad.jsonl", "holds no usable line: line 1: "),
-        ("header.csv", "the first line names the columns: file or video or path, prompt, start, end, id and others, no name twice"),
+        ("header.csv", "the first line names the columns: file or video or path, prompt, start, end, id"),
         ("twice.csv", "no name twice"),
         ("both.csv", "the first line names the columns"),
         ("latin.csv", "is not a CSV file in UTF-8"),
@@ -142,7 +142,7 @@ def test_a_csv_manifest(tree: Tree):
 def test_what_is_refused(given: str, reason: str, tree: Tree):
     tree("c/a.txt", "empty/.hidden.mp4", "nothing.jsonl")
     Path("bad.jsonl").write_text("what\n")
-    Path("header.csv").write_text("clip\na.mp4\n")
+    Path("header.csv").write_text("name\na.mp4\n")
     Path("twice.csv").write_text("file,note,note\na.mp4,1,2\n")
     Path("both.csv").write_text("file,path\na.mp4,b.mp4\n")
     Path("latin.csv").write_bytes("file\né.mp4\n".encode("latin-1"))
