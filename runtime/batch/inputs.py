@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,11 +124,17 @@ def _unless_taken(entry: Entry | BadLine, ids: dict[str, Entry]) -> Entry | BadL
 
 def _expand(given: str) -> Iterator[Entry | BadLine]:
     path = Path(given)
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        mode = None
+    except OSError as error:
+        raise OptionError(f"{given}: cannot be read: {error.strerror}") from error
+    if mode is not None and stat.S_ISDIR(mode):
         files = list(_walk(given))
         if not files:
             raise OptionError(f"{given}: the folder holds no video, sound or image files")
-    elif path.exists():
+    elif mode is not None:
         if path.suffix.lower() in MANIFESTS:
             yield from _read_manifest(path)
             return

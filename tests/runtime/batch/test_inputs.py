@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,20 @@ def test_folders_are_searched_in_order(tree: Tree):
     )
     assert files("d.mkv", "c") == ["d.mkv", "c/a.wav", "c/b.MP4", "c/z/1.jpg"]
     assert files("c/notes.txt") == ["c/notes.txt"]  # asked for by name: its content decides
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ELOOP])
+def test_an_input_that_cannot_be_looked_at(number: int, tree: Tree, monkeypatch: pytest.MonkeyPatch):
+    tree("c/a.mp4")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", fail)
+        with pytest.raises(OptionError) as caught:
+            read_inputs(["c/a.mp4"])
+    assert str(caught.value) == f"c/a.mp4: cannot be read: {os.strerror(number)}"
 
 
 def test_links_that_go_round(tree: Tree):
