@@ -244,7 +244,7 @@ _DECODING: dict[str, dict[str, Any]] = {
         "show_default": True,
         "help": "The seed of sampling and noise.",
     },
-    "num_beams": {"type": int, "default": 4, "show_default": True, "help": "Beam search: the number of beams."},
+    "num_beams": {"type": int, "help": "Beam search: the number of beams.  [default: 4]"},
     "length_penalty": {
         "type": float,
         "default": 1.0,

@@ -70,7 +70,7 @@ def as_item_error(error: Exception, source: str | os.PathLike[str]) -> Intertitl
     """What was raised for a file as one of our errors, with the original as its cause."""
     if isinstance(error, IntertitleError):
         return error
-    name = source if isinstance(source, str | os.PathLike) else type(source).__name__
+    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
     if isinstance(error, MemoryError):
         made: IntertitleError = TransientMediaError(f"{name}: there is not enough memory for it")
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import intertitle
@@ -186,7 +187,7 @@ def test_steps_are_shared(captioner, clips, monkeypatch):
     """Four captions together: each step takes in all that are under way, and a place that comes free is filled."""
     how = intertitle.Decoding(max_new_tokens=10, repetition_penalty=1.0)
     clip = captioner.read(clips[0].source, audio=False)
-    monkeypatch.setattr("intertitle.runtime.captioner.Readers.read", lambda *_, **__: clip)
+    monkeypatch.setattr("intertitle.runtime.captioner.Readers.read", lambda *_, **__: replace(clip))
     steps: list[int] = []
     inference = type(captioner.open_inference(1))
     original = inference.step
