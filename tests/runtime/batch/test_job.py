@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -322,18 +321,8 @@ def test_a_disk_that_fails_is_asked_again(function: str, run: Run, monkeypatch: 
     assert records[1]["text"].startswith("B|")
 
 
-def test_a_file_whose_scenes_crash_a_decoder(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Files are cut in processes of their own, too: here one that a signal ends when it opens crash.mp4."""
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(
-        "import ctypes, sys\n"
-        "def act(event, arguments):\n"
-        "    if event == 'open' and str(arguments[0]).endswith('crash.mp4'):\n"
-        "        ctypes.string_at(0)\n"
-        "sys.addaudithook(act)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), *sys.path]))
+def test_a_file_that_crashes_while_it_is_cut(run: Run, faults: None):
+    """Files are cut in processes of their own, too."""
     write(crash="C", text="no video")
     tally, records, asked = run("crash.mp4", "text.mp4", segments=1.0)
     assert (tally.finished, tally.failed, asked) == (2, 2, [])
