@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,12 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def faults(repo_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that read media do what the name of their file says: see ``faults/sitecustomize.py``."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(repo_dir / "tests" / "faults"), *sys.path]))
 
 
 @pytest.fixture

@@ -16,8 +16,7 @@ from ...runtime.batching import BatchItem, as_item_error
 from ...runtime.caption import Caption
 from ...runtime.captioner import Captioner, PreparedClip
 from ...runtime.decoding import Decoding
-from ...runtime.media import open_media
-from ...runtime.media.segments import SHORTEST, Span
+from ...runtime.media.segments import SHORTEST, Span, media_duration
 from ..scenes import SECONDS, Scene
 from .items import Item, equal_spans, scene_media
 
@@ -244,10 +243,10 @@ class Proposer:
         if item.scene is not None:
             return equal_spans(0.0, SECONDS, SHORTEST)
         assert item.entry is not None
-        with open_media(item.source) as media:
-            if media.kind == "image" or not media.duration:
-                return []
-            duration = media.duration
+        readers = self.captioner.readers
+        duration = (media_duration if readers is None else readers.duration)(item.source)
+        if not duration:
+            return []
         start, end = item.entry.start or 0.0, min(item.entry.end or duration, duration)
         if start >= end:
             raise MediaError(f"{item.source}: lasts {duration:.2f} s, the span starts at {start:g} s")

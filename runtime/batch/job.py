@@ -270,6 +270,7 @@ class Job:
             record: Record = {"id": bad.id, "file": bad.manifest, "part_of": bad.manifest, "line": bad.line}
             self._records.append(record | {"error": {"kind": "manifest", "reason": f"line {bad.line}: {bad.reason}"}})
             self.tally.failed += 1
+            self.tally.reasons.append(f"{bad.manifest}: line {bad.line}: {bad.reason}")
         self.tally.finished += 1
         self._watch(self.tally)
 

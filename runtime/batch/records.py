@@ -246,7 +246,7 @@ class RecordFile:
             pass
         if not line.endswith(b"\n"):
             # Some file systems fill the end of a file with zeros when the power fails.
-            if self._is_output(line) or (number > 1 and not line.strip(b"\0")):
+            if self._is_output(line) or (self._end > 0 and not line.strip(b"\0")):
                 return False
             found = None
         if found is None or not isinstance(record, dict) or not isinstance(record.get(self.KEY), str):
@@ -274,7 +274,7 @@ class RecordFile:
             record.get("sha256"),
             (record.get("prompt"), record.get("start"), record.get("end")),
             key,
-            record.get("segments"),
+            record.get("segments") if isinstance(record.get("segments"), int) else None,
             record.get("part_of") or name,
             "error" in record and bool(record["error"].get("transient")),
         )
