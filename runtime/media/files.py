@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...errors import MediaError, OptionError
 from .container import audio_stream, has_unknown_video, open_input, video_stream
+from .mp4 import check_samples
 from .sound import ContainerSoundReader
 from .source import Media, check_size
 from .video import ContainerFrameReader
@@ -28,6 +29,7 @@ def _frame_reader() -> type[ContainerFrameReader]:
 
 def open_container(path: Path) -> Media:
     """A video, sound or animated GIF file as ``Media``. Pictures attached to a sound (cover art) are no video."""
+    check_samples(path)
     container = open_input(path)
     try:
         video, audio = video_stream(container), audio_stream(container)
