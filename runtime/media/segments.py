@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import MediaError, OptionError
-from .container import open_input, video_stream
+from .container import close_input, open_input, video_stream
 from .doors import media_errors
 from .rgb import RgbConverter
 from .video import ContainerFrameReader
@@ -121,7 +121,7 @@ def _small_frames(path: Path) -> Iterator[tuple[float, float, np.ndarray]]:
             raise MediaError(f"{path}: holds no video that can be cut into scenes")
         reader = ContainerFrameReader(path, container)
     except BaseException:
-        container.close()
+        close_input(container)
         raise
     convert = RgbConverter(reader.notes)
     size: tuple[int, int] | None = None

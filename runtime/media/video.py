@@ -20,7 +20,7 @@ import numpy.typing as npt
 from av.error import FFmpegError
 
 from ...errors import MediaError
-from .container import has_jumps, open_input, read_packets, refuse_encrypted, video_stream
+from .container import close_input, has_jumps, open_input, read_packets, refuse_encrypted, video_stream
 from .packets import PacketIndex, Run, VideoPacket, plan_runs
 from .rgb import RgbConverter
 from .source import MAX_PIXELS, FrameArray
@@ -118,7 +118,7 @@ class ContainerFrameReader:
             yield last, frame
 
     def close(self) -> None:
-        self._container.close()
+        close_input(self._container)
 
     def _select_stream(self, threads: Threads = "AUTO") -> VideoStream:
         stream = video_stream(self._container)
@@ -130,7 +130,7 @@ class ContainerFrameReader:
         return stream
 
     def _reopen(self, threads: Threads = "AUTO") -> None:
-        self._container.close()
+        close_input(self._container)
         self._container = open_input(self._path)
         self._stream = self._select_stream(threads)
 
@@ -174,7 +174,7 @@ class ContainerFrameReader:
 
         None where only some do: such frames can only be counted by decoding.
         """
-        if getattr(self._stream.codec_context, "field_order", 0) < _INTERLACED or len(packets) < 2:
+        if len(packets) < 2 or not self._may_hold_fields():
             return 1
         self._reopen()
         frames = sent = 0
@@ -189,6 +189,15 @@ class ContainerFrameReader:
             return 1
         paired = frames == sent // 2 and len({packet.duration for packet in packets[:-1]}) == 1
         return 2 if paired and len(packets) % 2 == 0 else None
+
+    def _may_hold_fields(self) -> bool:
+        decoder = self._stream.codec_context
+        order = getattr(decoder, "field_order", 0)
+        if order or decoder.name != "h264":
+            return order >= _INTERLACED
+        # MP4 keeps no order of fields, and has a rate of packets where H.264 states that of frames.
+        stated, packets = decoder.framerate, self._stream.average_rate
+        return bool(stated and packets and packets >= 1.5 * stated)
 
     def _packets_from(self, index: PacketIndex, start: int) -> Iterator[Packet[VideoStream]]:
         """The packets from number ``start`` on. Where a seek lands is checked; failing that, all are read through."""
