@@ -10,6 +10,8 @@ from intertitle.errors import MediaError
 
 
 class FaultyTarget:
+    expected = ()
+
     def __init__(self, folder: Path) -> None:
         del folder
 

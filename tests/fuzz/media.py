@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+from av.error import FFmpegError
 from intertitle.runtime.bundle import AudioSpec, Preprocessing
 from intertitle.runtime.clip import Clip, read_clip
 from intertitle.runtime.media.segments import media_spans
@@ -24,7 +25,12 @@ _AUDIO = AudioSpec(sample_rate=SAMPLE_RATE, num_samples=NUM_SAMPLES, num_mel_bin
 
 
 class MediaTarget:
-    """What the media fuzzer does with a seed. ``folder`` holds the originals and takes the mutant of the moment."""
+    """What the media fuzzer does with a seed. ``folder`` holds the originals and takes the mutant of the moment.
+
+    ``expected``: what may lie behind an error of ours. Others were foreseen as a class, and may be faults of ours.
+    """
+
+    expected = (OSError, FFmpegError)
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
