@@ -1,55 +1,64 @@
-# `make test` and `make demo` on a machine that has only Python 3.10-3.12 and make: each first installs what it needs
-# into .venv. PYTHON=... chooses the interpreter. Where packages come from is up to pip's own settings (PIP_INDEX_URL,
-# pip.conf): on a host without a GPU an index with the CPU build of PyTorch saves several gigabytes.
+# `make test` and `make demo` on a machine that has only Python 3.10-3.13 and make: each first installs what it needs
+# into .venv; the demo needs the runtime only, no PyTorch. PYTHON=... chooses the interpreter. Where packages come from
+# is up to pip's own settings (PIP_INDEX_URL, pip.conf): on a host without a GPU an index with the CPU build of PyTorch
+# saves several gigabytes.
 
 VENV := .venv
+# The runtime is installed, and everything is.
+LIGHT := $(VENV)/.installed-runtime
 STAMP := $(VENV)/.installed
 PIP_INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-dev.txt
 WORKERS ?= 2
 # An order, so that the choice does not depend on what `python3` happens to be. CI runs 3.11.
-PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3.10 python3)
+PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3.10 python3.13 python3)
 
 # One thread for each test worker, whatever the number of cores.
 test test-slow: export OMP_NUM_THREADS = 1
 
-# The stamp names the checkout it was made for. A copied or moved .venv would import the other checkout, and one whose
-# interpreter is gone would not run: both count as not installed.
-INSTALLED := $(shell $(VENV)/bin/python -c 'print(open("$(STAMP)").read().strip())' 2>/dev/null)
+# The stamps name the checkout they were made for. A copied or moved .venv would import the other checkout, and one
+# whose interpreter is gone would not run: both count as not installed.
+INSTALLED := $(shell $(VENV)/bin/python -c 'print(open("$(LIGHT)").read().strip())' 2>/dev/null)
 ifneq ($(INSTALLED),$(CURDIR))
-$(shell rm -f $(STAMP))
+$(shell rm -f $(LIGHT) $(STAMP))
 endif
 
-.PHONY: help install test test-slow demo lint format clean
+.PHONY: help install test test-slow demo check-install lint format clean
 
 help:
-	@echo 'make test       the tests (WORKERS=2 processes; ARGS=... goes to pytest)'
-	@echo 'make test-slow  the heavier tests'
-	@echo 'make demo       compile the tiny captioner and caption the shipped clip'
-	@echo 'make lint       ruff and pyright'
-	@echo 'make format     let ruff rewrite'
-	@echo 'make install    only the virtual environment, .venv'
-	@echo 'make clean      remove .venv and everything that was built'
+	@echo 'make demo           caption the shipped clip with the shipped captioner'
+	@echo 'make test           the tests (WORKERS=2 processes; ARGS=... goes to pytest)'
+	@echo 'make test-slow      the heavier tests'
+	@echo 'make check-install  the wheel in clean environments, on every Python that is there'
+	@echo 'make lint           ruff and pyright'
+	@echo 'make format         let ruff rewrite'
+	@echo 'make install        only the virtual environment, .venv'
+	@echo 'make clean          remove .venv and everything that was built'
 
 install: $(STAMP)
 
-# Interrupted before the stamp: the next run starts with an empty environment.
-$(STAMP): Makefile setup.cfg pyproject.toml constraints-dev.txt
+# Interrupted before the first stamp: the next run starts with an empty environment.
+$(LIGHT): Makefile setup.cfg pyproject.toml constraints-dev.txt
 	@set -e; \
-	if [ ! -f $(STAMP) ]; then \
+	if [ ! -f $(LIGHT) ]; then \
 	    found=; \
 	    for python in $(PYTHONS); do \
-	        if $$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
+	        if $$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
 	            2>/dev/null; then found=$$python; break; fi; \
 	    done; \
 	    if [ -z "$$found" ]; then \
-	        echo 'intertitle needs Python 3.10, 3.11 or 3.12 with venv; tried: $(PYTHONS). Choose one: make PYTHON=...' >&2; \
+	        echo 'intertitle needs Python 3.10 to 3.13 with venv; tried: $(PYTHONS). Choose one: make PYTHON=...' >&2; \
 	        exit 1; \
 	    fi; \
 	    echo "creating $(VENV) with $$($$found -c 'import platform, sys; print(sys.executable, platform.python_version())')"; \
 	    $$found -m venv --clear $(VENV); \
 	fi
-	@rm -f $(STAMP)
+	@rm -f $(LIGHT) $(STAMP)
 	$(PIP_INSTALL) --upgrade pip setuptools
+	$(PIP_INSTALL) -e '.[cpu]'
+	@echo '$(CURDIR)' > $(LIGHT)
+
+$(STAMP): $(LIGHT)
+	@rm -f $(STAMP)
 	@# PyTorch first and alone: no other package may choose its version.
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) -e '.[cpu,compile,align,dev,scenes]'
@@ -61,8 +70,12 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(VENV)/bin/python -m pytest -q -m slow $(ARGS)
 
-demo: $(STAMP)
+demo: $(LIGHT)
 	$(VENV)/bin/intertitle demo
+
+# ARGS='--only 3.12' for one Python.
+check-install: $(LIGHT)
+	$(VENV)/bin/python tests/install/check.py $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -1,20 +1,68 @@
-"""Compile Video-LLM captioners and caption video without PyTorch."""
+"""Compile Video-LLM captioners and caption video without PyTorch.
+
+``Captioner.load(bundle).caption(file)`` is the way in. Names are imported when they are first used, so that ``import
+intertitle`` costs next to nothing. Log records go to the loggers ``intertitle.*``; nothing shows them unless the
+program sets up ``logging``.
+"""
 
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .errors import IntertitleError
+from .errors import (
+    BundleError,
+    CheckpointError,
+    ClosedError,
+    DeadlineError,
+    IntertitleError,
+    MediaError,
+    OptionError,
+    TargetError,
+    TransientMediaError,
+)
 
 if TYPE_CHECKING:
-    from .runtime.captioner import Caption, Captioner, CaptionStream
+    from .runtime.batching import BatchItem, BatchResult
+    from .runtime.caption import Caption, CaptionStream
+    from .runtime.captioner import Captioner, MediaOptions, PreparedClip
     from .runtime.decoding import Decoding
 
-__all__ = ["Caption", "CaptionStream", "Captioner", "Decoding", "IntertitleError", "__version__"]
+__all__ = [
+    "BatchItem",
+    "BatchResult",
+    "BundleError",
+    "Caption",
+    "CaptionStream",
+    "Captioner",
+    "CheckpointError",
+    "ClosedError",
+    "DeadlineError",
+    "Decoding",
+    "IntertitleError",
+    "MediaError",
+    "MediaOptions",
+    "OptionError",
+    "PreparedClip",
+    "TargetError",
+    "TransientMediaError",
+    "__version__",
+]
 
-_LAZY = {"Caption": "captioner", "CaptionStream": "captioner", "Captioner": "captioner", "Decoding": "decoding"}
+_LAZY = {
+    "BatchItem": "batching",
+    "BatchResult": "batching",
+    "Caption": "caption",
+    "CaptionStream": "caption",
+    "Captioner": "captioner",
+    "Decoding": "decoding",
+    "MediaOptions": "captioner",
+    "PreparedClip": "captioner",
+}
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:
@@ -22,3 +70,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(f".runtime.{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -79,6 +79,10 @@ def _silence(*streams: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: 0 done, 1 failures, 2 bad input, 130 interrupted."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # The shell closed it (>&-): what is written there goes nowhere.
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
     for stream in (sys.stdout, sys.stderr):
         # A character or a file name that the locale cannot write is no reason to lose a caption.
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":

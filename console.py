@@ -51,6 +51,8 @@ _UNITS = {"vision": "frames", "prefill": "tokens", "decode": "tokens"}
 
 #: The longest label of a bar, in characters: what is left of 80 columns beside the bar, the count and the time.
 _LABEL = 32
+#: Failures that are named at the end of a batch.
+_REASONS = 5
 
 
 def show(*parts: Table | str, columns: int = 120) -> None:
@@ -114,7 +116,10 @@ def save(path: Path, text: str) -> None:
         target = path.resolve()
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         try:
-            partial.write_text(text, encoding="utf-8")
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
@@ -277,8 +282,8 @@ class BatchDisplay:
             parts.append(f"{duration(left)} left")
         return ", ".join(parts)
 
-    def summary(self, tally: Tally) -> None:
-        """One line on stderr: what was done, what had been, and how fast."""
+    def summary(self, tally: Tally, output: Path | None = None) -> None:
+        """On stderr: what was done, what had been, how fast, and the first reasons of failures."""
         passed = time.monotonic() - self._began
         speed = f"{60 * tally.captioned / passed:.1f} clips/min, " if tally.captioned and passed > 0 else ""
         before = f" ({tally.already_failed} of them before)" if tally.already_failed else ""
@@ -287,6 +292,12 @@ class BatchDisplay:
             f"{tally.failures} failed{before}; {speed}{duration(passed)} in all",
             err=True,
         )
+        for reason in tally.reasons[:_REASONS]:
+            click.echo(f"  failed: {one_line(reason)}", err=True)
+        if tally.failures and output is not None:
+            more = tally.failures - min(len(tally.reasons), _REASONS)
+            others = f"{more} more in {one_line(output)}; " if more else ""
+            click.echo(f"  {others}--retry-failed tries them again", err=True)
 
 
 def duration(seconds: float) -> str:

@@ -33,5 +33,13 @@ class BundleError(IntertitleError):
     """A bundle that is incomplete, corrupt, tampered with or written by another schema version."""
 
 
+class DeadlineError(IntertitleError):
+    """The deadline of a caption that passed before its first token."""
+
+
+class ClosedError(IntertitleError):
+    """A captioner that was closed and is used again."""
+
+
 class TargetError(IntertitleError):
     """A device or runtime that is missing or cannot run what was asked of it."""

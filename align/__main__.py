@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from ..commands import SHIPPED_ADAPTER, SHIPPED_BASE
 from ..console import ProgressDisplay, report
 from ..errors import IntertitleError
 from .objectives import OBJECTIVES
@@ -117,15 +118,33 @@ def tune(
 
 
 @main.command()
-@click.option("--base", type=click.Path(path_type=Path, exists=True), required=True, help="The supervised checkpoint.")
-@click.option("--adapter", type=click.Path(path_type=Path, exists=True), required=True, help="Its SynPO adapter.")
-@click.option("--scene", default=0, show_default=True, help="The clip to ship: its index in the test split.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder of the package.")
-def ship(base: Path, adapter: Path, scene: int, output: Path) -> None:
-    """Copy base, adapter and a test clip to where the package ships them."""
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path, exists=True),
+    default=SHIPPED_BASE,
+    help="The supervised checkpoint.  [default: the shipped one]",
+)
+@click.option(
+    "--adapter",
+    type=click.Path(path_type=Path, exists=True),
+    default=SHIPPED_ADAPTER,
+    help="Its SynPO adapter.  [default: the shipped one]",
+)
+@click.option("--scene", type=int, help="Index in the test split of the clip to ship.  [default: the clip there stays]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The package's folder.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def ship(base: Path, adapter: Path, scene: int | None, output: Path, quiet: bool) -> None:
+    """Put base, adapter, the bundle compiled from them and a test clip where the package ships them.
+
+    \b
+    The bundle again, after a change of the compiler (in a checkout):
+      python -m intertitle.align ship -o .
+    """
     from .ship import ship as write
 
-    click.echo(f"{output}: {write(base, adapter, scene, output) / 1e6:.1f} MB")
+    with ProgressDisplay(quiet) as progress:
+        size = write(base, adapter, output, scene, progress)
+    click.echo(f"{output}: {size / 1e6:.1f} MB in the wheel")
 
 
 @main.command()

@@ -34,16 +34,23 @@ def draw_losses(work: Path, adapters: Mapping[str, Path], path: Path) -> Path:
         raise OptionError(f"{error.filename}: {error.strerror}; give folders in which a training has run") from None
     for axis, (stage, lines) in zip(axes, stages.items(), strict=False):
         for key in ("loss", "validation_loss"):
-            axis.plot([line["step"] for line in lines], [line[key] for line in lines], marker=".", label=key)
-        axis.set_title(stage)
+            steps, losses = [line["step"] for line in lines], [line[key] for line in lines]
+            axis.plot(steps, losses, marker=".", label=key.replace("_", " "))
+        axis.set_title(f"training of {stage}")
         axis.set_xlabel("step")
+        axis.set_ylabel("loss")
+        axis.grid(alpha=0.3)
         axis.legend()
     for name, lines in tunings.items():
         right, ends = [line["accuracy"] for line in lines], range(_WINDOW, len(lines) + 1)
         axes[3].plot(ends, [sum(right[end - _WINDOW : end]) / _WINDOW for end in ends], label=name)
-    axes[3].set_title(f"pairs told apart ({_WINDOW} steps)")
+    axes[3].set_title("preference training")
     axes[3].set_xlabel("step")
+    axes[3].set_ylabel(f"pairs told apart, mean of {_WINDOW} steps")
+    axes[3].grid(alpha=0.3)
     if tunings:
-        axes[3].legend()
+        # Below the axes: among the lines there is no free corner.
+        figure.legend(*axes[3].get_legend_handles_labels(), loc="outside lower right", ncols=len(tunings), fontsize=9)
     figure.savefig(path, dpi=100)
+    pyplot.close(figure)
     return path

@@ -2,7 +2,7 @@
 
 Needs neither PyTorch nor ONNX. Notes the system (release, power mode, clocks, memory), builds the bundle's engines,
 captions the clip and notes stages, memory and, where the board has sensors for it, power; then the clip's frames by
-PyAV and by GStreamer. A step that fails is noted with its reason, and the next one is taken. See JETSON.md.
+PyAV and by GStreamer. A step that fails is noted with its reason, and the next one is taken. See docs/jetson.md.
 """
 
 from __future__ import annotations

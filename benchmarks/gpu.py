@@ -33,7 +33,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from ..commands import SHIPPED
+from ..commands import SHIPPED_ADAPTER, SHIPPED_BASE
 from ..export.compile import compile_bundle
 from ..models import open_checkpoint
 from ..models.random_checkpoint import SIZES, write_checkpoint
@@ -121,7 +121,7 @@ def main(
     figures["place"] = place.describe()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        checks = {"shipped": (SHIPPED / "base", SHIPPED / "synpo")}
+        checks = {"shipped": (SHIPPED_BASE, SHIPPED_ADAPTER)}
         if fixtures is not None:
             checks |= {name: (fixtures / name, None) for name in ("av-qwen2", "clip-mistral", "auroracap")}
         made = _Bundles(place, bundles, scratch)

@@ -15,6 +15,7 @@ import click
 from ..console import BatchDisplay, ProgressDisplay, check_savable, save, say
 from ..errors import OptionError
 from . import FAILED, options
+from .outputs import check_output, check_record_name
 
 if TYPE_CHECKING:
     from ..runtime.batch import Entry, RecordFile, RecordStream, Settings, SubtitleWriter
@@ -65,6 +66,14 @@ class _Segments(click.ParamType):
 @click.option(
     "--subtitles-dir", type=options.PATH, metavar="DIR", help="Write subtitle files there.  [default: beside the clip]"
 )
+@click.option(
+    "--item-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give up on a file that takes longer to read.",
+)
 @options.resume_options
 @options.quiet
 @options.debug
@@ -85,6 +94,7 @@ def batch(
     srt: bool,
     vtt: bool,
     subtitles_dir: Path | None,
+    item_timeout: float,
     retry_failed: bool,
     overwrite: bool,
     quiet: bool,
@@ -92,8 +102,9 @@ def batch(
     """Caption INPUTS with BUNDLE, many at once, into one JSONL file.
 
     INPUTS are files, folders (searched for media files), patterns in quotes ('clips/**/*.mp4') and manifests. A
-    manifest is a .jsonl file with an object per line or a .csv file with a header. Its fields are file, prompt, start,
-    end (seconds) and id. Its paths are relative to the manifest.
+    manifest is a .jsonl file with an object per line or a .csv file with a header. Its fields are file (or video, or
+    path), prompt, start, end (seconds) and id. Other fields go into the record, under meta. Its paths are relative to
+    the manifest.
 
     After a stop or a kill, the same command continues. An item that cannot be captioned gets a record with the reason,
     and the exit code is then 1.
@@ -114,8 +125,12 @@ def batch(
         check_savable(target)
         if target.exists() and not target.is_file():
             raise OptionError(f"{target}: is a pipe or a device; use -o - and send stdout there")
+        check_record_name(target)
+        check_output(target, (*inputs, bundle / "bundle.json"))
     entries = read_inputs(inputs)
     files = [entry for entry in entries if isinstance(entry, Entry)]
+    if target is not None:
+        check_output(target, (entry.file for entry in files))
     subtitles = _subtitles(files, srt, vtt, subtitles_dir)
     from ..runtime.captioner import Captioner
 
@@ -149,7 +164,9 @@ def batch(
                 "duplicates": duplicates,
                 "rows": rows,
                 "memory": memory,
+                "item_timeout": item_timeout,
             },
+            debug=click.get_current_context().ensure_object(dict).get("debug", False),
         )
         try:
             tally = job.run(captioner)
@@ -158,7 +175,7 @@ def batch(
             if target is not None:
                 say(f"{target}: what is done is kept; the same command goes on from there", prefix="")
             raise
-    display.summary(tally)
+    display.summary(tally, target)
     if tally.failures:
         raise click.exceptions.Exit(FAILED)
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..console import ProgressDisplay, check_savable, flat, one_line, report, safe, safe_json, safe_pieces, save, say
-from ..errors import MediaError, OptionError
+from ..console import ProgressDisplay, flat, one_line, report, safe, safe_json, safe_pieces, save, say
+from ..errors import BundleError, IntertitleError, OptionError, TargetError
 from . import BAD_INPUT, options
+from .outputs import check_output, check_subtitles
 
 if TYPE_CHECKING:
     from ..runtime.caption import Caption, CaptionStream
@@ -75,7 +76,9 @@ def caption(
     \b
     Example: intertitle caption captioner clip.mp4 --max-new-tokens 128 --json
     """
+    from ..runtime.batching import as_item_error
     from ..runtime.captioner import Captioner
+    from ..runtime.reading import Readers
 
     if stream and as_json:
         raise OptionError("--stream and --json exclude each other")
@@ -84,24 +87,36 @@ def caption(
     if srt is not None:
         if len(media) > 1 or len(prompts) > 1:
             raise OptionError("--srt takes one clip and one instruction")
-        check_savable(srt)
+        check_output(srt, media)
+        check_subtitles(srt)
     with ProgressDisplay(quiet) as progress:
         captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress, staged=staged)
     options.say_device(captioner)
+    if len(media) > 1:
+        # A file that crashes its decoder must not cost the others their captions.
+        captioner.readers = Readers()
     asked = _Asked(captioner, prompts, decoding, n_best, {"audio": not no_audio, **viewing})
     failed, result = False, None
     for path in media:
         show = _Show(path, len(media) > 1, len(prompts) > 1, n_best > 1, as_json)
-        try:
-            for number, prompt, pieces in asked.answers(path, quiet, stream):
-                result = show(number, prompt, pieces)
-        except MediaError as error:
-            # One bad file does not cost the others their captions.
-            report(error, click.get_current_context().ensure_object(dict))
-            failed = True
-            continue
-        except OptionError as error:
-            raise OptionError(f"{path}: {error}") from error
+        answers = asked.answers(path, quiet, stream)
+        while True:
+            try:
+                answer = next(answers, None)
+            except (BundleError, TargetError):
+                raise
+            except Exception as error:
+                if len(media) == 1 and not isinstance(error, IntertitleError):
+                    raise
+                # One bad file does not cost the others their captions.
+                mine = as_item_error(error, path)
+                message = f"{path}: {mine}" if isinstance(mine, OptionError) else str(mine)
+                report(mine, click.get_current_context().ensure_object(dict), message)
+                failed, result = True, None
+                break
+            if answer is None:
+                break
+            result = show(*answer)
         if srt is not None and result is not None:
             _save_srt(srt, path, result)
     if failed:
@@ -195,8 +210,9 @@ def _caption_json(path: Path, prompt: str | None, result: Caption) -> str:
 
 
 def _save_srt(path: Path, clip: Path, result: Caption) -> None:
-    from ..runtime.subtitles import Cue, format_srt
+    from ..runtime.subtitles import cue_of, format_srt
 
-    if not result.seconds:
-        raise OptionError(f"{clip}: --srt needs a clip with a duration, not an image")
-    save(path, format_srt([Cue(0.0, result.seconds, result.text)]))
+    cue = cue_of(result.text, result.start, None, result.seconds)
+    if cue is None:
+        raise OptionError(f"{clip}: --srt needs a clip with a duration, and this one has none (an image has none)")
+    save(path, format_srt([cue]))

@@ -76,19 +76,27 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
+def sections(command: click.Command) -> dict[str, list[click.Option]]:
+    """The options of a command by the section of its help text; a command that is not ``Grouped`` has one."""
+    options = {parameter.name: parameter for parameter in command.params if isinstance(parameter, click.Option)}
+    if not isinstance(command, Grouped):
+        return {"Options": list(options.values())} if options else {}
+    found = {title: [options.pop(name) for name in names if name in options] for title, names in _SECTIONS.items()}
+    found["Other options"] = list(options.values())
+    return {title: options for title, options in found.items() if options}
+
+
 class Grouped(click.Command):
     """A command with many options, whose help text shows them in sections."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        options = [parameter for parameter in self.get_params(ctx) if isinstance(parameter, click.Option)]
-        shown = {option.name: option.get_help_record(ctx) for option in options}
-        sections = {title: [name for name in names if shown.get(name)] for title, names in _SECTIONS.items()}
-        placed = {name for names in sections.values() for name in names}
-        sections["Other options"] = [name for name, record in shown.items() if record and name not in placed]
-        for title, names in sections.items():
-            if names:
-                with formatter.section(title):
-                    formatter.write_dl([record for name in names if (record := shown[name])])
+        found = sections(self)
+        if (help_option := self.get_help_option(ctx)) is not None:
+            found.setdefault("Other options", []).append(help_option)
+        for title, options in found.items():
+            records = (option.get_help_record(ctx) for option in options)
+            with formatter.section(title):
+                formatter.write_dl([record for record in records if record is not None])
 
 
 def _note_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
@@ -101,7 +109,21 @@ debug = click.option(
 )
 quiet = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 no_audio = click.option("--no-audio", is_flag=True, help="Ignore the sound.")
-prompt = click.option("--prompt", metavar="TEXT", help="The instruction to the model.  [default: the bundle's own]")
+
+
+def _only_one(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> str | None:
+    if len(values) > 1:
+        raise click.BadParameter("give it once; a manifest can hold an instruction for each file", context, parameter)
+    return values[0] if values else None
+
+
+prompt = click.option(
+    "--prompt",
+    metavar="TEXT",
+    multiple=True,
+    callback=_only_one,
+    help="The instruction to the model.  [default: the bundle's own]",
+)
 
 
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -170,9 +192,11 @@ def decoding_options(command: Command) -> Command:
         if strategy == "contrastive":
             strategy, given["contrast"] = "greedy", given["contrast"] or "temporal"
         decoding = Decoding(strategy=strategy, **given)  # type: ignore[arg-type]
-        sampling = any(given[name] is not None for name in ("temperature", "top_p", "top_k")) or given["min_p"]
-        if strategy != "sample" and sampling:
-            say("--temperature, --top-p, --top-k and --min-p do nothing without --decoding sample")
+        context = click.get_current_context()
+        for name, needed in _NEEDED.items():
+            source = context.get_parameter_source(name)
+            if strategy != needed and source is click.core.ParameterSource.COMMANDLINE:
+                raise OptionError(f"--{name.replace('_', '-')} does nothing without --decoding {needed}")
         return command(*arguments, decoding=decoding, **others)
 
     made = [click.option(f"--{name.replace('_', '-')}", name, **how) for name, how in _DECODING.items()]
@@ -186,6 +210,16 @@ def decoding_options(command: Command) -> Command:
     )
     return _with_options(with_decoding, strategy, *made)
 
+
+#: The strategy that an option is of.
+_NEEDED = {
+    "temperature": "sample",
+    "top_p": "sample",
+    "top_k": "sample",
+    "min_p": "sample",
+    "num_beams": "beam",
+    "length_penalty": "beam",
+}
 
 #: The fields of ``Decoding`` as options.
 _DECODING: dict[str, dict[str, Any]] = {
@@ -210,7 +244,7 @@ _DECODING: dict[str, dict[str, Any]] = {
         "show_default": True,
         "help": "The seed of sampling and noise.",
     },
-    "num_beams": {"type": int, "default": 4, "show_default": True, "help": "Beam search: the number of beams."},
+    "num_beams": {"type": int, "help": "Beam search: the number of beams.  [default: 4]"},
     "length_penalty": {
         "type": float,
         "default": 1.0,
@@ -288,7 +322,9 @@ def device_options(command: Command) -> Command:
             show_default=True,
             help="Where to run: cpu, cuda, tensorrt-rtx or tensorrt; auto takes the best that works.",
         ),
-        click.option("--threads", type=click.IntRange(1), help="The number of CPU threads.  [default: one per core]"),
+        click.option(
+            "--threads", type=click.IntRange(1, 1024), help="The number of CPU threads.  [default: one per core]"
+        ),
     )
 
 

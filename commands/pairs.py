@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..console import BatchDisplay, ProgressDisplay, check_savable, duration, say
+from ..console import BatchDisplay, ProgressDisplay, duration, say
 from ..errors import OptionError
 from . import FAILED, options
+from .outputs import check_output, check_record_name
 
 if TYPE_CHECKING:
     from ..align.preference import Item, PairTally, Recipe, Scorer
@@ -141,6 +142,7 @@ def pairs(
                --judge-url http://localhost:8000/v1 --judge-model qwen-plus
     """
     from ..align.preference import CAUTIOUS, PairFile, PairJob, Proposer, Recipe, read_pairs
+    from ..runtime.batch import Entry
 
     name = scorer_name or ("scenes" if scenes is not None else "reference-free")
     _check(inputs, scenes, name, judge_url, judge_model)
@@ -154,21 +156,26 @@ def pairs(
     scorer = _scorer(name, judge_url, judge_model, judge_workers, judge_timeout)
     if str(output) == "-":
         raise OptionError("-: pairs need a file that can be gone on with, not stdout")
-    check_savable(output)
+    check_record_name(output)
+    files = [entry.file for entry in entries if isinstance(entry, Entry)]
+    check_output(output, (*inputs, bundle / "bundle.json", *files))
     if output.exists() and not output.is_file():
         raise OptionError(f"{output}: is a pipe or a device, and pairs need a file that can be gone on with")
     from ..runtime.captioner import Captioner
+    from ..runtime.reading import Readers
 
     with ProgressDisplay(quiet) as progress:
         captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress)
     options.say_device(captioner)
+    captioner.readers = Readers()
     settings = _settings(bundle, recipe, scorer=scorer.name, judge_model=judge_model, gap=gap)
+    debug = click.get_current_context().ensure_object(dict).get("debug", False)
     began = time.monotonic()
     with (
         PairFile(output, settings, overwrite=overwrite, retry_failed=retry_failed) as records,
         BatchDisplay(len(entries), quiet) as display,
     ):
-        job = PairJob(entries, records, scorer, gap=gap, watch=display)
+        job = PairJob(entries, records, scorer, gap=gap, watch=display, debug=debug)
         proposer = Proposer(captioner, recipe, segments=scorer.needs_segments, likelihoods=scorer.needs_likelihoods)
         try:
             tally = job.run(proposer)

@@ -5,6 +5,8 @@ A backend opens the components of one bundle; the rest of the runtime sees funct
 
 from __future__ import annotations
 
+import logging
+import os
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
 #: What a bundle can run on by the form of its graphs, the best first. ``cuda`` wants float16 products, too.
 _DEVICES = {"ort": ("cuda", "cpu"), "standard": ("tensorrt-rtx", "tensorrt"), "plain": ("tensorrt-10.3",)}
 DEVICES = ("auto", *dict.fromkeys(device for devices in _DEVICES.values() for device in devices))
+
+#: Each session starts so many threads at once; a machine with more cores may use them all.
+MAX_THREADS = 256
+
+_log = logging.getLogger(__name__)
 
 Options = Mapping[str, Mapping[str, str]]
 """Of each component, by name: options of the provider that it runs on."""
@@ -187,6 +194,7 @@ def open_backend(
         raise OptionError(
             f"{bundle.path}: options are for ONNX Runtime on CUDA, the bundle is for {bundle.manifest.target}"
         )
+    check_threads(threads)
     if device != "auto":
         return _open(bundle, device, threads, options), []
     reasons: list[str] = []
@@ -196,8 +204,16 @@ def open_backend(
         except OptionError:
             raise
         except IntertitleError as error:
+            _log.info("not on %s: %s", candidate, error)
             reasons.append(f"{candidate}: {error}")
     raise TargetError("; ".join(reasons))
+
+
+def check_threads(threads: int | None) -> None:
+    """``OptionError`` for a number of threads that makes no sense; ``None`` is one a core."""
+    most = max(MAX_THREADS, os.cpu_count() or 1)
+    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= most):
+        raise OptionError(f"threads must be a whole number from 1 to {most}, not {threads}")
 
 
 def where(bundle: Bundle) -> list[tuple[str, str | None]]:

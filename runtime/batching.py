@@ -46,12 +46,13 @@ class Pipeline:
 
     ``read``: from an item to its clip, in a thread. ``task``: from a clip to a task, encoding it. ``open``: a scheduler
     whose rows hold so many tokens at least; ``OptionError``, which ends the batch, where the memory does not suffice
-    for one caption.
+    for one caption. ``stop``: ends the reads that are under way.
     """
 
     read: Callable[[BatchItem, Stages], Clip]
     task: Callable[[BatchItem, Clip, Stages], CaptionTask]
     open: Callable[[int], Scheduler]
+    stop: Callable[[], None] = lambda: None
 
 
 def run_batch(pipeline: Pipeline, items: Iterable[BatchItem]) -> Iterator[BatchResult]:
@@ -65,11 +66,11 @@ def run_batch(pipeline: Pipeline, items: Iterable[BatchItem]) -> Iterator[BatchR
     return _Batch(pipeline, items).run()
 
 
-def as_item_error(error: Exception, item: BatchItem) -> IntertitleError:
-    """``error`` as one of ours, with the original as its cause."""
+def as_item_error(error: Exception, source: str | os.PathLike[str]) -> IntertitleError:
+    """What was raised for a file as one of our errors, with the original as its cause."""
     if isinstance(error, IntertitleError):
         return error
-    name = os.fspath(item.source)
+    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
     if isinstance(error, MemoryError):
         made: IntertitleError = TransientMediaError(f"{name}: there is not enough memory for it")
     else:
@@ -100,6 +101,7 @@ class _Batch:
         finally:
             for future in self._reading:
                 future.cancel()
+            self._pipeline.stop()
             self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _step(self, runner: Runner) -> Iterator[BatchResult]:
@@ -133,7 +135,7 @@ class _Batch:
         except (BundleError, TargetError):
             raise
         except Exception as error:
-            return BatchResult(index, item, error=as_item_error(error, item))
+            return BatchResult(index, item, error=as_item_error(error, item.source))
         return BatchResult(index, item, task.captions[0])
 
     def _read_ahead(self) -> None:
@@ -180,7 +182,7 @@ class _Batch:
             except (BundleError, TargetError):
                 raise
             except Exception as error:
-                yield BatchResult(index, item, error=as_item_error(error, item))
+                yield BatchResult(index, item, error=as_item_error(error, item.source))
             else:
                 self._held = task
                 self._under_way[id(task)] = (index, item)

@@ -21,6 +21,7 @@ from msgspec import Meta
 
 from ..errors import BundleError
 from . import integrity
+from .graph_check import MOST_GRAPH_BYTES, check_graph
 from .integrity import FileState, Progress
 from .preprocess.image import ImageSpec
 from .text import PromptSpec
@@ -208,9 +209,10 @@ class _Version(msgspec.Struct):
 class Bundle:
     """An opened bundle; every file of it is the one that ``bundle.json`` describes."""
 
-    def __init__(self, path: Path, manifest: Manifest, sha256: str) -> None:
+    def __init__(self, path: Path, manifest: Manifest, sha256: str, states: Mapping[str, FileState]) -> None:
         """Use ``Bundle.open``."""
         self.path = path
+        self._states = states
         self.manifest = manifest
         self.sha256 = sha256
         """sha256 of ``bundle.json``, and so of everything in the bundle."""
@@ -228,7 +230,8 @@ class Bundle:
         """Check a bundle and open it.
 
         ``verify``: ``"full"`` hashes every file. ``"auto"`` hashes those not hashed before by this user, or changed
-        since (by inode, size, modification and status change time). ``"sizes"`` looks at names and sizes only.
+        since (by inode, size, modification and status change time; ``integrity`` says what that cannot notice).
+        Both look into graphs that they have not seen before (``graph_check``). ``"sizes"``: names and sizes only.
         ``progress(done, total)`` counts the bytes hashed. Raises ``BundleError``, one line, for anything but a whole
         and unaltered bundle of this schema version.
         """
@@ -246,16 +249,35 @@ class Bundle:
                 wrong = sorted(name for name in unknown if digests[name] != manifest.files[name].sha256)
                 if wrong:
                     raise BundleError(f"{directory}: {_listed(wrong)} differs from its sha256 in {MANIFEST_FILE}")
+                for graph, component in _graphs(manifest):
+                    _check_graph(directory, manifest, graph, component)
                 integrity.remember(directory, sha256, settled)
         try:
-            return cls(directory, manifest, sha256)
+            return cls(directory, manifest, sha256, states)
         except (OSError, ValueError) as error:
             raise BundleError(f"{directory}: '{manifest.embedding.file}' cannot be mapped: {error}") from error
 
     def file(self, name: str) -> Path:
-        """The path of a file of the bundle. ``BundleError`` for a name that ``bundle.json`` does not have."""
+        """The path of a file of the bundle, to be opened at once.
+
+        ``BundleError`` for a name that ``bundle.json`` does not have, and when any file of the bundle is no longer the
+        one that was verified (by device, inode, size and modification time): graphs are opened long after that.
+        """
         if name not in self.manifest.files:
             raise BundleError(f"{self.path}: there is no file {name!r} in the bundle")
+        for each, before in self._states.items():
+            try:
+                now = FileState.of((self.path / each).lstat())
+            except OSError as error:
+                raise BundleError(f"{self.path}: '{each}' was removed while in use: {error.strerror}") from error
+            # Not the status change time: whoever links to a file or copies the bundle by links moves it.
+            if (now.device, now.inode, now.size, now.mtime_ns) != (
+                before.device,
+                before.inode,
+                before.size,
+                before.mtime_ns,
+            ):
+                raise BundleError(f"{self.path}: '{each}' was changed after it was verified; load the bundle again")
         return self.path / name
 
     def embedding_table(self) -> np.memmap:
@@ -292,7 +314,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         raise BundleError(f"{where}: not a bundle manifest: {_one_line(error)}") from error
     problem = _inconsistency(manifest)
     if problem is not None:
-        raise BundleError(f"{where}: {problem}")
+        raise BundleError(f"{where}: {_one_line(problem)}")
     return manifest
 
 
@@ -394,6 +416,39 @@ def _visual_inconsistency(manifest: Manifest) -> str | None:
     if len({ratio.keep for ratio in visual.ratios}) != len(visual.ratios):
         return "visual: a merging ratio is there twice"
     return None
+
+
+def _graphs(manifest: Manifest) -> list[tuple[str, Component]]:
+    """Every graph with its component, those of the merging ratios too."""
+    ratios = [(ratio.graph, manifest.components["vision"]) for ratio in manifest.visual.ratios[1:]]
+    return [(component.graph, component) for component in manifest.components.values()] + ratios
+
+
+def _check_graph(directory: Path, manifest: Manifest, graph: str, component: Component) -> None:
+    """``BundleError`` unless a graph is harmless and has the inputs and outputs that the manifest says."""
+    try:
+        if manifest.files[graph].size > MOST_GRAPH_BYTES:
+            raise BundleError(f"{manifest.files[graph].size} bytes are too many for a graph without its weights")
+        data = integrity.read_file(directory, graph)
+        # The bytes that are looked at are those that were hashed.
+        if hashlib.sha256(data).hexdigest() != manifest.files[graph].sha256:
+            raise BundleError("was changed while it was read; try again")
+        facts = check_graph(data, component.data, manifest.files[component.data].size if component.data else 0)
+        for side, found, listed in (
+            ("inputs", facts.inputs, component.inputs),
+            ("outputs", facts.outputs, component.outputs),
+        ):
+            has = {value.name: (value.dtype, value.shape) for value in found}
+            # The graphs of the merging ratios differ from the default's in how many tokens they give.
+            ranks_only = side == "outputs" and graph != component.graph
+            says = {value.name: (value.dtype, value.shape) for value in listed}
+            if ranks_only:
+                has, says = ({name: (kind, len(shape)) for name, (kind, shape) in d.items()} for d in (has, says))
+            if has != says or len(found) != len(listed):
+                wrong = next((name for name in says if has.get(name) != says[name]), "another one")
+                raise BundleError(f"its {side} are not those in {MANIFEST_FILE} ({_quoted(wrong)})")
+    except BundleError as error:
+        raise BundleError(f"{directory}: '{graph}': {error}") from None
 
 
 def _read_manifest(directory: Path) -> bytes:

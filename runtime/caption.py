@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -19,11 +20,18 @@ class Caption:
     ``token_ids`` and ``token_logprobs`` (natural log, under the model's own distribution given the whole clip) include
     the end-of-sequence token if one was generated. ``contrast_logprobs``: the same under the combined distribution of a
     contrast (``None`` without one, and in it for the tokens of a forced beginning). ``finish_reason``: ``stop`` (end of
-    sequence), ``length`` or ``stop_string``. ``passes``: how it was decoded, pass by pass, for example ``["greedy",
-    "greedy, retrospective"]``; ``draft`` is the text that the last pass replaced. ``timings``: seconds per stage; what
-    captions of a batch did together is divided among them. ``notes``: what was substituted for something the clip
-    lacks. ``prompt_tokens``: text, visual and audio tokens before the first generated one. ``start``: seconds into the
-    source, ``seconds``: how long the clip lasts, ``None`` for images and arrays of frames.
+    sequence), ``length``, ``stop_string``, ``deadline`` (its time was over) or ``closed`` (its stream was closed); of
+    the last two the text is what was generated until then. ``passes``: how it was decoded, pass by pass, for example
+    ``["greedy", "greedy, retrospective"]``; ``draft`` is the text that the last pass replaced. ``timings``: seconds per
+    stage; what captions of a batch did together is divided among them. ``notes``: what was substituted for something
+    the clip lacks. ``start``: seconds into the source, ``seconds``: how long the clip lasts, ``None`` for images and
+    arrays of frames.
+
+    ``prompt_tokens``: text, visual and audio tokens before the first generated one, in the last pass.
+    ``prompt_tokens_reused``: how many of them the cache still held from an earlier caption, candidate or pass. They
+    were not computed again, so ``timings["prefill"]`` does not contain them (``Captioner.forget``).
+    ``instruction``: the one that was asked, the default one where none was given. ``settings``: the decoding settings
+    that were in effect in the last pass, those of the checkpoint filled in.
     """
 
     text: str
@@ -39,6 +47,9 @@ class Caption:
     contrast_logprobs: list[float | None] | None = None
     passes: list[str]
     draft: str | None = None
+    prompt_tokens_reused: int = 0
+    instruction: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def mean_logprob(self) -> float:
@@ -50,6 +61,8 @@ class CaptionStream:
     """Pieces of text as they are generated; ``caption`` is there once the iteration has ended.
 
     Closing the stream (or leaving its ``with`` block) stops the generation and frees its place in the cache.
+    ``caption`` is then what was generated so far, with the ``finish_reason`` ``closed``; ``None`` where nothing was.
+    Use a stream from one thread at a time.
     """
 
     def __init__(self, pieces: Iterator[str]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -12,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from ..errors import OptionError
+from ..errors import DeadlineError, OptionError
 from .backends import Backend, Decoder, Options, OrtBackend, open_backend
 from .batching import READ_AHEAD, BatchItem, BatchResult, Pipeline, run_batch
 from .bundle import Bundle
@@ -20,14 +23,20 @@ from .caption import Caption, CaptionStream
 from .clip import Clip, array_clip, read_clip
 from .decoding import Decoding, Scheduler, Token, TokenSearch, generate, log_likelihoods, resolve
 from .encoder import EncodedClip, Encoder
+from .guard import Guard
 from .inference import FloatArray, Inference
-from .reading import TIME_LIMIT, Readers
+from .reading import TIME_LIMIT, Readers, can_start_workers
 from .runner import Runner
 from .task import CaptionTask, Model
+from .text import check_text
 from .timing import Progress, Stages
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from types import TracebackType
+
+    from typing_extensions import Self, Unpack
+
+_log = logging.getLogger(__name__)
 
 Source = str | os.PathLike[str]
 
@@ -58,16 +67,27 @@ class MediaOptions(TypedDict, total=False):
     visual_tokens: int | float | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PreparedClip:
     """A clip that was read and encoded, for any number of captions with different instructions."""
 
     clip: Clip
     encoded: EncodedClip
 
+    def __repr__(self) -> str:
+        frames = 0 if self.clip.frames is None else len(self.clip.frames)
+        parts = [self.clip.mode, f"{frames} frames", f"{sum(map(len, self.encoded.blocks))} tokens"]
+        return f"PreparedClip({', '.join(parts)})"
+
 
 class Captioner:
-    """A bundle opened for captioning. Not safe for use from several threads at once."""
+    """A bundle opened for captioning.
+
+    Threads may share one: a call waits until those of other threads are done, and a stream or a batch lets others in
+    between two pieces of text or two results. A forked child may go on with the captioner of its parent on the
+    processor; on a GPU it gets a ``TargetError`` and loads one of its own. ``close`` it, or use it in a ``with`` block,
+    to free sessions, cache and GPU memory at a given time; it then raises ``ClosedError``.
+    """
 
     def __init__(
         self, bundle: Bundle, backend: Backend | None = None, staged: bool = False, notes: Sequence[str] = ()
@@ -75,12 +95,16 @@ class Captioner:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.tokenizer = Tokenizer.from_file(os.fspath(bundle.file("tokenizer.json")))
-        self._backend = OrtBackend(bundle) if backend is None else backend
+        self._backend: Backend | None = OrtBackend(bundle) if backend is None else backend
         self.encoder = Encoder(bundle, self.tokenizer, self._backend, staged)
         self._staged, self.device_notes = staged, tuple(notes)
         """Why better devices are not used, a line each."""
+        self._device = self._backend.device
+        self._guard = Guard(forks=self._device == "cpu")
         self._model = Model(bundle, self.tokenizer, self.encoder)
         self._decoder: Decoder | None = None
+        self.readers: Readers | None = None
+        """Processes that read the files of ``caption`` and ``read``; ``None``: they are read in this one."""
         self._scheduler: Scheduler | None = None
 
     @classmethod
@@ -99,20 +123,72 @@ class Captioner:
 
         ``threads``: processor threads of each session, one a core when ``None``. ``progress`` hears of the bytes that
         are hashed when a bundle is opened for the first time. ``staged``: one component at a time stays loaded.
+        At most ``backends.MAX_THREADS``, or one a core, whatever is more.
         ``options``: by component, options of ONNX Runtime's CUDA provider, such as ``{"decoder": {"gpu_mem_limit":
         "4294967296"}}``, and ``{"vision": {"device": "cpu"}}`` to leave an encoder to the processor.
         Raises ``BundleError`` for a bundle that is incomplete, corrupt or tampered with, ``TargetError`` for a device
         that cannot run it.
         """
-        report = Stages(progress).report
+        started, report = time.perf_counter(), Stages(progress).report
         bundle = Bundle.open(path, progress=lambda done, total: report("checking the bundle", done, total))
         backend, notes = open_backend(bundle, device, threads, options)
-        return cls(bundle, backend, staged, notes)
+        captioner = cls(bundle, backend, staged, notes)
+        _log.info("opened %s on %s in %.2f s", bundle.path, captioner.device, time.perf_counter() - started)
+        return captioner
 
     @property
     def device(self) -> str:
         """What the captioner runs on."""
-        return self._backend.device
+        if self._backend is not None:
+            self._device = self._backend.device
+        return self._device
+
+    def __repr__(self) -> str:
+        known = f"{self.manifest.name!r}, family={self.manifest.family!r}, device={self.device!r}"
+        return f"Captioner({known}, weights={self.manifest.weights!r}{', closed' if self._guard.closed else ''})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the sessions, the cache and the memory of the device. Closing again does nothing.
+
+        Waits for calls of other threads. A stream or a batch that is open raises ``ClosedError`` when it goes on.
+        """
+        with self._guard.close() as was_open:
+            if was_open:
+                self.device  # noqa: B018 - the backend's last word, for those who ask later
+                self.encoder.close()
+                self._scheduler = self._decoder = self._backend = None
+                if self.readers is not None:
+                    self.readers.close()
+                _log.info("closed %s", self.bundle.path)
+
+    def preload(self, progress: Progress | None = None) -> None:
+        """Load all components now: the first caption is then as fast as the next.
+
+        Otherwise each is loaded when it is first needed. A ``staged`` captioner loads one after the other and keeps the
+        last one, the decoder, until a clip is encoded: the files are then in the system's cache. ``progress`` hears
+        ``("load", 0, 0)`` for each.
+        """
+        with self._guard.use():
+            stages = Stages(progress)
+            self.encoder.load(stages)
+            self._load_decoder(stages)
+
+    def forget(self) -> None:
+        """Forget the prompts that the cache holds: the next caption computes its whole prompt, as the first one did.
+
+        For measuring (``Caption.prompt_tokens_reused`` is then 0 for a clip's first pass); captions do not change.
+        """
+        with self._guard.use():
+            if self._scheduler is not None:
+                self._scheduler.forget()
 
     @property
     def per_frame(self) -> bool:
@@ -125,6 +201,7 @@ class Captioner:
         *,
         prompt: str | None = None,
         decoding: Decoding | None = None,
+        deadline: float | None = None,
         progress: Progress | None = None,
         **media: Unpack[MediaOptions],
     ) -> Caption:
@@ -132,10 +209,18 @@ class Captioner:
 
         ``prompt=None`` is the family's default instruction. ``progress`` hears of every stage: ``(name, done, total)``.
         Raises ``MediaError`` for a clip that cannot be read and ``OptionError`` for arguments that do not go together.
+
+        ``deadline``: seconds from now. Once they have passed, the caption so far is returned, with the
+        ``finish_reason`` ``deadline``; ``DeadlineError`` when there is no token yet. The time is looked at between the
+        stages of reading and encoding and between decode steps, so a caption is late by one of these at most. A second
+        pass that is cut short leaves the whole first caption in ``Caption.draft``.
         """
-        stream = self.stream(source, prompt=prompt, decoding=decoding, progress=progress, **media)
-        for _ in stream:
-            pass
+        with self._guard.use():
+            stream = self.stream(
+                source, prompt=prompt, decoding=decoding, deadline=deadline, progress=progress, **media
+            )
+            for _ in stream:
+                pass
         assert stream.caption is not None
         return stream.caption
 
@@ -145,16 +230,21 @@ class Captioner:
         *,
         prompt: str | None = None,
         decoding: Decoding | None = None,
+        deadline: float | None = None,
         progress: Progress | None = None,
         **media: Unpack[MediaOptions],
     ) -> CaptionStream:
         """Like ``caption``, but text comes piece by piece, each piece complete UTF-8.
 
         The clip is read and encoded before the first piece. Where a later pass may replace the text (a retrospective
-        one, or one that ``confidence`` decides on) it comes in one piece.
+        one, or one that ``confidence`` decides on) it comes in one piece. Closing the stream keeps the caption so far.
+        Other calls, also of this thread, work while it is open.
         """
-        stages = Stages(progress)
-        task = self._task(source, prompt, decoding or Decoding(), stages, media)
+        until = _until(deadline)
+        stages = Stages(progress, until)
+        with self._guard.use():
+            task = self._task(source, prompt, decoding or Decoding(), stages, media)
+        task.deadline = until
         stream = CaptionStream(iter(()))
         stream._pieces = self._pieces(task, stream)
         return stream
@@ -166,6 +256,7 @@ class Captioner:
         *,
         prompt: str | None = None,
         decoding: Decoding | None = None,
+        deadline: float | None = None,
         rows: int = DEFAULT_ROWS,
         progress: Progress | None = None,
         **media: Unpack[MediaOptions],
@@ -174,17 +265,32 @@ class Captioner:
         log-likelihood) first.
 
         Sampled ones have seeds of their own, the first that of ``decoding``; a beam search gives its best. ``rows``:
-        captions generated together. ``OptionError`` for a strategy that knows one caption only.
+        captions generated together. ``deadline`` as in ``caption``; those that have no token by then are left out.
+        ``OptionError`` for a strategy that knows one caption only.
         """
+        with self._guard.use():
+            return self._candidates(source, count, prompt, decoding, _until(deadline), rows, progress, media)
+
+    def _candidates(
+        self,
+        source: Source | PreparedClip | None,
+        count: int,
+        prompt: str | None,
+        decoding: Decoding | None,
+        until: float | None,
+        rows: int,
+        progress: Progress | None,
+        media: MediaOptions,
+    ) -> list[Caption]:
         decoding = decoding or Decoding(strategy="sample")
         if count < 1 or rows < 1:
             raise OptionError(f"count and rows must be at least 1, not {count} and {rows}")
         if count > 1 and decoding.strategy == "greedy":
             raise OptionError("greedy decoding knows one caption only: several come of 'sample' or 'beam'")
-        if decoding.strategy == "beam" and decoding.num_beams < count:
-            raise OptionError(f"{count} captions need at least so many beams, not {decoding.num_beams}")
-        stages = Stages(progress)
-        encoded, clip = self._encoded(source, stages, media, _contrasts(decoding))
+        if decoding.strategy == "beam" and decoding.beams < count:
+            raise OptionError(f"{count} captions need at least so many beams, not {decoding.beams}")
+        stages = Stages(progress, until)
+        encoded, clip = self._encoded(source, stages, media, prompt, decoding)
         if decoding.strategy == "beam":
             tasks = [CaptionTask(self._model, encoded, prompt, decoding, stages, clip, num_results=count)]
         else:
@@ -196,10 +302,13 @@ class Captioner:
         together = min(rows, len(tasks)) * tasks[0].rows
         runner = Runner(self._idle_scheduler(together, max(task.max_length for task in tasks), stages, True))
         for task in tasks:
+            task.deadline = until
             runner.add(task)
         while not runner.idle:
             runner.step()
         captions = [caption for task in tasks for caption in task.captions]
+        if not captions:
+            raise DeadlineError("the deadline passed before the first token")
         return sorted(captions, key=lambda caption: -caption.mean_logprob)
 
     def caption_batch(
@@ -231,7 +340,7 @@ class Captioner:
             raise OptionError(f"rows must be at least 1, not {rows}")
         per_caption = resolve(how, self.manifest.generation).rows
 
-        readers = Readers(READ_AHEAD, item_timeout) if isolate and sys.executable else None
+        readers = Readers(READ_AHEAD, item_timeout) if isolate and can_start_workers() else None
 
         def read(item: BatchItem, stages: Stages) -> Clip:
             return (read_clip if readers is None else readers.read)(
@@ -245,9 +354,15 @@ class Captioner:
                 duplicates=duplicates,
             )
 
+        def stop() -> None:
+            if readers is not None:
+                readers.close()
+
         def task(item: BatchItem, clip: Clip, stages: Stages) -> CaptionTask:
-            encoded = self.encoder.encode(clip, stages, visual_tokens=visual_tokens, keep_features=_contrasts(how))
             asked = prompt if item.prompt is None else item.prompt
+            self._model.check_length(clip, visual_tokens, asked, how)
+            encoded = self.encoder.encode(clip, stages, visual_tokens=visual_tokens, keep_features=_contrasts(how))
+            _drop_frames(clip, how)
             return CaptionTask(self._model, encoded, asked, how, stages, clip)
 
         def open_scheduler(max_length: int) -> Scheduler:
@@ -257,14 +372,14 @@ class Captioner:
             )
 
         wanted = (item if isinstance(item, BatchItem) else BatchItem(item) for item in items)
+        results = run_batch(Pipeline(read, task, open_scheduler, stop), wanted)
         try:
-            for done, result in enumerate(run_batch(Pipeline(read, task, open_scheduler), wanted), 1):
+            for done, result in enumerate(self._guarded(results), 1):
                 if progress is not None:
                     progress("captions", done, 0)
                 yield result
         finally:
-            if readers is not None:
-                readers.close()
+            stop()
 
     def score(
         self,
@@ -276,12 +391,17 @@ class Captioner:
     ) -> float:
         """Mean log-likelihood (natural log) per token of ``text``, its end-of-sequence token included, as a caption.
 
-        This is LeanPO's reward without its factor (FACTS 3).
+        This is LeanPO's reward without its factor (docs/facts.md 3).
         """
+        check_text("text", text)
+        with self._guard.use():
+            return self._score(source, text, prompt, media)
+
+    def _score(self, source: Source | PreparedClip | None, text: str, prompt: str | None, media: MediaOptions) -> float:
         encoded, _ = self._encoded(source, Stages(), media)
         token_ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         token_ids.append(self.manifest.generation.eos_token_ids[0])
-        instruction = self.manifest.default_instruction if prompt is None else prompt
+        instruction = self._model.instruction(prompt)
         embeds = self.encoder.prompt_embeds(encoded, instruction)
         inference = self.open_inference(len(embeds) + len(token_ids) - 1)
         first = inference.prefill(0, embeds)
@@ -298,7 +418,8 @@ class Captioner:
 
         What their prompts have in common, the clip above all, is also prefilled once while nothing else is captioned.
         """
-        encoded, clip = self._encoded(source, Stages(progress), media, keep_features=True)
+        with self._guard.use():
+            encoded, clip = self._encoded(source, Stages(progress), media, keep_features=True)
         return PreparedClip(clip, encoded)
 
     def read(
@@ -321,7 +442,8 @@ class Captioner:
         spec = self.manifest.preprocessing
         if source is not None:
             stages = stages or Stages()
-            return read_clip(source, spec, self.per_frame, audio, stages, start=start, end=end, duplicates=duplicates)
+            read = read_clip if self.readers is None else self.readers.read
+            return read(source, spec, self.per_frame, audio, stages, start=start, end=end, duplicates=duplicates)
         if start is not None or end is not None:
             raise OptionError("start= and end= are for files, not for arrays")
         heard = waveform if audio else None
@@ -345,12 +467,20 @@ class Captioner:
         stages: Stages,
         media: MediaOptions,
     ) -> CaptionTask:
-        encoded, clip = self._encoded(source, stages, media, _contrasts(decoding))
+        encoded, clip = self._encoded(source, stages, media, prompt, decoding)
         return CaptionTask(self._model, encoded, prompt, decoding, stages, clip)
 
     def _encoded(
-        self, source: Source | PreparedClip | None, stages: Stages, media: MediaOptions, keep_features: bool = False
+        self,
+        source: Source | PreparedClip | None,
+        stages: Stages,
+        media: MediaOptions,
+        prompt: str | None = None,
+        decoding: Decoding | None = None,
+        keep_features: bool = False,
     ) -> tuple[EncodedClip, Clip]:
+        """A clip, read and encoded. With ``decoding`` it is for one caption: what cannot fit is refused before any
+        encoder runs, and of the frames nothing is kept that the caption does not need."""
         if isinstance(source, PreparedClip):
             if media:
                 raise OptionError(f"the clip is prepared already: {', '.join(media)} cannot change it")
@@ -358,25 +488,52 @@ class Captioner:
         visual_tokens = media.get("visual_tokens")
         options: dict[str, Any] = {name: value for name, value in media.items() if name != "visual_tokens"}
         clip = self.read(source, **options, stages=stages)
+        if decoding is not None:
+            self._model.check_length(clip, visual_tokens, prompt, decoding)
+            keep_features = _contrasts(decoding)
         if self._staged:
             self._scheduler = self._decoder = None
         encoded = self.encoder.encode(clip, stages, visual_tokens=visual_tokens, keep_features=keep_features)
+        if decoding is not None:
+            _drop_frames(clip, decoding)
         return encoded, clip
+
+    def _guarded(self, results: Iterator[BatchResult]) -> Iterator[BatchResult]:
+        """The results, each made while this captioner is held."""
+        try:
+            while True:
+                with self._guard.use():
+                    result = next(results, None)
+                if result is None:
+                    return
+                yield result
+        finally:
+            results.close()  # type: ignore[attr-defined]
 
     def _pieces(self, task: CaptionTask, stream: CaptionStream) -> Iterator[str]:
         """Pieces of text; sets ``stream.caption`` at the end."""
-        runner = Runner(self._idle_scheduler(task.rows, task.max_length, task.stages))
-        runner.add(task)
+        with self._guard.use():
+            runner = Runner(self._idle_scheduler(task.rows, task.max_length, task.stages))
+            runner.add(task)
         shown = 0
         try:
             while not runner.idle:
-                runner.step()
+                with self._guard.use():
+                    runner.step()
                 text = task.transcript.text
                 if task.is_last and len(text) > shown:
                     yield text[shown:]
                     shown = len(text)
+        except GeneratorExit:
+            # Without the lock: the scheduler is this stream's own as long as its task is there, and a stream that is
+            # collected as garbage may be closed in any thread.
+            runner.stop(task, "closed")
+            stream.caption = next(iter(task.captions), None)
+            raise
         finally:
             runner.cancel(task)
+        if not task.captions:
+            raise DeadlineError("the deadline passed before the first token")
         stream.caption = task.captions[0]
         if len(stream.caption.text) > shown:
             yield stream.caption.text[shown:]
@@ -401,8 +558,11 @@ class Captioner:
         if self._decoder is None:
             if self._staged:
                 self.encoder.release()
+            assert self._backend is not None
+            started = time.perf_counter()
             with stages.measure("load"):
                 self._decoder = self._backend.decoder()
+            _log.debug("loaded the decoder in %.2f s", time.perf_counter() - started)
         return self._decoder
 
     def _rows_in(self, memory: int | None, max_length: int, per_caption: int) -> int:
@@ -421,6 +581,21 @@ class Captioner:
 def _contrasts(decoding: Decoding) -> bool:
     """Whether per-frame features are worth keeping: another stream will be made of them."""
     return decoding.contrast == "temporal"
+
+
+def _drop_frames(clip: Clip, decoding: Decoding) -> None:
+    """Free the frames of a clip that is encoded for one caption. A noise contrast makes its view of them."""
+    if decoding.contrast != "noise":
+        clip.frames = None
+
+
+def _until(deadline: float | None) -> float | None:
+    """A deadline in the seconds of ``time.perf_counter``. ``OptionError`` for one that is no time to come."""
+    if deadline is None:
+        return None
+    if not (isinstance(deadline, (int, float)) and math.isfinite(deadline) and deadline > 0):
+        raise OptionError(f"deadline must be a number of seconds above 0, not {deadline!r}")
+    return time.perf_counter() + deadline
 
 
 def _rounded(max_length: int, longest: int) -> int:

@@ -6,6 +6,8 @@ width, H decoder width.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from ..errors import OptionError
+from ..errors import ClosedError, OptionError
 from .backends import Backend, OrtBackend
 from .bundle import Bundle, MergingRatio
 from .clip import Clip
@@ -24,6 +26,8 @@ from .preprocess.fbank import kaldi_fbank
 from .preprocess.image import preprocess_frames
 from .text import build_prompt
 from .timing import Stages
+
+_log = logging.getLogger(__name__)
 
 #: Patch tokens that one run of tower or connector takes in; more would cost memory and save no time on a CPU.
 _RUN_TOKENS = 1024
@@ -57,7 +61,7 @@ class Encoder:
         self, bundle: Bundle, tokenizer: Tokenizer, backend: Backend | None = None, staged: bool = False
     ) -> None:
         self._bundle, self._tokenizer = bundle, tokenizer
-        self._backend = OrtBackend(bundle) if backend is None else backend
+        self._backend: Backend | None = OrtBackend(bundle) if backend is None else backend
         self._visual, self._staged = bundle.manifest.visual, staged
         self._components: dict[str, tuple[str, Callable[[FloatArray], FloatArray]]] = {}
 
@@ -91,18 +95,41 @@ class Encoder:
         blocks = splice_blocks(visual, audio)
         return EncodedClip(clip.mode, blocks, notes, visual_tokens, features if keep_features else None)
 
+    def block_lengths(self, clip: Clip, visual_tokens: int | float | None = None) -> list[int]:
+        """Tokens of each block that ``encode`` would give for a clip, without running an encoder."""
+        check_visual_tokens(visual_tokens)
+        lengths: list[int] = []
+        if clip.frames is not None:
+            assert clip.order is not None
+            visual, places = self._visual, len(clip.order)
+            ratio, _ = self._merging(visual_tokens, places)
+            blocks, tokens = visual.blocks, (visual if ratio is None else ratio).tokens_per_block
+            if visual.per_frame:
+                blocks = places
+            elif not visual.pooled:
+                kernel, padding = visual.time_kernel, visual.time_padding
+                whole = np.arange(self._bundle.manifest.preprocessing.num_frames)
+                slots, usual = (len(time_windows(order, kernel, padding)) for order in (clip.order, whole))
+                tokens = tokens * slots // usual
+            lengths = [self._merged_length(visual_tokens, blocks, tokens)] * blocks
+        if clip.sound is not None:
+            spec = self._bundle.manifest.preprocessing.audio
+            assert spec is not None
+            lengths = [*lengths[:-1], sum(lengths[-1:]) + spec.num_tokens]
+        return lengths
+
     def contrast(self, clip: Clip, encoded: EncodedClip, contrast: Contrast, stages: Stages) -> EncodedClip:
         """The contrasted view of a clip that ``encode`` gave ``encoded`` for, its sound taken over.
 
         Temporal views use the features that ``encoded`` kept. The setting of visual tokens is the same, a number of
         them being that number's share for the places that are left. ``OptionError`` for a clip without pictures.
         """
-        if clip.frames is None:
+        if clip.order is None:
             raise OptionError("a contrast changes the pictures, and this clip has none")
-        assert clip.order is not None
         setting, notes, order = encoded.visual_tokens, [], clip.order
         ratio, _ = self._merging(setting, len(order))
         if contrast.kind == "noise":
+            assert clip.frames is not None
             with stages.measure("noise"):
                 pixels = diffuse(self._pixels(clip.frames, stages), contrast.noise_step, contrast.seed)
             features = self.frame_tokens(self.features(pixels, stages, ratio), stages)
@@ -115,6 +142,7 @@ class Encoder:
                 setting = max(1, round(setting * len(order) / len(clip.order)))
             features = encoded.features
             if features is None:
+                assert clip.frames is not None
                 distinct, order = np.unique(order, return_inverse=True)
                 pixels = self._pixels(clip.frames[distinct], stages)
                 features = self.frame_tokens(self.features(pixels, stages, ratio), stages)
@@ -204,14 +232,18 @@ class Encoder:
 
     def _compress(self, tokens: FloatArray, setting: int | float | None, stages: Stages) -> FloatArray:
         """``tokens [blocks, tokens, H]`` merged to the setting, where the tower has not merged them."""
-        if setting is None or self._visual.ratios:
-            return tokens
         blocks, available = tokens.shape[:2]
-        count = max(1, wanted_tokens(setting, blocks * available) // blocks)
+        count = self._merged_length(setting, blocks, available)
         if count == available:
             return tokens
         with stages.measure("compress"):
             return np.stack([merge_tokens(block, count)[0] for block in tokens])
+
+    def _merged_length(self, setting: int | float | None, blocks: int, available: int) -> int:
+        """Tokens of each block after ``_compress``."""
+        if setting is None or self._visual.ratios:
+            return available
+        return max(1, wanted_tokens(setting, blocks * available) // blocks)
 
     def _merging(self, setting: int | float | None, num_frames: int) -> tuple[MergingRatio | None, list[str]]:
         """The compiled ratio of merging that a setting comes to, and what to say about it; None without merging."""
@@ -239,7 +271,21 @@ class Encoder:
 
     def release(self) -> None:
         """Unload the components; they are loaded again when they are needed."""
+        if self._components:
+            _log.debug("released: %s", ", ".join(self._components))
         self._components.clear()
+
+    def load(self, stages: Stages) -> None:
+        """Load all components now, in their default form; a staged encoder keeps the last one only."""
+        ratios = self._visual.ratios
+        for name in self._bundle.manifest.components:
+            if name not in ("decoder", "selection"):
+                self._component(name, stages, ratios[0].graph if ratios and name == "vision" else None)
+
+    def close(self) -> None:
+        """Unload the components and let go of the device. What is needed afterwards cannot be loaded."""
+        self.release()
+        self._backend = None
 
     def _component(self, name: str, stages: Stages, graph: str | None = None) -> Callable[[FloatArray], FloatArray]:
         """The session of a component, or of another graph of it: the last one is kept, each holds all the weights."""
@@ -249,9 +295,13 @@ class Encoder:
             del held
             self._components.pop(name, None)
             if self._staged:
-                self._components.clear()
+                self.release()
+            if self._backend is None:
+                raise ClosedError("the captioner was closed: load it again")
+            started = time.perf_counter()
             with stages.measure("load"):
                 held = self._components[name] = (graph, self._backend.component(name, graph))
+            _log.debug("loaded %s in %.2f s", graph, time.perf_counter() - started)
         return held[1]
 
 

@@ -2,6 +2,11 @@
 
 A file that was hashed once is remembered by its inode, size and times in a per-user record. Later it is taken for
 unchanged only while all of these are the same; the record never says what the hash is, only that it was right.
+
+The record notices every ordinary change of a file. It does not stop a program that may write to the bundle and means
+to deceive: a change through a writable shared mapping that was made dirty before the hashing moves no time stamp until
+the kernel writes the page back, some 30 s later on a disk and never on tmpfs. So nothing on tmpfs is remembered, and
+whoever shares a writable bundle with others opens it with ``verify="full"``.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from pathlib import Path
 import msgspec
 
 from ..errors import BundleError
+from .graph_check import CHECK_VERSION
 
 #: Called with the bytes read so far and the bytes to read in all.
 Progress = Callable[[int, int], None]
@@ -29,6 +35,7 @@ _THREADS = 2
 
 #: No symlink is followed and no FIFO waited for, whatever stands there since it was looked at. (Windows has neither.)
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_OPEN_FLAGS |= getattr(os, "O_BINARY", 0)
 
 #: A file younger than this may still change without its times changing (their resolution is 4 ms on ext4, 2 s on FAT).
 _SETTLED_SECONDS = 2.0
@@ -54,10 +61,14 @@ class FileState(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The files of one bundle that had the hashes of the ``bundle.json`` whose own hash is ``manifest``."""
+    """The files of one bundle that had the hashes of the ``bundle.json`` whose own hash is ``manifest``.
+
+    ``graphs``: the version of the check that its graphs have passed.
+    """
 
     manifest: str
     files: dict[str, FileState]
+    graphs: int
 
 
 def hash_files(
@@ -110,9 +121,37 @@ def hash_files(
             raise
 
 
+def read_file(directory: Path, name: str) -> bytes:
+    """A file of ``directory``, whole. ``BundleError`` when it cannot be read or is no regular file."""
+    try:
+        with os.fdopen(os.open(directory / name, _OPEN_FLAGS), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise BundleError(f"{directory}: '{name}' is not a regular file")
+            return file.read()
+    except OSError as error:
+        raise BundleError(f"{directory}: '{name}' cannot be read: {error.strerror}") from error
+
+
+def in_memory(directory: Path) -> bool:
+    """Whether a directory lies on tmpfs, by Linux's list of mounts; ``False`` where there is none."""
+    try:
+        device = directory.stat().st_dev
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    number = f"{os.major(device)}:{os.minor(device)}"
+    # Fields by proc(5): the third is the device; the kind of file system follows a lone "-".
+    lines = [line.split() for line in mounts.splitlines()]
+    return any(
+        fields[2] == number and "-" in fields and fields[fields.index("-") + 1] in ("tmpfs", "ramfs")
+        for fields in lines
+        if len(fields) > 4
+    )
+
+
 def remembered(directory: Path, manifest_sha256: str) -> dict[str, FileState]:
     """The files of ``directory`` found right before, as they were then; empty when nothing trustworthy is known."""
-    path = _record_path(directory)
+    path = None if in_memory(directory) else _record_path(directory)
     if path is None:
         return {}
     try:
@@ -122,18 +161,19 @@ def remembered(directory: Path, manifest_sha256: str) -> dict[str, FileState]:
             record = msgspec.json.decode(file.read(), type=_Record)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return {}
-    return record.files if record.manifest == manifest_sha256 else {}
+    return record.files if (record.manifest, record.graphs) == (manifest_sha256, CHECK_VERSION) else {}
 
 
 def remember(directory: Path, manifest_sha256: str, states: Mapping[str, FileState]) -> None:
-    """Note that these files, settled before they were hashed, have the hashes of the manifest.
+    """Note that these files, settled before they were hashed, have the hashes of the manifest, and that its graphs
+    passed ``graph_check``.
 
     Failing to write the note costs only another hashing, so no error is raised.
     """
-    path = _record_path(directory)
+    path = None if in_memory(directory) else _record_path(directory)
     if path is None:
         return
-    record = _Record(manifest_sha256, dict(states))
+    record = _Record(manifest_sha256, dict(states), CHECK_VERSION)
     with suppress(OSError):
         descriptor, name = tempfile.mkstemp(dir=path.parent)
         temporary = Path(name)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ..errors import BundleError, OptionError, TargetError
 from .bundle import DecoderSpec
+from .guard import leave_to_parent
 from .huge_pages import huge_pages
 from .inference import FloatArray, FullLogits
 from .rows import FilledRows
@@ -50,7 +51,7 @@ def open_session(graph: Path, threads: int | None = None, providers: Sequence[Pr
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return ort.InferenceSession(os.fspath(graph), options, providers=list(providers))
+        return leave_to_parent(ort.InferenceSession(os.fspath(graph), options, providers=list(providers)))
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
         reason = " ".join(str(error).split())
         raise BundleError(f"{graph.name}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from error

@@ -11,38 +11,53 @@ import sys
 import threading
 from contextlib import suppress
 from types import TracebackType
+from typing import IO, cast
 
 import numpy as np
 
-from .. import errors
-from ..errors import IntertitleError, MediaError
+from ..errors import IntertitleError, ItemError, MediaError, OptionError, TransientMediaError
 from .bundle import Preprocessing
 from .clip import Clip
-from .reading_worker import Answer, ReadRequest, Request, SpansRequest, receive, send
+from .reading_worker import Answer, ReadRequest, Request, SpansRequest, decode_text, receive, send
 from .timing import Stages
 
 #: Seconds that one file may take to be read, unless told otherwise.
 TIME_LIMIT = 600.0
-#: Bytes of address space of a worker: 16 frames of 8K video, what a decoder of them holds, and as much again.
+#: Bytes of memory of a worker: 16 frames of 8K video, what a decoder of them holds, and as much again.
 MEMORY_LIMIT = 8 << 30
 
 #: The child finds the package where its parent found it.
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from {package} import main; main()"
 
 
+#: The arrays of an answer, and their types.
+_ARRAYS = {"frames": "|u1", "order": "<i8", "sound": "<f4"}
+
+
+def can_start_workers() -> bool:
+    """Whether this program can start Python again. One that was frozen into a single file would start itself."""
+    return bool(sys.executable) and not getattr(sys, "frozen", False)
+
+
 class Readers:
-    """``count`` worker processes. ``read`` and ``spans`` may be called from as many threads at once.
+    """``count`` worker processes. ``read`` and ``spans`` may be called from any thread; ``count`` of them work at once.
 
     A worker that dies or takes longer than ``time_limit`` seconds fails its file, and another takes its place. Workers
-    start in the background when the object is made.
+    start in the background when the object is made, and again when a file needs one that is gone.
     """
 
     def __init__(self, count: int = 1, time_limit: float = TIME_LIMIT, memory_limit: int = MEMORY_LIMIT) -> None:
         self._time_limit, self._memory_limit = time_limit, memory_limit
         self._closed = False
-        self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._at_work: set[subprocess.Popen[bytes]] = set()
+        # None: a place whose worker is to be started.
+        self._idle: queue.SimpleQueue[subprocess.Popen[bytes] | None] = queue.SimpleQueue()
         for _ in range(count):
-            self._idle.put(self._start())
+            try:
+                self._idle.put(self._start())
+            except OSError:
+                self._idle.put(None)
 
     def read(
         self,
@@ -61,18 +76,25 @@ class Readers:
         answer, arrays = self._ask(ReadRequest(name, spec, per_frame, audio, start, end, duplicates))
         for stage, seconds in answer.timings.items():
             stages.add(stage, seconds)
-        return Clip(**arrays, notes=answer.notes, seconds=answer.seconds, start=answer.start)
+        return Clip(**arrays, notes=[*map(decode_text, answer.notes)], seconds=answer.seconds, start=answer.start)
 
     def spans(self, source: str | os.PathLike[str], segments: float | None) -> list[tuple[float, float]]:
         """See ``media_spans``."""
         return self._ask(SpansRequest(os.fsencode(source), segments))[0].spans
 
     def close(self) -> None:
-        """End the workers that are idle; those at work end with what they are doing."""
-        self._closed = True
+        """End all workers. What they are reading fails at once."""
+        with self._lock:
+            self._closed = True
+            for worker in self._at_work:
+                worker.kill()
         with suppress(queue.Empty):
             while True:
-                _end(self._idle.get_nowait())
+                worker = self._idle.get_nowait()
+                if worker is not None:
+                    _end(worker)
+        # For a thread that waits for a worker.
+        self._idle.put(None)
 
     def __enter__(self) -> Readers:
         return self
@@ -83,7 +105,8 @@ class Readers:
         self.close()
 
     def _ask(self, request: Request) -> tuple[Answer, dict[str, np.ndarray]]:
-        worker = self._idle.get()
+        name = os.fsdecode(request.source)
+        worker = self._take(name)
         late = threading.Event()
 
         def stop() -> None:
@@ -92,26 +115,55 @@ class Readers:
 
         timer = threading.Timer(self._time_limit, stop)
         timer.daemon = True
-        timer.start()
+        usable = False
         try:
+            timer.start()
             answer, arrays = _exchange(worker, request)
-        except (EOFError, OSError, ValueError) as error:
-            raise MediaError(_epitaph(os.fsdecode(request.source), worker, late, self._time_limit)) from error
+            usable = not answer.spent
+        except MemoryError as error:
+            raise TransientMediaError(f"{name}: there is not enough memory for its frames") from error
+        except Exception as error:
+            raise _epitaph(name, worker, late, self._time_limit) from error
         finally:
             timer.cancel()
-            if worker.poll() is None and not late.is_set() and not self._closed:
-                self._idle.put(worker)
-            else:
-                _end(worker)
-                if not self._closed:
-                    self._idle.put(self._start())
+            # One that was interrupted would give this answer to the next question.
+            self._give_back(worker, usable and not late.is_set())
         if answer.error is not None:
             raise _error(answer)
         return answer, arrays
 
+    def _take(self, name: str) -> subprocess.Popen[bytes]:
+        """A worker that is alive; the others wait for one."""
+        worker = self._idle.get()
+        if worker is not None and worker.poll() is not None:
+            # It died while nobody asked it for anything: no file is at fault.
+            _end(worker)
+            worker = None
+        with self._lock:
+            if self._closed:
+                self._idle.put(None)
+                raise TransientMediaError(f"{name}: reading was stopped")
+            try:
+                worker = worker or self._start()
+            except OSError as error:
+                self._idle.put(None)
+                reason = f"{name}: no process can be started to read it ({error.strerror})"
+                raise TransientMediaError(reason) from error
+            self._at_work.add(worker)
+        return worker
+
+    def _give_back(self, worker: subprocess.Popen[bytes], usable: bool) -> None:
+        with self._lock:
+            self._at_work.discard(worker)
+            usable = usable and not self._closed
+        if not usable:
+            _end(worker)
+        self._idle.put(worker if usable else None)
+
     def _start(self) -> subprocess.Popen[bytes]:
         module = f"{__package__}.reading_worker"
-        command = [sys.executable, "-c", _START.format(package=module), json.dumps(sys.path), str(self._memory_limit)]
+        start, path = _START.format(package=module), json.dumps([*map(str, sys.path)])
+        command = [sys.executable, "-c", start, path, str(self._memory_limit)]
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=-1
         )
@@ -124,6 +176,9 @@ def _exchange(worker: subprocess.Popen[bytes], request: Request) -> tuple[Answer
     answer: Answer = receive(worker.stdout, Answer)  # type: ignore[arg-type]
     arrays: dict[str, np.ndarray] = {}
     for info in answer.arrays:
+        # What decodes a stranger's file may say anything.
+        if _ARRAYS.get(info.name) != info.dtype:
+            raise ValueError(f"no array of clips: {info.name} of {info.dtype}")
         array = np.empty(info.shape, info.dtype)
         view = array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
         while view.nbytes:
@@ -135,23 +190,30 @@ def _exchange(worker: subprocess.Popen[bytes], request: Request) -> tuple[Answer
     return answer, arrays
 
 
-def _epitaph(name: str, worker: subprocess.Popen[bytes], late: threading.Event, limit: float) -> str:
+def _epitaph(name: str, worker: subprocess.Popen[bytes], late: threading.Event, limit: float) -> MediaError:
+    """Why there is no answer."""
     if late.is_set():
-        return f"{name}: reading it took more than {limit:g} s"
+        return MediaError(f"{name}: reading it took more than {limit:g} s")
+    with suppress(OSError):
+        # It ends, if it has not: nothing that it says can be used.
+        cast("IO[bytes]", worker.stdin).close()
     try:
         code = worker.wait(5)
     except subprocess.TimeoutExpired:
-        return f"{name}: the process that read it does not answer"
+        return MediaError(f"{name}: the process that read it gave no usable answer")
+    if code == -signal.SIGKILL:
+        # No decoder does that: somebody did, or the system, which was short of memory.
+        return TransientMediaError(f"{name}: the process that read it was killed")
     if code < 0:
         with suppress(ValueError):
-            return f"{name}: a decoder crashed on it ({signal.Signals(-code).name})"
-    return f"{name}: the process that read it ended with exit code {code}"
+            return MediaError(f"{name}: a decoder crashed on it ({signal.Signals(-code).name})")
+    return MediaError(f"{name}: the process that read it ended with exit code {code}")
 
 
 def _error(answer: Answer) -> IntertitleError:
-    kind = getattr(errors, answer.error or "", errors.ItemError)
-    error: IntertitleError = kind(answer.message)
-    error.__cause__ = RemoteError(answer.trace)
+    kinds = {kind.__name__: kind for kind in (MediaError, TransientMediaError, OptionError)}
+    error = kinds.get(answer.error or "", ItemError)(decode_text(answer.message))
+    error.__cause__ = RemoteError(decode_text(answer.trace))
     return error
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 import os
+import select
 import signal
 import struct
 import sys
+import threading
 import traceback
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 import msgspec
@@ -63,17 +66,31 @@ class ArrayInfo(msgspec.Struct):
 
 
 class Answer(msgspec.Struct):
-    """``error``: the class of one of our errors; ``item`` stands for one that is not ours."""
+    """``error``: the class of one of our errors; ``ItemError`` stands for one that is not ours.
+
+    What may hold the name of a file is bytes (``encode_text``). ``spent``: memory ran out, and who knows what is left.
+    """
 
     arrays: list[ArrayInfo] = []
-    notes: list[str] = []
+    notes: list[bytes] = []
     seconds: float | None = None
     start: float = 0.0
     timings: dict[str, float] = {}
     spans: list[tuple[float, float]] = []
     error: str | None = None
-    message: str = ""
-    trace: str = ""
+    message: bytes = b""
+    trace: bytes = b""
+    spent: bool = False
+
+
+def encode_text(text: str) -> bytes:
+    """Text for a message, half characters too: they stand for the bytes of odd file names."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def decode_text(data: bytes) -> str:
+    """The text of ``encode_text``."""
+    return data.decode("utf-8", "surrogatepass")
 
 
 def receive(stream: BinaryIO, kind: Any) -> Any:
@@ -94,14 +111,31 @@ def send(stream: BinaryIO, message: msgspec.Struct, arrays: list[npt.NDArray[Any
 
 
 def _limit_memory(limit: int) -> None:
-    """No more than ``limit`` bytes of address space, where the system can bound it."""
+    """No more than ``limit`` bytes of memory of its own, where the system can bound it."""
     try:
         import resource
     except ImportError:  # Windows
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    # Not of addresses: a thread reserves more of them than it uses, and there is a thread for every core.
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     given = [value for value in (soft, hard, limit) if value != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min(given), hard))
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_DATA, (min(given), hard))
+
+
+def _end_with_parent() -> None:
+    """End this process when nobody can read its answers any more, in the midst of a file too."""
+    if not hasattr(select, "poll"):  # Windows
+        return
+    asking = select.poll()
+    asking.register(0, 0)
+
+    def watch() -> None:
+        while not asking.poll():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _answer(request: Request) -> tuple[Answer, list[npt.NDArray[Any]]]:
@@ -126,20 +160,27 @@ def _answer(request: Request) -> tuple[Answer, list[npt.NDArray[Any]]]:
     except TransientMediaError as error:
         if isinstance(error.__cause__, MemoryError):
             # The limit is ours, and the file would reach it again.
-            return Answer(error="MediaError", message=f"{name}: reading it takes too much memory"), []
-        return Answer(error="TransientMediaError", message=str(error), trace=traceback.format_exc()), []
+            answer = _refusal("MediaError", f"{name}: reading it takes too much memory")
+            answer.spent = True
+            return answer, []
+        return _refusal("TransientMediaError", str(error)), []
     except IntertitleError as error:
-        return Answer(error=type(error).__name__, message=str(error), trace=traceback.format_exc()), []
+        return _refusal(type(error).__name__, str(error)), []
     except Exception as error:
-        return Answer(error="ItemError", message=f"{name}: {reason(error)}", trace=traceback.format_exc()), []
+        return _refusal("ItemError", f"{name}: {reason(error)}"), []
     return _clip_answer(clip, stages)
+
+
+def _refusal(kind: str, message: str) -> Answer:
+    """The answer to a request that raises, made while it is handled."""
+    return Answer(error=kind, message=encode_text(message), trace=encode_text(traceback.format_exc()))
 
 
 def _clip_answer(clip: Clip, stages: Stages) -> tuple[Answer, list[npt.NDArray[Any]]]:
     found = {"frames": clip.frames, "order": clip.order, "sound": clip.sound}
     arrays = {name: array for name, array in found.items() if array is not None}
     infos = [ArrayInfo(name, array.dtype.str, list(array.shape)) for name, array in arrays.items()]
-    answer = Answer(infos, clip.notes, clip.seconds, clip.start, stages.seconds)
+    answer = Answer(infos, [*map(encode_text, clip.notes)], clip.seconds, clip.start, stages.seconds)
     return answer, list(arrays.values())
 
 
@@ -147,6 +188,7 @@ def main() -> None:
     """Answer requests until stdin ends. The argument is the limit of memory in bytes."""
     # Ctrl-C reaches the whole group of processes. The parent decides what happens.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_with_parent()
     _limit_memory(int(sys.argv[1]))
     requests = sys.stdin.buffer
     answers = os.fdopen(os.dup(1), "wb")

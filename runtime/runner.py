@@ -7,8 +7,10 @@ from collections import deque
 from collections.abc import Iterator
 from functools import partial
 
+from ..errors import DeadlineError
 from .decoding import Request, Scheduler, Ticket
 from .task import CaptionTask
+from .transcript import FinishReason
 
 
 class Runner:
@@ -33,7 +35,11 @@ class Runner:
         self._next_pass(task, task.passes())
 
     def step(self) -> list[CaptionTask]:
-        """Admit what fits and generate one token for every active caption; the tasks that are complete."""
+        """Admit what fits and generate one token for every active caption; the tasks that are complete.
+
+        A task whose deadline has passed is complete with what it has: its ``captions`` may be empty.
+        """
+        complete = self._stop_overdue()
         self._admit()
         if any(not ticket.done for ticket in self._active):
             started = time.perf_counter()
@@ -41,12 +47,16 @@ class Runner:
             share = (time.perf_counter() - started) / len(self._active)
             for task, _ in self._active.values():
                 task.stages.add("decode", share)
-        complete = []
         for ticket in [ticket for ticket in self._active if ticket.done]:
             task, passes = self._active.pop(ticket)
             if not self._next_pass(task, passes):
                 complete.append(task)
         return complete
+
+    def stop(self, task: CaptionTask, reason: FinishReason) -> None:
+        """Stop a task and let it make a caption of the tokens that it has."""
+        self.cancel(task)
+        task.stop(reason)
 
     def cancel(self, task: CaptionTask) -> None:
         """Stop a task; its rows are free at once."""
@@ -55,8 +65,22 @@ class Runner:
             self.scheduler.cancel(ticket)
             del self._active[ticket]
 
+    def _stop_overdue(self) -> list[CaptionTask]:
+        under_way = [*(task for task, _ in self._active.values()), *(entry[0] for entry in self._waiting)]
+        timed = [task for task in under_way if task.deadline is not None]
+        now = time.perf_counter() if timed else 0.0
+        overdue = [task for task in timed if task.deadline is not None and now >= task.deadline]
+        for task in overdue:
+            self.stop(task, "deadline")
+        return overdue
+
     def _next_pass(self, task: CaptionTask, passes: Iterator[Request]) -> bool:
-        request = next(passes, None)
+        try:
+            request = next(passes, None)
+        except DeadlineError:
+            # In the encoding of a contrasted view.
+            task.stop("deadline")
+            return False
         if request is not None:
             self._waiting.append((task, passes, request))
         return request is not None
@@ -67,4 +91,5 @@ class Runner:
             with task.stages.measure("prefill"):
                 report = partial(task.stages.report, "prefill", total=request.prompt_length)
                 ticket = self.scheduler.admit(request, report)
+            task.tokens_reused = ticket.reused
             self._active[ticket] = (task, passes)

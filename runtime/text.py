@@ -32,6 +32,20 @@ class PromptSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sentinel: int = -200
 
 
+def check_text(name: str, value: str) -> str:
+    """``value``, if it is text that can be encoded. ``OptionError`` otherwise, naming the argument ``name``.
+
+    A lone surrogate is what Python makes of bytes in an argument that are not UTF-8.
+    """
+    if not isinstance(value, str):
+        raise OptionError(f"{name} must be text (str), not {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise OptionError(f"{name} is not valid Unicode text: character {error.start + 1} is half a pair") from None
+    return value
+
+
 def build_prompt(tokenizer: Tokenizer, spec: PromptSpec, instruction: str, num_blocks: int) -> list[list[int]]:
     """Token ids around ``num_blocks`` blocks: ``num_blocks + 1`` chunks (prefix, separators, suffix).
 

@@ -6,19 +6,25 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from ..errors import DeadlineError
+
 #: ``(stage, done, total)`` in units of the stage: frames, tokens, files. ``total`` 0: not known.
 Progress = Callable[[str, int, int], None]
+
+#: A caption whose time is over in one of these keeps the tokens that it has.
+_DECODER_STAGES = ("prefill", "decode")
 
 
 class Stages:
     """Wall-clock seconds by stage name, in the order in which the stages first ran; repeated stages add up.
 
-    ``progress`` is told when a stage begins and as it goes on.
+    ``progress`` is told when a stage begins and as it goes on. ``deadline``, in the seconds of ``time.perf_counter``:
+    stages before the decoder's raise ``DeadlineError`` when they begin, or go on, after it.
     """
 
-    def __init__(self, progress: Progress | None = None) -> None:
+    def __init__(self, progress: Progress | None = None, deadline: float | None = None) -> None:
         self.seconds: dict[str, float] = {}
-        self._progress = progress
+        self._progress, self._deadline = progress, deadline
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
@@ -34,5 +40,8 @@ class Stages:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def report(self, name: str, done: int, total: int) -> None:
+        late = self._deadline is not None and name not in _DECODER_STAGES
+        if late and time.perf_counter() >= (self._deadline or 0.0):
+            raise DeadlineError(f"the deadline passed before the first token, at the stage '{name}'")
         if self._progress is not None:
             self._progress(name, done, total)

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from .decoding import Token
 from .text import IncrementalDecoder, StopStrings
 
-FinishReason = Literal["stop", "length", "stop_string"]
+FinishReason = Literal["stop", "length", "stop_string", "deadline", "closed"]
 
 
 class Transcript:
@@ -45,6 +45,11 @@ class Transcript:
         self.text += piece + self._stops.finish()
         if stopped:
             self.reason = "stop_string"
+
+    def stop(self, reason: FinishReason) -> None:
+        """It is broken off here. A character whose bytes are not all there is left out."""
+        self.text += self._stops.finish()
+        self.reason = reason
 
 
 def contains_stop(tokenizer: Tokenizer, stops: tuple[str, ...], token_ids: list[int]) -> bool:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -280,13 +281,18 @@ def test_options_reach_the_captioner(compiled: Compiled, run: Callable[..., Resu
     assert len(seen) == 4
 
 
-def test_sampling_options_without_sampling_are_pointed_out(compiled: Compiled, run: Callable[..., Result]):
+@pytest.mark.parametrize(
+    ("option", "value", "needed"),
+    [("--temperature", 0.5, "sample"), ("--top-k", 3, "sample"), ("--num-beams", 4, "beam")],
+)
+def test_options_of_another_strategy_are_refused(
+    compiled: Compiled, run: Callable[..., Result], option: str, value: float, needed: str
+):
     options = ["-q", "--no-audio", "--max-new-tokens", 2]
-    result = run("caption", compiled("av-qwen2"), DEMO_CLIP, "--temperature", 0.5, *options)
-    assert result.code == 0
-    assert result.errors == [
-        "intertitle: --temperature, --top-p, --top-k and --min-p do nothing without --decoding sample"
-    ]
+    for strategy in ([], ["--decoding", "greedy"]):
+        result = run("caption", compiled("av-qwen2"), DEMO_CLIP, option, value, *strategy, *options)
+        assert result.code == 2
+        assert result.errors == [f"intertitle: {option} does nothing without --decoding {needed}"]
     assert run("caption", compiled("av-qwen2"), DEMO_CLIP, "--seed", 7, *options).err == ""
 
 
@@ -400,11 +406,26 @@ def test_demo_says_what_is_in_the_clip(run: Callable[..., Result], tmp_path: Pat
     held = compare(scene, caption.removeprefix("caption: "))
     assert held.missed == held.invented == frozenset()
     assert truth.removeprefix("truth:   ") == captions(scene)[0]
-    # What it says it ran is what a user can run.
-    (line,) = (line for line in result.errors if line.startswith("$ intertitle caption"))
-    names = {"captioner": tmp_path / "captioner", "clip.mp4": SHIPPED / "clip.mp4"}
-    again = run(*[names.get(word, word) for word in line.split()[2:]], "-q", "--json")
-    assert caption == f"caption: {json.loads(again.out)['text']}"
+    # What it says it ran is what a user can run, with the kept copy as with the package's own bundle.
+    kept = sorted(path.name for path in (tmp_path / "captioner").iterdir())
+    assert kept == sorted(path.name for path in (SHIPPED / "captioner").iterdir())
+    plain = run("demo", "-q")
+    assert plain.out.splitlines()[:3] == [caption, truth, counts]
+    for shown, bundle in ((result, tmp_path / "captioner"), (plain, SHIPPED / "captioner")):
+        (line,) = (line for line in shown.errors if line.startswith("$ intertitle caption"))
+        words = shlex.split(line)[2:]
+        assert words == ["caption", str(bundle), str(SHIPPED / "clip.mp4")]
+        assert caption == f"caption: {json.loads(run(*words, '-q', '--json').out)['text']}"
+
+
+def test_demo_keeps_its_bundle_only_where_nothing_is_lost(run: Callable[..., Result], tmp_path: Path):
+    folder = tmp_path / "holiday"
+    folder.mkdir()
+    (folder / "diary.txt").write_text("dear diary")
+    result = run("demo", "--keep", folder, "-q")
+    assert (result.code, result.out) == (2, "")
+    assert "exists and is not a bundle" in result.err
+    assert [path.name for path in tmp_path.rglob("*")] == ["holiday", "diary.txt"]
 
 
 # --- help and usage
@@ -530,7 +551,7 @@ def test_a_command_whose_packages_are_missing_says_what_to_install(
     monkeypatch.delitem(sys.modules, "intertitle.export.compile", raising=False)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     monkeypatch.setitem(sys.modules, "torch", None)
-    for arguments in (["compile", "a", "-o", "b"], ["verify", "a", "--reference", "b"], ["demo"]):
+    for arguments in (["compile", "a", "-o", "b"], ["verify", "a", "--reference", "b"]):
         result = run(*arguments)
         assert result.code == 2
         assert re.fullmatch(

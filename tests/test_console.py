@@ -243,12 +243,11 @@ def test_save_is_whole_or_leaves_what_was_there(tmp_path: Path, monkeypatch: pyt
     assert link.is_symlink()
     assert path.read_text(encoding="utf-8") == "second é\n"
 
-    def full(self: Path, *_: object, **__: object) -> None:
-        self.touch()
+    def full(descriptor: int) -> None:
         raise OSError(28, os.strerror(28))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(OptionError, match=r"a\.json: cannot be written: No space left"):
             save(path, "third")
     assert path.read_text(encoding="utf-8") == "second é\n"

@@ -9,9 +9,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
+import intertitle
 import pytest
 
 FORBIDDEN = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "jinja2", "sentencepiece", "PIL")
@@ -109,31 +112,91 @@ def test_no_file_names_a_path_of_a_machine(repo_dir: Path):
 
 
 @pytest.fixture(scope="module")
-def wheel(repo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The names in the wheel, built from a copy so that no build folder is left in the checkout."""
-    directory = tmp_path_factory.mktemp("wheel")
+def built(repo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The sdist and the wheel that is built from it, from a copy so that no build folder is left in the checkout."""
+    directory = tmp_path_factory.mktemp("built")
     copy = directory / "source"
     for path in tracked_files(repo_dir):
         target = copy / path.relative_to(repo_dir)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    # setuptools is there already: with isolation it would be downloaded.
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "."]
     environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    subprocess.run([*command, "-w", str(directory)], cwd=copy, env=environment, check=True, timeout=300)
-    (path,) = directory.glob("*.whl")
-    return zipfile.ZipFile(path).namelist()
+    backend = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
+    command = [sys.executable, "-c", backend, str(directory)]
+    subprocess.run(command, cwd=copy, env=environment, check=True, timeout=300, capture_output=True)
+    (sdist,) = directory.glob("*.tar.gz")
+    # setuptools is there already: with isolation it would be downloaded.
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, str(sdist), "-w", str(directory)], env=environment, check=True, timeout=300)
+    (wheel,) = directory.glob("*.whl")
+    return {"sdist": sdist, "wheel": wheel}
+
+
+@pytest.fixture(scope="module")
+def wheel(built: dict[str, Path]) -> list[str]:
+    """The names in the wheel."""
+    return zipfile.ZipFile(built["wheel"]).namelist()
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(repo_dir: Path, wheel: list[str]):
     rooms = ["runtime", "models", "calibration", "commands", "export", "benchmarks", "align"]
     expected = {str(path.relative_to(repo_dir)) for room in rooms for path in (repo_dir / room).rglob("*.py")}
-    expected |= {path.name for path in repo_dir.glob("*.py")}
+    expected |= {path.name for path in repo_dir.glob("*.py")} | {"py.typed"}
     expected |= {str(path.relative_to(repo_dir)) for path in (repo_dir / "calibration" / "clips").glob("*.mp4")}
-    shipped = repo_dir / "align" / "shipped"
-    expected |= {str(path.relative_to(repo_dir)) for path in shipped.rglob("*") if path.is_file()}
+    carried = repo_dir / "runtime" / "shipped"
+    expected |= {str(path.relative_to(repo_dir)) for path in carried.rglob("*") if path.is_file()}
     inside = {name.removeprefix("intertitle/") for name in wheel if name.startswith("intertitle/")}
     assert inside == expected
+    assert {"runtime/shipped/captioner/bundle.json", "runtime/shipped/clip.mp4", "__main__.py"} <= inside
+    assert not [name for name in inside if name.startswith("align/shipped/") or name.endswith(".safetensors")]
     rest = [name for name in wheel if not name.startswith("intertitle/")]
     assert all(".dist-info/" in name for name in rest), rest
     assert any(name.endswith("/LICENSE") for name in rest)
+
+
+def test_the_wheel_is_small(built: dict[str, Path]):
+    assert built["wheel"].stat().st_size < 12_000_000
+
+
+def test_the_wheel_says_what_it_is(built: dict[str, Path], repo_dir: Path):
+    with zipfile.ZipFile(built["wheel"]) as archive:
+        (folder,) = {name.partition("/")[0] for name in archive.namelist() if ".dist-info/" in name}
+        metadata = message_from_bytes(archive.read(f"{folder}/METADATA"))
+        entries = configparser.ConfigParser()
+        entries.read_string(archive.read(f"{folder}/entry_points.txt").decode())
+    assert metadata["Version"] == intertitle.__version__
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload(decode=True).decode().strip() == (repo_dir / "README.md").read_text().strip()
+    assert {name: dict(entries[name]) for name in entries.sections()} == {
+        "console_scripts": {"intertitle": "intertitle.cli:main"}
+    }
+    # What the runtime stands on has a lower bound each, and nothing of it is for compiling.
+    required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    names = {re.split(r"[<>=;\[ ]", line)[0] for line in required}
+    assert "av" in names
+    assert not names & {"torch", "transformers", "onnx", "pillow", "jinja2"}
+    assert [line for line in required if ">=" not in line] == []
+
+
+def test_the_sdist_holds_the_repository(built: dict[str, Path], repo_dir: Path):
+    with tarfile.open(built["sdist"]) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    missing = {str(path.relative_to(repo_dir)) for path in tracked_files(repo_dir)} - inside
+    assert missing == set()
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "intertitle", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"intertitle, version {intertitle.__version__}\n"
+    # What ``main`` returns is the exit code.
+    assert subprocess.run([sys.executable, "-m", "intertitle", "nonsense"], capture_output=True).returncode == 2
+
+
+def test_the_demo_needs_only_the_runtime():
+    """Captions in an interpreter without PyTorch and all else that compiling needs."""
+    program = f"{GUARD}\nfrom intertitle.cli import main\nsys.exit(main(['demo', '-q']))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    caption, truth = done.stdout.splitlines()[:2]
+    assert caption.removeprefix("caption: ") == truth.removeprefix("truth:   ")

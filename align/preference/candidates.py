@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...errors import IntertitleError, MediaError, OptionError
-from ...runtime.batching import BatchItem
+from ...errors import BundleError, IntertitleError, MediaError, OptionError, TargetError
+from ...runtime.batching import BatchItem, as_item_error
 from ...runtime.caption import Caption
 from ...runtime.captioner import Captioner, PreparedClip
 from ...runtime.decoding import Decoding
@@ -136,8 +136,10 @@ class Proposer:
                 prompt = self._prompt(item)
                 asked = self.captioner.manifest.default_instruction if prompt is None else prompt
                 material = Material(item.key, asked, found, self.candidates(item), item.scene)
-            except IntertitleError as error:
-                yield Proposal(item, error=error)
+            except (BundleError, TargetError):
+                raise
+            except Exception as error:
+                yield Proposal(item, error=as_item_error(error, item.source))
             else:
                 yield Proposal(item, material)
 
@@ -158,8 +160,10 @@ class Proposer:
                 if item.scene is not None:
                     found[item.key] = [self._scene_segment(item, span, decoding) for span in spans]
                     continue
-            except IntertitleError as error:
-                found[item.key] = error
+            except (BundleError, TargetError):
+                raise
+            except Exception as error:
+                found[item.key] = as_item_error(error, item.source)
                 continue
             asked += [BatchItem(item.source, self._segment_prompt(item), *span) for span in spans]
             places += [(item.key, number) for number in range(len(spans))]

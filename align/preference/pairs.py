@@ -20,7 +20,8 @@ import msgspec
 from ...errors import IntertitleError, MediaError, OptionError
 from ...runtime.batch import BadLine, Entry, RecordFile, Tally
 from ...runtime.batch.content import ContentHashes, identify
-from ...runtime.batch.records import Record
+from ...runtime.batch.records import Record, error_record
+from ...runtime.batching import as_item_error
 from .candidates import Candidate, Material, Proposer
 from .items import Item, file_item
 from .scorers import MOST, Scorer, Scores
@@ -79,7 +80,7 @@ class PairJob:
     """A run over ``entries`` (scenes as items, files as ``read_inputs`` gives them) into ``records``.
 
     ``gap``: pairs that differ by less are recorded but not kept; 0 keeps all that differ. ``watch`` is told the tally
-    after each clip.
+    after each clip. ``debug``: records of failures hold the traceback.
     """
 
     def __init__(
@@ -90,12 +91,13 @@ class PairJob:
         *,
         gap: float = GAP,
         watch: Callable[[PairTally], None] | None = None,
+        debug: bool = False,
     ) -> None:
         if not 0 <= gap <= MOST:
             raise OptionError(f"the gap of a pair is from 0 to {MOST}, not {gap:g}")
         self.tally = PairTally(len(entries))
         self._entries, self._records, self._scorer, self._gap = entries, records, scorer, gap
-        self._watch = watch or (lambda tally: None)
+        self._watch, self._debug = watch or (lambda tally: None), debug
         self._hashes = ContentHashes()
         self._about: dict[str, Record] = {}
         self._order: list[str] = []
@@ -192,8 +194,9 @@ class PairJob:
                     scores = future.result()
                 except OptionError:
                     raise
-                except IntertitleError as error:
-                    self._fail(self._about[item.key] | _described(material), error)
+                except Exception as error:
+                    failed = as_item_error(error, item.source)
+                    self._fail(self._about[item.key] | _described(material), failed)
                 else:
                     self._record(item, material, scores)
 
@@ -217,9 +220,9 @@ class PairJob:
         self._finished()
 
     def _fail(self, record: Record, error: IntertitleError) -> None:
-        kind = type(error).__name__.removesuffix("Error").lower()
-        self._records.append(record | {"error": {"kind": kind, "reason": str(error)}})
+        self._records.append(record | error_record(error, str(error), self._debug))
         self.tally.failed += 1
+        self.tally.reasons.append(str(error))
         self._finished()
 
     def _record_bad_line(self, bad: BadLine) -> None:

@@ -7,7 +7,8 @@ import os
 import stat
 from dataclasses import dataclass
 
-from ...errors import MediaError
+from ...errors import MediaError, TransientMediaError
+from ..media.doors import is_transient
 
 _CHUNK = 1 << 20
 
@@ -21,13 +22,13 @@ class Identity:
 
 
 def identify(path: str) -> Identity:
-    """``MediaError`` for what is no file."""
+    """``MediaError`` for what is no file, ``TransientMediaError`` where the system cannot say."""
     try:
         status = os.stat(path)  # noqa: PTH116 (as the user wrote it)
     except (OSError, ValueError) as error:
         missing = isinstance(error, FileNotFoundError)
         reason = "no such file" if missing else f"cannot be read ({getattr(error, 'strerror', None) or error})"
-        raise MediaError(f"{path}: {reason}") from error
+        raise (TransientMediaError if is_transient(error) else MediaError)(f"{path}: {reason}") from error
     if not stat.S_ISREG(status.st_mode):
         what = "a folder, and a batch captions files" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
         raise MediaError(f"{path}: is {what}")
@@ -54,6 +55,7 @@ class ContentHashes:
                     while chunk := file.read(_CHUNK):
                         digest.update(chunk)
             except OSError as error:
-                raise MediaError(f"{path}: cannot be read ({error.strerror})") from error
+                kind = TransientMediaError if is_transient(error) else MediaError
+                raise kind(f"{path}: cannot be read ({error.strerror})") from error
             self._known[key] = digest.hexdigest()
         return self._known[key]

@@ -303,5 +303,9 @@ def _described(caption: Caption) -> Record:
     # The record has the item's own start.
     for name in ("token_logprobs", "contrast_logprobs", "start"):
         del fields[name]
+    # ``settings`` of a record are those of its run.
+    fields["decoding"] = fields.pop("settings")
     text = fields.pop("text")
-    return {"text": text, "mean_logprob": caption.mean_logprob} | fields
+    # "settings" are those of the run: what was asked. These are what came of it.
+    decoding = {"decoding": fields.pop("settings")} if "settings" in fields else {}
+    return {"text": text, "mean_logprob": caption.mean_logprob} | fields | decoding

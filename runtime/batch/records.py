@@ -85,6 +85,10 @@ class _Error(msgspec.Struct):
     transient: bool = False
 
 
+#: Not NaN, which ``json`` reads.
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+
+
 class _Found(msgspec.Struct):
     """The fields of a record that decide what is done again, as they must be. Bit rot and hand edits change types."""
 
@@ -94,12 +98,14 @@ class _Found(msgspec.Struct):
     mtime_ns: int | None = None
     sha256: str | None = None
     prompt: str | None = None
-    start: float | None = None
-    end: float | None = None
+    start: _Seconds | None = None
+    end: _Seconds | None = None
+    seconds: _Seconds | None = None
     part_of: str | None = None
-    segments: Annotated[int, msgspec.Meta(ge=1, le=MOST_SEGMENTS)] | None = None
-    text: str | None = None
-    error: _Error | None = None
+    #: How many there are, or (pairs) their captions.
+    segments: Annotated[int, msgspec.Meta(ge=1, le=MOST_SEGMENTS)] | list[str] | None = None
+    text: str | msgspec.UnsetType = msgspec.UNSET
+    error: _Error | msgspec.UnsetType = msgspec.UNSET
 
 
 def error_record(error: IntertitleError, message: str, debug: bool) -> Record:
@@ -231,15 +237,17 @@ class RecordFile:
 
     def _take(self, line: bytes, number: int) -> bool:
         """Remember a line that was found in the file; ``False`` if it is torn."""
+        record = found = None
         try:
-            record = json.loads(line) if line.endswith(b"\n") else None
-            found = None if record is None else msgspec.convert(record, _Found)
+            record = json.loads(line)
+            found = msgspec.convert(record, _Found)
         except (ValueError, RecursionError):  # msgspec's is a ValueError
-            record = found = None
-        # Some file systems fill the end of a file with zeros when the power fails.
-        torn = self._could_begin(line) or not line.strip(b"\0")
-        if record is None and not line.endswith(b"\n") and torn:
-            return False
+            pass
+        if not line.endswith(b"\n"):
+            # Some file systems fill the end of a file with zeros when the power fails.
+            if self._is_output(line) or (number > 1 and not line.strip(b"\0")):
+                return False
+            found = None
         if found is None or not isinstance(record, dict) or not isinstance(record.get(self.KEY), str):
             raise OptionError(
                 f"{self.path}: line {number} is not a record of {self.MAKER}; choose another output (or mend the line)"
@@ -279,12 +287,10 @@ class RecordFile:
 
     def _is_output(self, line: bytes) -> bool:
         """Whether a file that begins with ``line`` is empty, holds records, or broke off in its first one."""
-        if not line.endswith(b"\n"):
-            return self._could_begin(line)
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
-            return False
+            return self._could_begin(line) and not line.endswith(b"\n")
         return self._could_begin(line) and isinstance(record, dict) and {"settings", "run"} <= record.keys()
 
     def _could_begin(self, data: bytes) -> bool:

@@ -52,6 +52,12 @@ class BeamSearch:
         """The ``num_results`` best captions that have ended, best first."""
         return [hypothesis.tokens for _, hypothesis in self._ended[: self._num_results]]
 
+    @property
+    def unfinished(self) -> list[tuple[Token, ...]]:
+        """The ``num_results`` best captions if the search is broken off now: those that have ended, then those that
+        still run."""
+        return [*self.results, *(hypothesis.tokens for hypothesis in self._running)][: self._num_results]
+
     def start(self, logits: Sequence[FloatArray], forced: Sequence[int] = ()) -> Turn:
         self._forced = list(forced)
         return self.advance(logits)

@@ -7,9 +7,12 @@ from typing import Literal
 
 from ...errors import OptionError
 from ..bundle import GenerationSpec
+from ..text import check_text
 
 Strategy = Literal["greedy", "sample", "beam"]
 ContrastKind = Literal["temporal", "noise"]
+
+DEFAULT_BEAMS = 4
 
 #: What a retrospective pass asks. Its places are filled with the caller's instruction and the first caption.
 RETROSPECTIVE_TEMPLATE = (
@@ -29,7 +32,8 @@ class Decoding:
     ``strategy``: ``greedy`` takes the likeliest token after the repetition penalty; ``sample`` draws from the
     distribution at ``temperature``, cut to the ``top_k`` likeliest tokens (0: all), then to the smallest set that holds
     ``top_p`` of the mass, then to tokens at least ``min_p`` times as likely as the likeliest (0: all); ``beam`` keeps
-    the ``num_beams`` best continuations and takes the best by log-likelihood over length to the ``length_penalty``.
+    the ``num_beams`` best continuations (``None``: 4) and takes the best by log-likelihood over length to the
+    ``length_penalty``.
     ``repetition_penalty`` (Keskar et al. 2019, CTRL) divides positive and multiplies negative logits of the tokens
     already generated; ``no_repeat_ngram`` n forbids a second occurrence of any n tokens (0: off). ``stop``: texts that
     end the caption and are not part of it. ``prefix``: text that the caption begins with. ``seed`` fixes sampling and
@@ -50,7 +54,7 @@ class Decoding:
     top_p: float | None = None
     top_k: int | None = None
     min_p: float = 0.0
-    num_beams: int = 4
+    num_beams: int | None = None
     length_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     prefix: str = ""
@@ -80,17 +84,29 @@ class Decoding:
             raise OptionError(f"min_p must be in [0, 1], not {self.min_p}")
         if self.no_repeat_ngram < 0:
             raise OptionError(f"no_repeat_ngram must be 0 (off) or more, not {self.no_repeat_ngram}")
-        if not 1 <= self.num_beams <= 64:
-            raise OptionError(f"num_beams must be in [1, 64], not {self.num_beams}")
+        if self.num_beams is not None:
+            if not 1 <= self.num_beams <= 64:
+                raise OptionError(f"num_beams must be in [1, 64], not {self.num_beams}")
+            if self.strategy != "beam":
+                raise OptionError(f"num_beams is for the strategy beam, and the strategy is {self.strategy}")
         if not abs(self.length_penalty) < float("inf"):
             raise OptionError(f"length_penalty must be a finite number, not {self.length_penalty}")
         if isinstance(self.stop, str):
             raise OptionError("stop must be a tuple of texts, not one text")
         if not all(self.stop):
             raise OptionError("a stop text is empty: give at least one character, or leave it out")
+        for stop in self.stop:
+            check_text("stop", stop)
+        check_text("prefix", self.prefix)
+        check_text("retrospective_template", self.retrospective_template)
         if not 0 <= self.seed < 2**64:
             raise OptionError(f"seed must be in [0, 2**64), not {self.seed}")
         self._check_contrast()
+
+    @property
+    def beams(self) -> int:
+        """Beams of a beam search."""
+        return DEFAULT_BEAMS if self.num_beams is None else self.num_beams
 
     def _check_contrast(self) -> None:
         if self.contrast not in (None, "temporal", "noise"):
@@ -175,7 +191,7 @@ def resolve(decoding: Decoding, defaults: GenerationSpec, contrast: bool | None 
         top_p=float(pick("top_p")),
         top_k=int(pick("top_k")),
         min_p=decoding.min_p,
-        num_beams=decoding.num_beams,
+        num_beams=decoding.beams,
         length_penalty=decoding.length_penalty,
         eos_token_ids=tuple(defaults.eos_token_ids),
         seed=decoding.seed,

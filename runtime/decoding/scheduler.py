@@ -57,10 +57,14 @@ class Request:
 
 @dataclass(eq=False)
 class Ticket:
-    """A request that is under way on ``rows``; ``done`` once its caption is complete or cancelled."""
+    """A request that is under way on ``rows``; ``done`` once its caption is complete or cancelled.
+
+    ``reused``: tokens of its first prompt that the cache held already, so that they were not computed again.
+    """
 
     request: Request
     rows: list[int]
+    reused: int = 0
     turn: Turn = field(default_factory=lambda: Turn(()))
     done: bool = False
 
@@ -124,6 +128,12 @@ class Scheduler:
             self._take_turn(ticket, search.start(logits, request.forced))
         return ticket
 
+    def forget(self) -> None:
+        """Forget what free rows hold: the next prompts are computed whole. The memory is kept."""
+        for row in self._rows:
+            if row.ticket is None:
+                row.segments, row.logits = [], None
+
     def step(self) -> None:
         """One token for every caption under way."""
         self._close_gaps()
@@ -170,6 +180,8 @@ class Scheduler:
         own = min(own, shared)
         tokens = sum(length for _, length in keys[:shared])
         row.segments, row.logits = [], None
+        if len(ticket.rows) == 1:
+            ticket.reused = tokens
         if shared > own:
             self.inference.rearrange({number: source}, start=sum(length for _, length in keys[:own]), stop=tokens)
         self.inference.truncate(number, tokens)

@@ -41,4 +41,7 @@ def media_errors(name: str) -> Iterator[None]:
         # FFmpeg's EPERM and EIO also stand for broken data; only the system's own errors are taken at their word.
         transient = is_transient(error) and not type(error).__module__.startswith("av.")
         kind = TransientMediaError if transient else MediaError
-        raise kind(f"{name}: cannot be read ({reason(error)})") from error
+        said = reason(error)
+        if isinstance(error, OSError) and error.strerror and not type(error).__module__.startswith("av."):
+            said = error.strerror
+        raise kind(f"{name}: cannot be read ({said})") from error

@@ -63,7 +63,7 @@ def _chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
         length, name = struct.unpack_from(">I4s", content, place) if place + 12 <= len(content) else (0, b"")
         stop = place + 12 + length
         if not name.isalpha() or stop > len(content):
-            raise ValueError("is cut off or damaged")
+            raise ValueError("is damaged or cut off")
         yield name, place, stop
         if name == b"IEND":
             return

@@ -67,15 +67,20 @@ def test_from_pairs_to_an_aligned_bundle(recipe: Path):
     done = run(*ALIGN, "plot", recipe / "work", "--adapter", adapter, "-o", picture)
     assert (done.returncode, done.stdout) == (0, f"{picture}\n"), done.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
-    shipped = recipe / "shipped"
-    done = run(
-        *ALIGN, "ship", "--base", recipe / "work" / "supervised", "--adapter", adapter, "--scene", 2, "-o", shipped
-    )
+    package = recipe / "package"
+    base = recipe / "work" / "supervised"
+    done = run(*ALIGN, "ship", "--base", base, "--adapter", adapter, "--scene", 2, "-o", package, "-q")
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in shipped.iterdir()) == ["base", "clip.mp4", "clip.txt", "scene.txt", "synpo"]
-    done = run(*INTERTITLE, "compile", shipped / "base", "--adapter", shipped / "synpo", "-o", recipe / "aligned", "-q")
+    trained, carried = package / "align" / "shipped", package / "runtime" / "shipped"
+    assert sorted(path.name for path in trained.iterdir()) == ["base", "synpo"]
+    assert sorted(path.name for path in carried.iterdir()) == ["captioner", "clip.mp4", "clip.txt", "scene.txt"]
+    assert Bundle.open(carried / "captioner").manifest.provenance.adapter is not None
+    # Again from what lies there, as after a change of the compiler: nothing is lost, and the same bundle comes out.
+    before = {path: path.read_bytes() for path in package.rglob("*") if path.is_file()}
+    again = ["--base", trained / "base", "--adapter", trained / "synpo", "-o", package, "-q"]
+    done = run(*ALIGN, "ship", *again)
     assert done.returncode == 0, done.stderr
-    assert Bundle.open(recipe / "aligned").manifest.provenance.adapter is not None
+    assert {path: path.read_bytes() for path in package.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,10 @@ def test_records_are_what_the_captioner_says(bundle: Path, clips: Path, run: Run
     output = tmp_path / "out.jsonl"
     result = run(bundle, clips, "-o", output, *SHORT)
     assert (result.code, result.out) == (1, "")
-    assert result.err.splitlines()[-1].startswith("3 captioned, 0 already done, 1 copied, 1 failed; ")
+    *_, summary, failure, hint = result.err.splitlines()
+    assert summary.startswith("3 captioned, 0 already done, 1 copied, 1 failed; ")
+    assert failure.startswith("  failed: ")
+    assert hint == "  --retry-failed tries them again"
     found = records(output)
     assert [Path(record["file"]).name for record in found] == [
         "clip000.mp4", "clip001.mp4", "clip002.mp4", "copy.mp4", "junk.mp4",
@@ -116,8 +119,13 @@ def test_segments_and_subtitles(bundle: Path, run: Run, tmp_path: Path):
         (["bad.csv", "-o", "out.jsonl"], "bad.csv: the first line names the columns"),
         (["bad.jsonl", "-o", "out.jsonl"], "bad.jsonl: the manifest holds no usable line: line 1: "),
         (["CLIPS", "-o", "missing/out.jsonl"], "there is no directory missing"),
-        (["CLIPS", "-o", "bad.csv"], "bad.csv: line 1 is not a record of batch"),
-        (["CLIPS", "-o", "bad.csv", "--overwrite"], "bad.csv: is not an output of batch, so it is not overwritten"),
+        (["CLIPS", "-o", "bad.jsonl"], "bad.jsonl: line 1 is not a record of batch"),
+        (["CLIPS", "-o", "bad.jsonl", "--overwrite"], "bad.jsonl: is not an output of batch, so it is not overwritten"),
+        (["CLIPS", "-o", "bad.csv"], "bad.csv: records are written as JSON lines"),
+        (["CLIPS", "-o", "out.parquet"], "out.parquet: records are written as JSON lines"),
+        (["CLIPS", "bad.jsonl", "-o", "./bad.jsonl", "--overwrite"], "bad.jsonl: is an input (bad.jsonl)"),
+        (["CLIPS", "-o", "out.jsonl", "--prompt", "a", "--prompt", "b"], "give it once"),
+        (["CLIPS", "-o", "out.jsonl", "--num-beams", "2"], "does nothing without --decoding beam"),
         (["CLIPS", "-o", "locked.jsonl"], "locked.jsonl: another run is writing it"),
         (["CLIPS", "-o", "-", "--srt"], "need an output file, not -o -"),
         (["CLIPS", "-o", "out.jsonl", "--retry-failed", "--overwrite"], "exclude each other"),
@@ -137,7 +145,7 @@ def test_what_is_refused_in_one_line(
 ):  # fmt: skip
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    Path("bad.csv").write_text("path\na.mp4\n")
+    Path("bad.csv").write_text("name\na.mp4\n")
     Path("bad.jsonl").write_text("nonsense\n")
     with RecordFile(Path("locked.jsonl"), Settings({})):
         result = run(bundle, *[clips if word == "CLIPS" else word for word in arguments], "-q")
@@ -146,7 +154,8 @@ def test_what_is_refused_in_one_line(
     assert line.startswith("intertitle: ")
     assert reason in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.csv", "bad.jsonl", "empty"]
-    assert Path("bad.csv").read_text() == "path\na.mp4\n"
+    assert Path("bad.csv").read_text() == "name\na.mp4\n"
+    assert Path("bad.jsonl").read_text() == "nonsense\n"
 
 
 def test_a_missing_bundle_leaves_nothing(clips: Path, run: Run, tmp_path: Path):

@@ -47,6 +47,8 @@ def bundle(tmp_path: Path, write_bundle: WriteBundle) -> Path:
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file counts as old enough to be remembered, without waiting two seconds."""
     monkeypatch.setattr(integrity, "_SETTLED_SECONDS", -1.0)
+    # Wherever the tests' temporary folder lies.
+    monkeypatch.setattr(integrity, "in_memory", lambda directory: False)
 
 
 def hashed(path: Path, verify: Any = "auto") -> int:
@@ -165,7 +167,7 @@ STRUCTURAL: dict[str, tuple[Callable[[Path], Any], str]] = {
     "hidden extra file": (lambda b: (b / ".x").write_bytes(b"x"), "'.x' is not part of the bundle"),
     "extra directory": (lambda b: (b / "sub").mkdir(), "'sub' is not part of the bundle"),
     "extra file of a nasty name": (lambda b: (b / "a\x1b[2J\nb").write_bytes(b""), "is not part of the bundle"),
-    "longer file": (lambda b: replace(b / "audio.onnx", b"audio graph!"), "'audio.onnx' has 12 bytes, expected 11"),
+    "longer file": (lambda b: replace(b / "tokenizer.json", b"{}!"), "'tokenizer.json' has 3 bytes, expected 2"),
     "shorter file": (lambda b: replace(b / "embedding.bin", b""), "'embedding.bin' has 0 bytes, expected 56"),
     "linked file": (lambda b: to_link(b / "tokenizer.json"), "'tokenizer.json' is a symbolic link"),
     "dangling link": (lambda b: (b / "x").symlink_to("nowhere"), "'x' is not part of the bundle"),
@@ -223,6 +225,37 @@ def test_any_flipped_byte_is_noticed(write_bundle: WriteBundle, bundle_files: di
     write_bundle(directory)
     (directory / path).write_bytes(contents[:at] + bytes([contents[at] ^ flip]) + contents[at + 1 :])
     assert f"'{path}' differs" in refusal(directory)
+
+
+@pytest.mark.parametrize("name", ["vision.onnx", "connector.onnx.data", "embedding.bin"])
+@pytest.mark.parametrize("change", ["overwritten", "replaced", "removed"])
+def test_a_file_that_changes_after_it_was_verified(bundle: Path, name: str, change: str):
+    opened, path = Bundle.open(bundle), bundle / name
+    data = path.read_bytes()
+    assert opened.file("audio.onnx") == bundle / "audio.onnx"
+    os.link(path, bundle.parent / "linked")  # changes nothing
+    assert opened.file("audio.onnx") == bundle / "audio.onnx"
+    if change == "overwritten":
+        path.write_bytes(data)
+        os.utime(path, ns=(1, 1))
+    elif change == "replaced":
+        (bundle.parent / "new").write_bytes(data)
+        (bundle.parent / "new").rename(path)
+    else:
+        path.unlink()
+    with pytest.raises(BundleError, match=f"'{name}' was (changed after it was verified|removed while in use)"):
+        opened.file("audio.onnx")
+
+
+def test_nothing_on_tmpfs_is_remembered(bundle: Path, settled: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(integrity, "in_memory", lambda directory: True)
+    assert hashed(bundle) == hashed(bundle) > 0
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no tmpfs at its usual place")
+def test_tmpfs_is_known(repo_dir: Path):
+    assert integrity.in_memory(Path("/dev/shm"))
+    assert not integrity.in_memory(Path("/proc"))
 
 
 # The manifest by itself
@@ -457,7 +490,7 @@ def test_a_change_that_hides_behind_old_times_is_noticed(bundle: Path, settled: 
 def test_another_file_in_its_place_is_noticed(bundle: Path, settled: None):
     Bundle.open(bundle)
     other = bundle.parent / "other"
-    other.write_bytes(b"VISION graph")
+    other.write_bytes(bytes((bundle / "vision.onnx").stat().st_size))
     other.rename(bundle / "vision.onnx")
     assert "'vision.onnx' differs" in refusal(bundle, "auto")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import intertitle
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from intertitle.calibration.render import random_scene, write_clip
-from intertitle.errors import OptionError
+from intertitle.errors import BundleError, ItemError, OptionError, TransientMediaError
 from intertitle.runtime.batching import BatchItem
+from intertitle.runtime.transcript import Transcript
 
 STRATEGIES = {
     "greedy": {},
@@ -132,20 +134,60 @@ def test_a_longer_prompt_makes_longer_rows(captioner, clips, alone):
     assert by_index[2].token_ids == alone("greedy", 1)  # type: ignore[union-attr]
 
 
-def test_a_bug_is_not_an_error_record(captioner, clips, monkeypatch):
+@pytest.mark.parametrize("raised", [ZeroDivisionError("by zero"), IndexError("list index out of range"), MemoryError()])
+def test_whatever_an_item_raises_is_its_own(captioner, clips, alone, monkeypatch, raised):
+    encode = captioner.encoder.encode
+
+    def fail_second(clip, *arguments, **options):
+        if clip.seconds == pytest.approx(2.0):
+            raise raised
+        return encode(clip, *arguments, **options)
+
+    monkeypatch.setattr(captioner.encoder, "encode", fail_second)
+    how = intertitle.Decoding(max_new_tokens=7)
+    results = {result.index: result for result in captioner.caption_batch(clips[:3], decoding=how)}
+    assert [results[index].caption is None for index in range(3)] == [False, True, False]
+    error = results[1].error
+    assert error.__cause__ is raised
+    assert isinstance(error, TransientMediaError if isinstance(raised, MemoryError) else ItemError)
+    assert str(clips[1].source) in str(error)
+    assert results[0].caption.token_ids == alone("greedy", 0)
+    assert results[2].caption.token_ids == alone("greedy", 2)
+
+
+def test_a_step_that_fails_costs_one_item_only(captioner, clips, alone, monkeypatch):
+    """Three captions share the decode steps. The transcript of one raises in the middle of them."""
+    push = Transcript.push
+    poisoned = alone("greedy", 1)
+
+    def fail(self, token):
+        if [*(one.id for one in self.tokens), token.id] == poisoned[:3]:
+            raise FloatingPointError("poison")
+        return push(self, token)
+
+    monkeypatch.setattr(Transcript, "push", fail)
+    how = intertitle.Decoding(max_new_tokens=7)
+    results = {result.index: result for result in captioner.caption_batch(clips[:3], decoding=how)}
+    assert sorted(results) == [0, 1, 2]
+    assert isinstance(results[1].error.__cause__, FloatingPointError)
+    assert results[0].caption.token_ids == alone("greedy", 0)
+    assert results[2].caption.token_ids == alone("greedy", 2)
+
+
+def test_a_broken_bundle_ends_the_batch(captioner, clips, monkeypatch):
     def fail(*_: object, **__: object) -> None:
-        raise ZeroDivisionError
+        raise BundleError("audio.onnx: cannot be loaded")
 
     monkeypatch.setattr(captioner.encoder, "encode", fail)
-    with pytest.raises(ZeroDivisionError):
-        list(captioner.caption_batch([clips[0]]))
+    with pytest.raises(BundleError):
+        list(captioner.caption_batch(clips))
 
 
 def test_steps_are_shared(captioner, clips, monkeypatch):
     """Four captions together: each step takes in all that are under way, and a place that comes free is filled."""
     how = intertitle.Decoding(max_new_tokens=10, repetition_penalty=1.0)
     clip = captioner.read(clips[0].source, audio=False)
-    monkeypatch.setattr("intertitle.runtime.captioner.read_clip", lambda *_, **__: clip)
+    monkeypatch.setattr("intertitle.runtime.captioner.Readers.read", lambda *_, **__: replace(clip))
     steps: list[int] = []
     inference = type(captioner.open_inference(1))
     original = inference.step

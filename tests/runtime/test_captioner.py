@@ -148,7 +148,9 @@ def test_closing_a_stream_stops_the_generation(listener):
     stream.close()
     generated = [done for stage, done, _ in reports if stage == "decode"]
     assert max(generated) < 50
-    assert stream.caption is None
+    assert stream.caption is not None
+    assert stream.caption.finish_reason == "closed"
+    assert len(stream.caption.token_ids) == max(generated)
     assert list(stream) == []
 
 

@@ -154,7 +154,8 @@ def test_closing_a_stream_frees_its_rows(listener, eight):
         assert scheduler is not None
         assert scheduler.free_rows == scheduler.inference.rows - 2
     assert scheduler.free_rows == scheduler.inference.rows
-    assert stream.caption is None
+    assert stream.caption is not None
+    assert stream.caption.finish_reason == "closed"
 
 
 def test_streams_side_by_side_do_not_disturb_each_other(listener, eight):

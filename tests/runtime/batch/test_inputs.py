@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from intertitle.errors import OptionError
-from intertitle.runtime.batch import BadLine, Entry, read_inputs
+from intertitle.runtime.batch import BadLine, Entry, inputs, read_inputs
 
 Tree = Callable[..., Path]
 
@@ -74,7 +74,7 @@ def test_a_jsonl_manifest(tree: Tree):
         '\ufeff{"file": "a.mp4", "id": 7}\n'
         "\n"
         '{"file": "../b.mp4", "prompt": "Was hört man? 犬", "start": 1, "end": 2.5, "id": "é"}\n'
-        '{"file": "c.mp4", "strat": 1}\n'
+        '{"file": "c.mp4", "video": "d.mp4"}\n'
         '{"file": 5}\n'
         "no json\n"
         '{"file": "a.mp4", "start": 3, "end": 3}\n'
@@ -94,7 +94,7 @@ def test_a_jsonl_manifest(tree: Tree):
     bad = {entry.line: entry.reason for entry in found if isinstance(entry, BadLine)}
     assert list(bad) == [4, 5, 6, 7, 8, 9]
     for line, said in {
-        4: "strat",
+        4: "names its file twice: 'file' and 'video'",
         5: "$.file",
         6: "malformed",
         7: "not after",
@@ -132,7 +132,7 @@ def test_a_csv_manifest(tree: Tree):
         ("empty", "holds no video, sound or image files"),
         ("nothing.jsonl", "holds no usable line"),
         ("bad.jsonl", "holds no usable line: line 1: "),
-        ("header.csv", "the first line names the columns: file, prompt, start, end, id, not 'path'"),
+        ("header.csv", "the first line names the columns: file or video or path, prompt, start, end, id"),
         ("latin.csv", "is not a CSV file in UTF-8"),
         ("only-header.csv", "holds no usable line"),
     ],
@@ -140,10 +140,37 @@ def test_a_csv_manifest(tree: Tree):
 def test_what_is_refused(given: str, reason: str, tree: Tree):
     tree("c/a.txt", "empty/.hidden.mp4", "nothing.jsonl")
     Path("bad.jsonl").write_text("what\n")
-    Path("header.csv").write_text("path\na.mp4\n")
+    Path("header.csv").write_text("name\na.mp4\n")
     Path("latin.csv").write_bytes("file\né.mp4\n".encode("latin-1"))
     Path("only-header.csv").write_text("file\n")
     with pytest.raises(OptionError) as caught:
         read_inputs([given])
     assert reason in str(caught.value)
     assert str(caught.value).isprintable()
+
+
+def test_other_columns_are_kept(tree: Tree):
+    tree("m/x")
+    Path("m/list.jsonl").write_text('{"video": "a.mp4", "scene": {"n": [1]}, "split": "train"}\n{"path": "b.mp4"}\n')
+    Path("m/list.csv").write_text("path,split,prompt\nc.mp4,test,\n")
+    found = read_inputs(["m/list.jsonl", "m/list.csv"])
+    assert [(entry.file, entry.meta) for entry in found if isinstance(entry, Entry)] == [
+        ("m/a.mp4", {"scene": {"n": [1]}, "split": "train"}),
+        ("m/b.mp4", {}),
+        ("m/c.mp4", {"split": "test"}),
+    ]
+
+
+def test_a_manifest_is_bounded(tree: Tree, monkeypatch: pytest.MonkeyPatch):
+    tree("m/x")
+    Path("m/list.jsonl").write_text(
+        '{"file": "a.mp4"}\n' + '{"file": "' + "b" * (1 << 20) + '"}\n' + "[" * 100_000 + "\n"
+    )
+    good, long, deep = read_inputs(["m/list.jsonl"])
+    assert isinstance(good, Entry)
+    assert isinstance(long, BadLine)
+    assert "longer than 1 MiB" in long.reason
+    assert isinstance(deep, BadLine)
+    monkeypatch.setattr(inputs, "MOST_BYTES", 1 << 20)
+    with pytest.raises(OptionError, match="split the manifest"):
+        read_inputs(["m/list.jsonl"])

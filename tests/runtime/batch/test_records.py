@@ -79,7 +79,7 @@ def test_killed_while_the_file_is_put_in_order(moment: str, path: Path, monkeypa
         for name in "cab":
             records.append(record(name))
     before = path.read_bytes()
-    leftover = path.with_name(".captions.jsonl.partial")
+    leftover = path.with_name(".captions.jsonl.intertitle-partial")
     leftover.write_bytes(before[:50] if moment == "writing" else before)
     with RecordFile(path, SETTINGS) as records:
         assert not leftover.exists()

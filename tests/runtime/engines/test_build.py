@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from intertitle.cli import main as cli
-from intertitle.commands import SHIPPED
+from intertitle.commands import SHIPPED_ADAPTER, SHIPPED_BASE
 from intertitle.errors import OptionError, TargetError
 from intertitle.export.compile import compile_bundle
 from intertitle.runtime.bundle import Bundle
@@ -83,7 +83,7 @@ def test_int8_encoders_build(target, library, data_dir, tmp_path):
 def test_the_shipped_captioner_builds(library, tmp_path):
     for weights, new in (("fp16", 6), ("int4", 1)):
         done = compile_bundle(
-            SHIPPED / "base", tmp_path / weights, adapter=SHIPPED / "synpo", weights=weights, target="tensorrt-rtx"
+            SHIPPED_BASE, tmp_path / weights, adapter=SHIPPED_ADAPTER, weights=weights, target="tensorrt-rtx"
         )
         bundle = Bundle.open(done.path)
         built = list(build_bundle(bundle, library, CAPABILITIES, default_limits(bundle.manifest)))
