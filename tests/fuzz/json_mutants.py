@@ -18,7 +18,7 @@ _ODD: tuple[Any, ...] = (
 def mutate_json(value: Any, rng: random.Random) -> Any:
     """A copy of ``value`` with some of its nodes changed, removed, moved or repeated."""
     value = copy.deepcopy(value)
-    for _ in range(min(int(rng.expovariate(0.7)) + 1, 6)):
+    for _ in range(min(int(rng.expovariate(1.2)) + 1, 6)):
         holder, key = _pick(value, rng)
         if holder is None:
             return rng.choice(_ODD)
@@ -55,8 +55,11 @@ def _pick(value: Any, rng: random.Random) -> tuple[Any, Any]:
 def _change(holder: Any, key: Any, root: Any, rng: random.Random) -> None:
     old = holder[key]
     way = rng.random()
-    if way < 0.45:
+    if way < 0.2:
         holder[key] = copy.deepcopy(rng.choice(_ODD))
+    elif way < 0.45:
+        # Of the same type: a reader that checks types goes on.
+        holder[key] = copy.deepcopy(rng.choice([odd for odd in _ODD if type(odd) is type(old)] or _ODD))
     elif way < 0.6:
         holder[key] = _near(old, rng)
     elif way < 0.75:

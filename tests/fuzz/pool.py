@@ -20,6 +20,8 @@ from typing import Any
 #: Seconds of processor time that a mutant may take; and by the clock, on a machine that others use too.
 MOST_SECONDS = 10.0
 MOST_CLOCK_SECONDS = 60.0
+#: Bytes of memory that a mutant may take.
+MOST_MEMORY = 1 << 30
 #: What must never come of a mutant. ``wrapped`` is told in one line, but by an exception that may be a fault of ours.
 FAULTS = ("foreign", "crash", "hang", "memory")
 
@@ -189,7 +191,7 @@ def run_jobs(kind: str, jobs: Iterable[tuple[int, str]], folder: Path) -> Iterat
                 kind_ = "" if late else signal.Signals(-code).name if code < 0 else f"exit code {code}"
                 name = Path(file).name if file else ""
                 answer = {"seed": seed, "name": name, "outcome": outcome, "kind": kind_, "place": place, "seconds": 0}
-            elif answer["outcome"] == "memory" and answer["memory"] > 1 << 30:
+            elif answer["memory"] > MOST_MEMORY:
                 worker.end()
                 worker = None
             waiting.pop(0)
