@@ -58,7 +58,7 @@ def test_parts_of_a_file_are_found(folder: Path, suffix: str):
 
 
 def test_each_file_that_was_a_find_ends_in_errors_of_ours(folder: Path, data_dir: Path):
-    """Mutants of our own originals, named by the seed that found them; read in the way that showed it, and in others."""
+    """Mutants of our own originals, named by the seed that found them: read in the way of that seed and in others."""
     files = sorted((data_dir / "hostile").iterdir())
     ways = {_way(seed): seed for seed in reversed(range(60))}
     assert len(ways) == 4
