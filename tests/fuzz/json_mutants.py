@@ -77,7 +77,7 @@ def _near(old: Any, rng: random.Random) -> Any:
     if isinstance(old, bool):
         return not old
     if isinstance(old, (int, float)):
-        return rng.choice((old + 1, old - 1, -old, old * 2, old * 1000, old / 2, str(old), [old]))
+        return rng.choice((old + 1, old - 1, -old, old * 2, old * 1000, old // 2, str(old), [old]))
     if isinstance(old, str):
         place = rng.randrange(len(old) + 1)
         return rng.choice((old[:place], old + old, old[:place] + "\n" + old[place:], old.upper(), [old], old + "\0"))
