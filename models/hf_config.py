@@ -25,7 +25,8 @@ _TOWER_KINDS = {
     "siglip_vision_model": "siglip",
 }
 
-#: Vision towers that released checkpoints name by their hub name without shipping the tower's config (FACTS 1.2, 2.4).
+#: Vision towers that released checkpoints name by their hub name without shipping the tower's config (docs/facts.md
+#: 1.2, 2.4).
 BUILTIN_TOWERS: dict[str, dict[str, Any]] = {
     "openai/clip-vit-large-patch14-336": {
         "model_type": "clip_vision_model",

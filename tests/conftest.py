@@ -51,7 +51,7 @@ def faults(repo_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def manifest_json() -> dict[str, Any]:
-    """A ``bundle.json`` written by hand from DESIGN's description, still without files."""
+    """A ``bundle.json`` written by hand, still without files."""
 
     def component(graph: str, **more: Any) -> dict[str, Any]:
         tensors = {

@@ -1,4 +1,4 @@
-"""A VideoLLaMA2 checkpoint's JSON to ``CaptionerConfig`` (FACTS 1.1, 1.2, 1.4, 1.7)."""
+"""A VideoLLaMA2 checkpoint's JSON to ``CaptionerConfig`` (docs/facts.md 1.1, 1.2, 1.4, 1.7)."""
 
 from __future__ import annotations
 

@@ -243,7 +243,7 @@ class Job:
         self._watch(self.tally)
 
     def _record_failed_entry(self, entry: Entry, error: IntertitleError) -> None:
-        """An input of which not even the segments are known."""
+        """An input whose segments are unknown."""
         self._note(entry, entry.id)
         record: Record = {"id": entry.id, "file": entry.file, "start": entry.start, "end": entry.end}
         if entry.prompt is not None:

@@ -22,6 +22,7 @@ from typing import IO, Annotated, Any, ClassVar
 import msgspec
 
 from ...errors import IntertitleError, OptionError, TransientMediaError
+from ...plain_text import safe_json
 from ..media.segments import MOST_SEGMENTS
 from .content import Identity
 
@@ -364,7 +365,7 @@ def encode(record: Mapping[str, Any]) -> bytes:
     """A record as a line of JSON in UTF-8; what is no text (odd file names) as escapes, what is no number as null."""
     finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
     try:
-        return (json.dumps(finite, ensure_ascii=False) + "\n").encode()
+        return (safe_json(json.dumps(finite, ensure_ascii=False)) + "\n").encode()
     except UnicodeEncodeError:
         return (json.dumps(finite) + "\n").encode()
 

@@ -30,7 +30,7 @@ def read(path):
 
 @pytest.mark.parametrize(("name", "patches"), list(zip(BUILTIN_TOWERS, (576, 729, 729), strict=True)))
 def test_builtin_towers(name, patches):
-    """FACTS 1.2 and 2.4."""
+    """docs/facts.md 1.2 and 2.4."""
     tower = builtin_tower(name)
     assert tower is not None
     config = read_vision(tower)
@@ -214,7 +214,7 @@ def test_every_connector_kind_is_read_from_its_released_names(kind, copied, data
 
 
 def test_audio_projector_kind_is_told_from_its_tensors(copied, opened):
-    """A derivative's config says linear where the weights are an MLP (FACTS 1.1)."""
+    """A derivative's config says linear where the weights are an MLP (docs/facts.md 1.1)."""
     copy = copied("av-qwen2")
     copy.edit_json("config.json", mm_projector_a_type="linear")
     config = read(copy.path)
@@ -401,7 +401,8 @@ def test_every_family_opens_through_the_registry(opened):
 
 
 def test_released_size_is_accepted_from_its_headers(copied):
-    """Names and shapes of VideoLLaMA2.1-7B-AV, written down from FACTS for the benchmark's random checkpoint."""
+    """Names and shapes of VideoLLaMA2.1-7B-AV, written down from docs/facts.md for the benchmark's random
+    checkpoint."""
     from intertitle.models.random_layout import SIZES, layout
 
     copy = copied("av-qwen2")

@@ -16,7 +16,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from intertitle.errors import ItemError, MediaError, OptionError, TransientMediaError
 from intertitle.runtime.batch import RecordFile, Settings
-from intertitle.runtime.batch.records import error_record
+from intertitle.runtime.batch.records import encode, error_record
 
 SETTINGS = Settings({"bundle": "b" * 64, "max_new_tokens": 8})
 
@@ -349,3 +349,13 @@ def test_file_systems_without_locks(number: int, path: Path, monkeypatch: pytest
             records.append(record(name))
         records.finish(["a", "b"])
     assert names(path) == ["a", "b"]
+
+
+def test_a_record_holds_no_character_that_a_terminal_obeys():
+    """``batch -o -`` writes to a terminal, and readers that know U+2028 would see two lines."""
+    said = {"id": "a", "text": "\x1b]0;t\x07\x9b2J \u202ex\u2028y\x85 é 犬", "file": "odd\udcff.mp4"}
+    line = encode(said).decode()
+    assert json.loads(line) == said
+    assert line.splitlines() == [line[:-1]]
+    assert not set(line) & set("\x1b\x07\x9b\u202e")
+    assert "é 犬" in line
