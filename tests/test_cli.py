@@ -653,3 +653,12 @@ def test_ctrl_c(command: str, compiled: Compiled, data_dir: Path, tmp_path: Path
     assert process.returncode == 130
     assert rest.decode() == "intertitle: interrupted\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_the_command_is_loaded(tmp_path: Path):
+    """The first third of a second: a module that it imports is interrupted."""
+    (tmp_path / "click.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(10)\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-m", "intertitle", "info", "bundle"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
