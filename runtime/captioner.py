@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
 from ..errors import OptionError
 from .backends import Backend, Decoder, Options, OrtBackend, open_backend
@@ -23,6 +22,7 @@ from .encoder import EncodedClip, Encoder
 from .inference import FloatArray, Inference
 from .runner import Runner
 from .task import CaptionTask, Model
+from .text import load_tokenizer
 from .timing import Progress, Stages
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Captioner:
     ) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
-        self.tokenizer = Tokenizer.from_file(os.fspath(bundle.file("tokenizer.json")))
+        self.tokenizer = load_tokenizer(bundle.file("tokenizer.json"))
         self._backend = OrtBackend(bundle) if backend is None else backend
         self.encoder = Encoder(bundle, self.tokenizer, self._backend, staged)
         self._staged, self.device_notes = staged, tuple(notes)
