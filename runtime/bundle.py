@@ -90,7 +90,8 @@ class AudioSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """From media to tensors. ``frame_rule`` says which ``num_frames`` frames of a video are taken (FACTS 1.6, 2.4)."""
+    """From media to tensors. ``frame_rule`` says which ``num_frames`` frames of a video are taken (docs/facts.md 1.6,
+    2.4)."""
 
     num_frames: Positive
     frame_rule: Literal["centered", "linspace"]

@@ -50,7 +50,7 @@ def build_prompt(tokenizer: Tokenizer, spec: PromptSpec, instruction: str, num_b
     """Token ids around ``num_blocks`` blocks: ``num_blocks + 1`` chunks (prefix, separators, suffix).
 
     Each chunk is tokenized on its own without special tokens, the BOS (if any) put in front of the first: the rule of
-    VideoLLaMA2 ``mm_utils.tokenizer_multimodal_token``, and AuroraCap's (FACTS 1.5, 2.4).
+    VideoLLaMA2 ``mm_utils.tokenizer_multimodal_token``, and AuroraCap's (docs/facts.md 1.5, 2.4).
     """
     if num_blocks < 1:
         raise ValueError(f"a prompt has at least one block, not {num_blocks}")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +44,14 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture
+def faults(repo_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that read media do what the name of their file says: see ``faults/sitecustomize.py``."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(repo_dir / "tests" / "faults"), *sys.path]))
+
+
+@pytest.fixture
 def manifest_json() -> dict[str, Any]:
-    """A ``bundle.json`` written by hand from DESIGN's description, still without files."""
+    """A ``bundle.json`` written by hand, still without files."""
 
     def component(graph: str, **more: Any) -> dict[str, Any]:
         tensors = {

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from av.error import FFmpegError
 
 from ...errors import MediaError
-from .container import has_jumps, is_measured, open_input, read_packets, refuse_encrypted
+from .container import has_jumps, is_measured, opened, read_packets, refuse_encrypted
 from .sound_frames import MAX_CHANNELS, Converter, Cutter, Ranges, frames_of, kind_of
 from .sound_index import PROBED, Piece, SoundIndex, SoundPacket, Stretch, find_stretches
 from .source import Choice, Waveform
@@ -209,7 +209,7 @@ class ContainerSoundReader:
 
     def _probe(self) -> None:
         """Take rate and channels from the first frame, where the file does not state them."""
-        with open_input(self._path) as container:
+        with opened(self._path) as container:
             for packet in self._packets(container):
                 try:
                     frame = next(iter(frames_of(packet)), None)
@@ -229,7 +229,7 @@ class ContainerSoundReader:
     def _read_index(self) -> SoundIndex:
         """Read all packets, decoding the first few."""
         self._check_kind()
-        with open_input(self._path) as container:
+        with opened(self._path) as container:
             stream = self._stream(container)
             packets: list[SoundPacket] = []
             decoded: list[int] = []
@@ -285,7 +285,7 @@ class ContainerSoundReader:
     def _decoded(self, entry: int, keep: int = 0) -> Iterator[AudioFrame]:
         """The frames of the packets from number ``keep`` on, decoding from number ``entry`` on."""
         damaged = 0
-        with open_input(self._path) as container:
+        with opened(self._path) as container:
             for number, packet in enumerate(self._packets_from(container, entry), entry):
                 try:
                     frames = frames_of(packet)
@@ -315,7 +315,7 @@ class ContainerSoundReader:
             if landed is not None and number is not None and number <= entry:
                 yield from islice(chain((landed,), packets), entry - number, None)
                 return
-        with open_input(self._path) as anew:
+        with opened(self._path) as anew:
             yield from islice(self._packets(anew, flush=True), entry, None)
 
     def _packets(self, container: InputContainer, flush: bool = False) -> Iterator[Packet[AudioStream]]:

@@ -27,7 +27,7 @@ def video_policy(samples: FloatArray, divisor: Literal[7, 8] = 8) -> FloatArray:
     Eight clips of 2 s, clip i from ``i * max(D - 2, 0) / divisor`` seconds of the D that there are (bounds truncated
     to whole samples), joined and padded with silence to 30 s; less than 2 s are repeated eight times. VideoLLaMA2
     mm_utils.py ``process_audio_from_video`` over pytorchvideo's constant clips: its release 0.1.5 divides by 8, its
-    main branch by 7 (FACTS 1.4).
+    main branch by 7 (docs/facts.md 1.4).
     """
     if samples.ndim != 1:
         raise MediaError(f"the sound of a video must be mono [n], not {list(samples.shape)}")
@@ -56,8 +56,8 @@ def join_clips(clips: Sequence[FloatArray]) -> FloatArray:
 def audio_policy(samples: FloatArray, sample_rate: int) -> FloatArray:
     """A sound on its own: float32 ``[480000]`` from ``samples [n]`` or the first channel of ``[channels, n]``.
 
-    The first 30 s (the reference crops at random: FACTS 1.4), padded with silence to 30 s, then Fourier-resampled to
-    16 kHz as librosa's ``res_type="fft"`` does. VideoLLaMA2 mm_utils.py ``process_audio_file``.
+    The first 30 s (the reference crops at random: docs/facts.md 1.4), padded with silence to 30 s, then
+    Fourier-resampled to 16 kHz as librosa's ``res_type="fft"`` does. VideoLLaMA2 mm_utils.py ``process_audio_file``.
     """
     _check_rate(sample_rate)
     channel = samples if samples.ndim == 1 else samples[0]

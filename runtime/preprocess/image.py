@@ -29,7 +29,7 @@ _PRECISION_BITS = 22
 _LOW_BITS = 11
 #: With more taps than this, the sums of 255 x a low half could leave the whole numbers of float32.
 _FLOAT32_TAPS = 64
-#: Outputs per block and rows per chunk: few wasted products, chunks that stay in the L2 cache (measured).
+#: Outputs per block and rows per chunk: few wasted multiplications, and chunks that stay in the L2 cache (measured).
 _BLOCK = 16
 _CHUNK = 512
 

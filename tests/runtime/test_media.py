@@ -185,7 +185,7 @@ def test_images_of_a_folder_must_be_of_one_size(clips: Any) -> None:
 
 def test_missing_file(clips: Any) -> None:
     assert "no such file" in clips.refusal(clips.folder / "nothing.mp4")
-    assert "no such file" in clips.refusal("http://localhost/clip.mp4")
+    assert "URLs are not read" in clips.refusal("http://localhost/clip.mp4")
 
 
 def test_folder_without_images(clips: Any) -> None:
