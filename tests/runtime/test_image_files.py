@@ -65,7 +65,7 @@ def test_a_png_that_crashes_opencv(tmp_path: Path) -> None:
     path.write_bytes(CRASH)
     assert len(CRASH) == 129
     # FFmpeg reads it as the animation that it says it is; OpenCV sees it in a folder of stills.
-    with open_media(path) as media:
+    with open_media(path) as media, pytest.raises(MediaError, match="no frame"):
         media.read_frames([0])
     with pytest.raises(MediaError, match="damaged"):
         open_media(tmp_path)
