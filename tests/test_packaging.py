@@ -169,7 +169,7 @@ def test_the_wheel_says_what_it_is(built: dict[str, Path], repo_dir: Path):
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata.get_payload(decode=True).decode().strip() == (repo_dir / "README.md").read_text().strip()
     assert {name: dict(entries[name]) for name in entries.sections()} == {
-        "console_scripts": {"intertitle": "intertitle.cli:main"}
+        "console_scripts": {"intertitle": "intertitle.__main__:main"}
     }
     # What the runtime stands on has a lower bound each, and nothing of it is for compiling.
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]

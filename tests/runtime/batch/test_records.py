@@ -208,16 +208,6 @@ def test_names_that_are_no_text(path: Path):
     assert (found["file"], found["text"], found["mean_logprob"]) == (odd, "犬", None)
 
 
-def test_a_record_holds_no_character_that_a_terminal_obeys():
-    """``batch -o -`` writes to a terminal, and readers that know U+2028 would see two lines."""
-    said = {"id": "a", "text": "\x1b]0;t\x07\x9b2J \u202ex\u2028y\x85 é 犬", "file": "odd\udcff.mp4"}
-    line = encode(said).decode()
-    assert json.loads(line) == said
-    assert line.splitlines() == [line[:-1]]
-    assert not set(line) & set("\x1b\x07\x9b\u202e")
-    assert "é 犬" in line
-
-
 WRONG = {
     "settings": [[], "x", None, 5],
     "file": [5, [], {}],
@@ -359,3 +349,13 @@ def test_file_systems_without_locks(number: int, path: Path, monkeypatch: pytest
             records.append(record(name))
         records.finish(["a", "b"])
     assert names(path) == ["a", "b"]
+
+
+def test_a_record_holds_no_character_that_a_terminal_obeys():
+    """``batch -o -`` writes to a terminal, and readers that know U+2028 would see two lines."""
+    said = {"id": "a", "text": "\x1b]0;t\x07\x9b2J \u202ex\u2028y\x85 é 犬", "file": "odd\udcff.mp4"}
+    line = encode(said).decode()
+    assert json.loads(line) == said
+    assert line.splitlines() == [line[:-1]]
+    assert not set(line) & set("\x1b\x07\x9b\u202e")
+    assert "é 犬" in line
