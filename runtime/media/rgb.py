@@ -53,6 +53,9 @@ class RgbConverter:
         kind = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range, width, height)
         if self._graph is None or self._graph_of != kind:
             graph = Graph()
+            # Else it starts a thread for each core; decoding has its own. PyAV 15 does not offer this.
+            if hasattr(graph, "threads"):
+                graph.threads = 1
             source = graph.add_buffer(
                 width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000)
             )
