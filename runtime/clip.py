@@ -84,6 +84,7 @@ def read_clip(
     start: float | None = None,
     end: float | None = None,
     duplicates: float | None = None,
+    threads: int | None = None,
 ) -> Clip:
     """Open a file or folder and keep what the model needs of it.
 
@@ -91,15 +92,16 @@ def read_clip(
     as VideoLLaMA2's ``process_image`` does). ``audio=False`` leaves the sound out. ``start`` and ``end`` (seconds) take
     only that span of the pictures and the sound, as if it were the whole source. ``duplicates`` drops sampled frames
     that differ by no more than so many grey levels from the last kept one (``distinct_frames``): their places show the
-    kept one, or with ``per_frame`` are dropped too. ``MediaError`` when nothing is left or the source ends before
-    ``start``, ``OptionError`` for a span of images and for times or a threshold that cannot be.
+    kept one, or with ``per_frame`` are dropped too. ``threads`` decode video (``open_media``). ``MediaError`` when
+    nothing is left or the source ends before ``start``, ``OptionError`` for a span of images and for times or a
+    threshold that cannot be.
     """
     span = _Span(start, end)
     span.check()
     if duplicates is not None:
         check_threshold(duplicates)
     with stages.measure("open"):
-        media = open_media(source)
+        media = open_media(source, threads)
     name = os.fspath(source)
     with media_errors(name), media:
         clip = Clip(seconds=media.duration or None, start=span.offset)
