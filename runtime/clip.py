@@ -14,6 +14,7 @@ from .bundle import AudioSpec, Preprocessing
 from .inference import FloatArray
 from .media import Media, as_frames, as_waveform, open_media
 from .media.doors import media_errors
+from .media.source import check_total
 from .preprocess.audio import audio_policy, clip_bounds, join_clips, resample, video_policy
 from .preprocess.duplicates import check_threshold, distinct_frames
 from .preprocess.frames import sample_indices, span_frames
@@ -148,6 +149,7 @@ def array_clip(
         image = count == 1
         order = np.arange(count) if count == spec.num_frames else _order(count, spec, image and per_frame)
         unique, clip.order = np.unique(order, return_inverse=True)
+        check_total("frames", array.shape[2], array.shape[1], len(unique))
         clip.frames = array[unique]
     if waveform is not None:
         if spec.audio is None:
