@@ -72,6 +72,7 @@ class Captioner:
         self.readers: Readers | None = None
         """Processes that read the files of ``caption`` and ``read``; ``None``: they are read in this one."""
         self._scheduler: Scheduler | None = None
+        self._threads: int | None = None
 
     @classmethod
     def load(
@@ -87,8 +88,9 @@ class Captioner:
         """Open a bundle on a device: ``cpu``, ``cuda``, ``tensorrt-rtx`` or ``tensorrt``; ``auto`` is the best that it
         was compiled for and that works here (``device`` and ``device_notes`` then say which, and why not a better one).
 
-        ``threads``: processor threads of each session, one a core when ``None``. ``progress`` hears of the bytes that
-        are hashed when a bundle is opened for the first time. ``staged``: one component at a time stays loaded.
+        ``threads``: processor threads of each session and of a video's decoder, one a core when ``None``. ``progress``
+        hears of the bytes that are hashed when a bundle is opened for the first time. ``staged``: one component at a
+        time stays loaded.
         At most ``backends.MAX_THREADS``, or one a core, whatever is more.
         ``options``: by component, options of ONNX Runtime's CUDA provider, such as ``{"decoder": {"gpu_mem_limit":
         "4294967296"}}``, and ``{"vision": {"device": "cpu"}}`` to leave an encoder to the processor.
@@ -99,6 +101,7 @@ class Captioner:
         bundle = Bundle.open(path, progress=lambda done, total: report("checking the bundle", done, total))
         backend, notes = open_backend(bundle, device, threads, options)
         captioner = cls(bundle, backend, staged, notes)
+        captioner._threads = threads
         _log.info("opened %s on %s in %.2f s", bundle.path, captioner.device, time.perf_counter() - started)
         return captioner
 
@@ -320,6 +323,7 @@ class Captioner:
                 start=item.start,
                 end=item.end,
                 duplicates=duplicates,
+                threads=self._threads,
             )
 
         def stop() -> None:
@@ -411,7 +415,10 @@ class Captioner:
         if source is not None:
             stages = stages or Stages()
             read = read_clip if self.readers is None else self.readers.read
-            return read(source, spec, self.per_frame, audio, stages, start=start, end=end, duplicates=duplicates)
+            span = {"start": start, "end": end}
+            return read(
+                source, spec, self.per_frame, audio, stages, **span, duplicates=duplicates, threads=self._threads
+            )
         if start is not None or end is not None:
             raise OptionError("start= and end= are for files, not for arrays")
         heard = waveform if audio else None

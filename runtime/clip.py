@@ -14,6 +14,7 @@ from .bundle import AudioSpec, Preprocessing
 from .inference import FloatArray
 from .media import Media, as_frames, as_waveform, open_media
 from .media.doors import media_errors
+from .media.source import check_total
 from .preprocess.audio import audio_policy, clip_bounds, join_clips, resample, video_policy
 from .preprocess.duplicates import check_threshold, distinct_frames
 from .preprocess.frames import sample_indices, span_frames
@@ -84,6 +85,7 @@ def read_clip(
     start: float | None = None,
     end: float | None = None,
     duplicates: float | None = None,
+    threads: int | None = None,
 ) -> Clip:
     """Open a file or folder and keep what the model needs of it.
 
@@ -91,15 +93,16 @@ def read_clip(
     as VideoLLaMA2's ``process_image`` does). ``audio=False`` leaves the sound out. ``start`` and ``end`` (seconds) take
     only that span of the pictures and the sound, as if it were the whole source. ``duplicates`` drops sampled frames
     that differ by no more than so many grey levels from the last kept one (``distinct_frames``): their places show the
-    kept one, or with ``per_frame`` are dropped too. ``MediaError`` when nothing is left or the source ends before
-    ``start``, ``OptionError`` for a span of images and for times or a threshold that cannot be.
+    kept one, or with ``per_frame`` are dropped too. ``threads`` decode video (``open_media``). ``MediaError`` when
+    nothing is left or the source ends before ``start``, ``OptionError`` for a span of images and for times or a
+    threshold that cannot be.
     """
     span = _Span(start, end)
     span.check()
     if duplicates is not None:
         check_threshold(duplicates)
     with stages.measure("open"):
-        media = open_media(source)
+        media = open_media(source, threads)
     name = os.fspath(source)
     with media_errors(name), media:
         clip = Clip(seconds=media.duration or None, start=span.offset)
@@ -146,6 +149,7 @@ def array_clip(
         image = count == 1
         order = np.arange(count) if count == spec.num_frames else _order(count, spec, image and per_frame)
         unique, clip.order = np.unique(order, return_inverse=True)
+        check_total("frames", array.shape[2], array.shape[1], len(unique))
         clip.frames = array[unique]
     if waveform is not None:
         if spec.audio is None:

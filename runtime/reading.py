@@ -70,10 +70,11 @@ class Readers:
         start: float | None = None,
         end: float | None = None,
         duplicates: float | None = None,
+        threads: int | None = None,
     ) -> Clip:
         """See ``read_clip``. ``MediaError`` also for a file that crashes its decoder or takes too long."""
         name = os.fsencode(source)
-        answer, arrays = self._ask(ReadRequest(name, spec, per_frame, audio, start, end, duplicates))
+        answer, arrays = self._ask(ReadRequest(name, spec, per_frame, audio, start, end, duplicates, threads))
         for stage, seconds in answer.timings.items():
             stages.add(stage, seconds)
         return Clip(**arrays, notes=[*map(decode_text, answer.notes)], seconds=answer.seconds, start=answer.start)

@@ -42,6 +42,7 @@ class ReadRequest(msgspec.Struct, tag="read"):
     start: float | None
     end: float | None
     duplicates: float | None
+    threads: int | None
 
 
 class SpansRequest(msgspec.Struct, tag="spans"):
@@ -163,6 +164,7 @@ def _answer(request: Request) -> tuple[Answer, list[npt.NDArray[Any]]]:
                 start=request.start,
                 end=request.end,
                 duplicates=request.duplicates,
+                threads=request.threads,
             )
     except TransientMediaError as error:
         if isinstance(error.__cause__, MemoryError):

@@ -21,9 +21,10 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 __all__ = ["FrameReader", "Media", "SoundReader", "Waveform", "as_frames", "as_waveform", "open_media"]
 
 
-def open_media(source: str | os.PathLike[str]) -> Media:
+def open_media(source: str | os.PathLike[str], threads: int | None = None) -> Media:
     """Open a video, sound or image file, an animated GIF or a folder of images; close it with ``with``.
 
+    ``threads``: how many of the processor decode video, one a core when ``None``.
     What a file is, its content says, not its name. Only local files are opened, and nothing that a file refers to.
     ``MediaError`` (one line that names the file) for what is missing, empty, unreadable, of an unknown format, cut
     short before its index, without video and sound, without frames, or absurdly large.
@@ -36,10 +37,10 @@ def open_media(source: str | os.PathLike[str]) -> Media:
     if _URL.match(name):
         raise MediaError(f"{name}: URLs are not read; download it and give the file")
     with media_errors(name):
-        return _open(Path(name))
+        return _open(Path(name), threads)
 
 
-def _open(path: Path) -> Media:
+def _open(path: Path, threads: int | None) -> Media:
     name = str(path)
     try:
         if path.is_dir():
@@ -65,4 +66,4 @@ def _open(path: Path) -> Media:
         return open_webp_animation(path)
     from .files import open_container
 
-    return open_container(path)
+    return open_container(path, threads)

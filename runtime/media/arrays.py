@@ -6,10 +6,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import MediaError
+from .doors import reason
 from .source import FrameArray, Waveform, check_size
 
 #: Float sound may overshoot full scale a little; much more is integers that were not divided by their range.
 _LOUDEST = 8.0
+#: Samples of all channels: 3 hours of stereo at 48 kHz, 4 GiB of float32.
+_MOST_SAMPLES = 1 << 30
 
 
 def as_frames(array: npt.ArrayLike) -> FrameArray:
@@ -36,6 +39,8 @@ def as_waveform(array: npt.ArrayLike, rate: int) -> Waveform:
         raise MediaError(f"the sample rate must be a whole number of Hz from 1 to 1000000, not {rate!r}")
     if samples.ndim not in (1, 2):
         raise MediaError(f"sound must have shape [n], [n, channels] or [channels, n], not {list(samples.shape)}")
+    if samples.size > _MOST_SAMPLES:
+        raise MediaError(f"sound of {samples.size} samples is too long: up to {_MOST_SAMPLES} are taken")
     if samples.size == 0:
         raise MediaError("sound is empty: it holds no samples")
     if samples.dtype == np.int16:
@@ -59,3 +64,6 @@ def _as_array(array: npt.ArrayLike, what: str) -> np.ndarray:
         return np.asarray(array)
     except ValueError:
         raise MediaError(f"{what} do not form one array: the parts differ in shape") from None
+    except Exception as error:
+        # Tensors on a GPU, or whatever else says that it is an array and then is none.
+        raise MediaError(f"{what} cannot be read as an array ({reason(error)})") from error

@@ -27,8 +27,11 @@ def _frame_reader() -> type[ContainerFrameReader]:
     return ContainerFrameReader
 
 
-def open_container(path: Path) -> Media:
-    """A video, sound or animated GIF file as ``Media``. Pictures attached to a sound (cover art) are no video."""
+def open_container(path: Path, threads: int | None = None) -> Media:
+    """A video, sound or animated GIF file as ``Media``. Pictures attached to a sound (cover art) are no video.
+
+    ``threads``: as for ``open_media``.
+    """
     check_samples(path)
     container = open_input(path)
     try:
@@ -46,7 +49,7 @@ def open_container(path: Path) -> Media:
         notes = []
         if sound is None and container.streams.audio:
             notes.append("its sound is in a codec that cannot be decoded here")
-        frames = _frame_reader()(path, container)
+        frames = _frame_reader()(path, container, threads)
         if sound is not None:
             sound.origin = frames.origin
         return Media(path, "video", frames, sound, notes)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 #: Packets at the start whose samples are counted by decoding them: encoders' delays are cut off there (at most 3,840
@@ -44,7 +45,6 @@ class SoundIndex:
 
     def __init__(self, packets: Sequence[SoundPacket], decoded: Sequence[int], tick: Fraction) -> None:
         self.packets, self._tick, self._decoded = packets, tick, decoded
-        self._numbers = {(packet.pos, packet.pts): n for n, packet in enumerate(packets) if packet.pos is not None}
         lengths = _lengths(packets, decoded, tick)
         self._lengths = lengths
         self.starts = [] if lengths is None else list(accumulate(lengths, initial=0))[:-1]
@@ -80,6 +80,10 @@ class SoundIndex:
     def find(self, pos: int | None, pts: int | None) -> int | None:
         """The number of the packet at this place with this time."""
         return None if pos is None else self._numbers.get((pos, pts))
+
+    @cached_property
+    def _numbers(self) -> dict[tuple[int | None, int | None], int]:
+        return {(packet.pos, packet.pts): n for n, packet in enumerate(self.packets) if packet.pos is not None}
 
 
 class Piece(NamedTuple):
@@ -122,11 +126,14 @@ def _lengths(packets: Sequence[SoundPacket], decoded: Sequence[int], tick: Fract
         return None
     size = decoded[PROBED - 1]
     lengths = list(decoded[:PROBED])
-    durations = [None if packet.duration is None else packet.duration * tick for packet in packets]
+    # A few for millions of packets.
+    known = {packet.duration for packet in packets}
+    durations = {duration: None if duration is None else duration * tick for duration in known}
     # Durations are believed where the last ones that were decoded bear them out.
-    believed = tick <= 1 and durations[PROBED - 2 : PROBED] == list(decoded[PROBED - 2 : PROBED])
+    believed = tick <= 1 and all(durations[packets[n].duration] == decoded[n] for n in (PROBED - 2, PROBED - 1))
     # The last packet may be cut short, and nothing begins after it.
-    for length in durations[PROBED:-1]:
+    for packet in islice(packets, PROBED, len(packets) - 1):
+        length = durations[packet.duration]
         if length is None or length <= 0:
             return None
         if believed and length.denominator == 1:

@@ -46,10 +46,12 @@ _JUMP = 10
 class ContainerFrameReader:
     """A ``FrameReader`` over the best video stream of a file. Takes the opened ``container`` over.
 
-    ``MediaError`` for a stream without a frame.
+    ``threads``: of the decoder, one a core when ``None``. ``MediaError`` for a stream without a frame.
     """
 
-    def __init__(self, path: Path, container: InputContainer) -> None:
+    def __init__(self, path: Path, container: InputContainer, threads: int | None = None) -> None:
+        # 0 leaves the number to FFmpeg.
+        self._threads = threads or 0
         self._path = path
         self._container = container
         self._stream = self._select_stream()
@@ -125,6 +127,7 @@ class ContainerFrameReader:
         if stream is None:
             raise MediaError(f"{self._path}: the video disappeared while it was being read")
         stream.thread_type = threads
+        stream.codec_context.thread_count = self._threads
         # The size may change midway: the decoder refuses what `check_size` would.
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         return stream

@@ -303,6 +303,13 @@ def test_nothing_reaches_stderr(clips: Any) -> None:
 # --- arrays
 
 
+class Stubborn:
+    """What says that it is an array, as a tensor on a GPU does."""
+
+    def __array__(self, *_: object, **__: object) -> np.ndarray:
+        raise RuntimeError("on another device")
+
+
 def test_frames_from_arrays() -> None:
     frames = np.zeros((2, 4, 6, 3), np.uint8)
     assert as_frames(frames) is frames
@@ -319,6 +326,12 @@ def test_frames_from_arrays() -> None:
         (np.zeros((2, 4, 6, 4), np.uint8), r"\[2, 4, 6, 4\]"),
         (np.zeros((0, 4, 6, 3), np.uint8), "empty"),
         (np.zeros((1, 0, 6, 3), np.uint8), "6x0"),
+        (np.uint8(3), r"\[\]"),
+        (np.array([[None]]), "object"),
+        (np.zeros((2, 4, 6, 3), complex), "complex128"),
+        (np.broadcast_to(np.uint8(0), (1, 1 << 40, 1 << 20, 3)), "1048576x1099511627776"),
+        ("frames", "<U6"),
+        (Stubborn(), "RuntimeError: on another device"),
         (np.zeros((1, 1, 20_000, 3), np.uint8), "20000x1"),
         ([np.zeros((4, 6, 3), np.uint8), np.zeros((5, 6, 3), np.uint8)], "array"),
     ],
@@ -337,6 +350,11 @@ def test_waveforms_from_arrays() -> None:
         assert sound.samples.dtype == np.float32
         np.testing.assert_array_equal(sound.samples, stereo.T.astype(np.float32))
         assert sound.duration == pytest.approx(3 / 8000)
+    # Whatever the order in memory.
+    np.testing.assert_array_equal(
+        as_waveform(stereo[::-1, ::-1], 8000).samples, stereo.T[::-1, ::-1].astype(np.float32)
+    )
+    assert as_waveform(np.zeros(4, np.longdouble), 8000).samples.dtype == np.float32
     assert as_waveform(stereo[:, :1], 8000).samples.shape == (3,)
 
 
@@ -351,6 +369,13 @@ def test_waveforms_from_arrays() -> None:
         (np.zeros(4, complex), 16_000, "complex128"),
         (np.array([0.0, 20_000.0]), 16_000, "divide"),
         ([[0.0], [0.0, 1.0]], 16_000, "array"),
+        (np.float32(0.5), 16_000, r"\[\]"),
+        (np.array([None, 0.5]), 16_000, "object"),
+        (np.broadcast_to(np.float32(0), (2, 1 << 50)), 16_000, "too long"),
+        (np.zeros(4, bool), 16_000, "bool"),
+        (Stubborn(), 16_000, "RuntimeError: on another device"),
+        (np.zeros(4), np.float64(16_000), "sample rate"),
+        (np.zeros(4), None, "sample rate"),
         (np.zeros(4), 0, "sample rate"),
         (np.zeros(4), -8000, "sample rate"),
         (np.zeros(4), 16_000.5, "sample rate"),

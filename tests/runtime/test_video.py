@@ -281,3 +281,13 @@ def test_real_clips(name: str, members: tuple[object, ...], clips: Any) -> None:
         assert found == members
     if media.has_video:
         clips.assert_exact(path, draws=2)
+
+
+def test_threads_of_the_decoder_are_bounded(clips: Any) -> None:
+    path = clips.encode("clip.mp4", 30, options=clips.SHORT_GROUPS)
+    frames = []
+    for threads in (1, 3):
+        with open_media(path, threads) as media:
+            frames.append(media.read_frames(range(media.num_frames)))
+            assert media._frames._stream.codec_context.thread_count == threads  # type: ignore[union-attr]
+    np.testing.assert_array_equal(*frames)
