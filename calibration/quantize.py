@@ -24,11 +24,11 @@ def quantize_int4(weight: Tensor, block_size: int = 32) -> tuple[Tensor, Tensor]
     ``[N, ceil(K / block)]``, so that ``w ~ (code - 8) * scale``. A last block that is not full is padded with zeros.
 
     The scale is m / 8, where m is the block's largest magnitude, with the sign that gives m the code 0 (= -8). So all
-    16 codes are used: the error on Gaussian weights is 8.6 %, with a positive scale m / 7 it is 9.7 % (measured, docs/facts.md 6). Every
-    weight is off by at most half a step; weights beyond 7.5 steps with the other sign than m by at most one step. Codes
-    and scales equal those of ONNX Runtime's own quantizer (``quantize_matmul_4bits``), ties included. Scales may be
-    negative; the ``ort`` dialect allows that, TensorRT does not. A block of zeros, or of numbers that are too small for
-    a normal float32 scale, becomes zero.
+    16 codes are used: the error on Gaussian weights is 8.6 %, with a positive scale m / 7 it is 9.7 % (docs/facts.md
+    6). Every weight is off by at most half a step; weights beyond 7.5 steps with the other sign than m by at most one
+    step. Codes and scales equal those of ONNX Runtime's own quantizer (``quantize_matmul_4bits``), ties included.
+    Scales may be negative; the ``ort`` dialect allows that, TensorRT does not. A block of zeros, or of numbers that are
+    too small for a normal float32 scale, becomes zero.
     """
     rows, width = weight.shape
     blocks = -(-width // block_size)

@@ -223,10 +223,10 @@ def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
 def reference_fbank(sound: FloatArray, num_mel_bins: int = 128, rate: int = 16000) -> FloatArray:
     """Kaldi's log mel filter bank of float32 sound in [-1, 1], rounded through bfloat16: ``[frames, mel]``.
 
-    The constants are the defaults of torchaudio's ``compliance.kaldi.fbank`` (docs/facts.md 1.4). Everything is computed in float64 but the
-    filters: torchaudio computes them in float32, and its rounding (0.2 % of a filter whose edge touches one bin of the
-    spectrum) is visible after the bfloat16 step. Beside a loud pure tone, the quietest bins of torchaudio's float32
-    spectrum are rounding noise, which cannot be reproduced.
+    The constants are the defaults of torchaudio's ``compliance.kaldi.fbank`` (docs/facts.md 1.4). Everything is
+    computed in float64 but the filters: torchaudio computes them in float32, and its rounding (0.2 % of a filter whose
+    edge touches one bin of the spectrum) is visible after the bfloat16 step. Beside a loud pure tone, the quietest bins
+    of torchaudio's float32 spectrum are rounding noise, which cannot be reproduced.
     """
     window, shift, fft = rate * 25 // 1000, rate * 10 // 1000, 512
     frames = torch.from_numpy(sound).double().mul(2**15).unfold(0, window, shift)

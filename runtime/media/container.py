@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -11,7 +14,7 @@ from av.error import FFmpegError
 from av.format import Flags
 
 from ...errors import MediaError, TransientMediaError
-from .doors import is_transient
+from .doors import media_errors
 
 if TYPE_CHECKING:
     from av.audio.stream import AudioStream
@@ -35,15 +38,63 @@ _OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
 _METADATA: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 
 
+class _File(io.FileIO):
+    """A file as FFmpeg reads it. ``failed``: the system's error that ended a read, which the demuxers hide.
+
+    To FFmpeg the file then just ends.
+    """
+
+    failed: OSError | None = None
+
+    def read(self, size: int | None = -1, /) -> bytes:  # type: ignore[override]
+        try:
+            return self._read(size)
+        except OSError as error:
+            self.failed = error
+            return b""
+
+    def _read(self, size: int | None) -> bytes:
+        return super().read(size) or b""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 def open_input(path: Path) -> InputContainer:
-    """The file as an FFmpeg container, or ``MediaError``. Log lines of the libraries stay off (PyAV's default)."""
+    """The file as an FFmpeg container for ``close_input``. Log lines of the libraries stay off (PyAV's default).
+
+    ``MediaError`` for what cannot be read, ``TransientMediaError`` where the system is the reason.
+    """
+    with media_errors(str(path)):
+        file = _File(path)
     try:
-        # With "file:", a colon or a % in the name is nothing special.
-        return av.open(f"file:{path.absolute()}", "r", container_options=dict(_OPTIONS), **_METADATA)
+        container = av.open(file, "r", container_options=dict(_OPTIONS), **_METADATA)
     except (FFmpegError, OSError, ValueError, LookupError) as error:
-        if is_transient(error) and not _readable(path):
-            raise TransientMediaError(f"{path}: cannot be read ({error.strerror})") from error  # type: ignore[union-attr]
+        failed = file.failed
+        file.close()
+        if failed:
+            raise _unread(str(path), failed) from error
+        if isinstance(error, MemoryError):
+            raise TransientMediaError(f"{path}: there is not enough memory to read it") from error
         raise MediaError(f"{path}: {_why_unreadable(path)}") from error
+    _refuse_unread(container)
+    return container
+
+
+def close_input(container: InputContainer) -> None:
+    """Close the container and its file."""
+    container.close()
+    _file_of(container).close()
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[InputContainer]:
+    """``open_input``, closed at the end."""
+    container = open_input(path)
+    try:
+        yield container
+    finally:
+        close_input(container)
 
 
 def read_packets(
@@ -51,22 +102,42 @@ def read_packets(
 ) -> Iterator[Packet[Any]]:
     """The stream's packets, the empty one that flushes a decoder last.
 
-    A file that breaks off just ends, after a call of ``damaged``.
+    A file that breaks off just ends, after a call of ``damaged``. ``TransientMediaError`` where the
+    system could not read on.
     """
     found: Iterator[Packet[Any]] = container.demux(stream)
     while True:
         try:
             packet = next(found, None)
         except FFmpegError:
+            _refuse_unread(container)
             damaged()
             return
         except IndexError:
             # A packet of a stream that appeared after the file was opened, which PyAV does not know: on with the next.
             found = container.demux(stream)
             continue
+        if packet is None or not packet.size:
+            _refuse_unread(container)
         if packet is None:
             return
         yield packet
+
+
+def _refuse_unread(container: InputContainer) -> None:
+    file = _file_of(container)
+    if file.failed:
+        close_input(container)
+        raise _unread(os.fsdecode(file.name), file.failed)
+
+
+def _file_of(container: InputContainer) -> _File:
+    # PyAV wraps it.
+    return container.file.file
+
+
+def _unread(name: str, error: OSError) -> TransientMediaError:
+    return TransientMediaError(f"{name}: cannot be read ({error.strerror})")
 
 
 def video_stream(container: InputContainer) -> VideoStream | None:
@@ -98,9 +169,10 @@ def _best(container: InputContainer, kind: Literal["video", "audio"], streams: l
 
 
 def refuse_encrypted(path: Path, packet: Packet) -> None:
-    """``MediaError`` for a packet that FFmpeg has no key for (Common Encryption of MP4)."""
-    # PyAV 15 and 16 do not show what lies beside a packet.
-    if hasattr(packet, "has_sidedata") and packet.has_sidedata("encryption_info"):
+    """``MediaError`` for a packet that FFmpeg has no key for (Common Encryption of MP4, WebM)."""
+    # PyAV 15 and 16 do not show what lies beside a packet. Of Matroska, FFmpeg shows the key's name.
+    beside = hasattr(packet, "has_sidedata") and packet.has_sidedata("encryption_info")
+    if beside or "enc_key_id" in packet.stream.metadata:
         raise MediaError(f"{path}: is encrypted: it can be captioned only once it is decrypted")
 
 
@@ -117,15 +189,6 @@ def is_measured(container: InputContainer) -> bool:
 
 def _is_attached_picture(stream: VideoStream) -> bool:
     return bool(stream.disposition & type(stream.disposition).attached_pic)
-
-
-def _readable(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            file.read(1)
-    except OSError:
-        return False
-    return True
 
 
 def _why_unreadable(path: Path) -> str:

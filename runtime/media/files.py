@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from ...errors import MediaError, OptionError
-from .container import audio_stream, has_unknown_video, open_input, video_stream
+from .container import audio_stream, close_input, has_unknown_video, open_input, video_stream
+from .mp4 import check_samples
 from .sound import ContainerSoundReader
 from .source import Media, check_size
 from .video import ContainerFrameReader
@@ -28,6 +29,7 @@ def _frame_reader() -> type[ContainerFrameReader]:
 
 def open_container(path: Path) -> Media:
     """A video, sound or animated GIF file as ``Media``. Pictures attached to a sound (cover art) are no video."""
+    check_samples(path)
     container = open_input(path)
     try:
         video, audio = video_stream(container), audio_stream(container)
@@ -38,7 +40,7 @@ def open_container(path: Path) -> Media:
                     raise MediaError(f"{path}: its video or sound is in a codec that cannot be decoded here")
                 raise MediaError(f"{path}: holds neither video nor sound")
             notes = ["its pictures are in a codec that cannot be decoded here"] if has_unknown_video(container) else []
-            container.close()
+            close_input(container)
             return Media(path, "audio", sound=sound, notes=notes)
         check_size(str(path), video.codec_context.width, video.codec_context.height)
         notes = []
@@ -49,5 +51,5 @@ def open_container(path: Path) -> Media:
             sound.origin = frames.origin
         return Media(path, "video", frames, sound, notes)
     except BaseException:
-        container.close()
+        close_input(container)
         raise

@@ -56,10 +56,15 @@ class GStreamerFrameReader(ContainerFrameReader):
         # RGBA, whose lines are never padded.
         caps = f"video/x-raw,format=RGBA,width={width},height={height}"
         convert = "nvvidconv" if _has_element("nvvidconv") else "videoconvert"
-        command = [_LAUNCH, "-q", "filesrc", f"location={self._path}", "!", "decodebin", "!", convert, "!", caps]
-        process = subprocess.Popen(
-            [*command, "!", "fdsink", "fd=1", "sync=false"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
+        # gst-launch parses its arguments as a text, so a name is never among them: the opened file is its input.
+        command = [_LAUNCH, "-q", "fdsrc", "fd=0", "!", "decodebin", "!", convert, "!", caps]
+        with self._path.open("rb") as file:
+            process = subprocess.Popen(
+                [*command, "!", "fdsink", "fd=1", "sync=false"],
+                stdin=file,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
         assert process.stdout is not None
         try:
             for number in range(last + 1):

@@ -6,15 +6,16 @@ import itertools
 import math
 import os
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from av.error import FFmpegError
 
 from ...errors import MediaError, OptionError
-from .container import open_input, read_packets, video_stream
+from .container import close_input, open_input, video_stream
+from .doors import media_errors
+from .rgb import RgbConverter
+from .video import ContainerFrameReader
 
 Span = tuple[float, float]
 
@@ -91,14 +92,14 @@ def scene_spans(path: str | os.PathLike[str], threshold: float = 27.0, min_secon
     path = Path(path)
     if not path.is_file():
         raise MediaError(f"{path}: no such file" if not path.exists() else f"{path}: is no video file")
-    first, end = None, 0.0
+    end = 0.0
     cuts: list[float] = []
-    for time, duration, image in _small_frames(path):
-        first = time if first is None else first
-        end = time - first + duration
+    with media_errors(str(path)):
         # Cuts are told by the true time of a frame, not by counting at an average rate.
-        cuts += [cut.seconds for cut in detector.process_frame(timecode(time - first), image)]
-    if first is None:
+        for time, stop, image in _small_frames(path):
+            end = stop
+            cuts += [cut.seconds for cut in detector.process_frame(timecode(time), image)]
+    if not end:
         raise MediaError(f"{path}: no frame of the video can be decoded")
     bounds = [0.0, *cuts, end]
     return list(itertools.pairwise(bounds))
@@ -118,24 +119,25 @@ def _detector(threshold: float, min_seconds: float) -> tuple[Any, Any]:
 
 
 def _small_frames(path: Path) -> Iterator[tuple[float, float, np.ndarray]]:
-    """Seconds, duration and BGR uint8 ``[H, W, 3]`` of each frame that can be decoded, scaled down."""
-    with open_input(path) as container:
-        stream = video_stream(container)
-        if stream is None:
+    """When each frame that can be decoded is shown, when the video ends, and BGR uint8 ``[H, W, 3]``, scaled down.
+
+    In seconds from the first frame on. All are of one size, whatever becomes of the video's.
+    """
+    container = open_input(path)
+    try:
+        if video_stream(container) is None:
             raise MediaError(f"{path}: holds no video that can be cut into scenes")
-        stream.thread_type = "AUTO"
-        base = stream.time_base or Fraction(1, 1000)
-        usual = float(1 / stream.average_rate) if stream.average_rate else 0.0
-        count = 0
-        for packet in read_packets(container, stream):
-            try:
-                frames = stream.codec_context.decode(packet if packet.size else None)
-            except FFmpegError:
-                continue
-            for frame in frames:
+        reader = ContainerFrameReader(path, container)
+    except BaseException:
+        close_input(container)
+        raise
+    convert = RgbConverter(reader.notes)
+    size: tuple[int, int] | None = None
+    try:
+        for time, frame in reader.walk():
+            if size is None:
                 width = min(frame.width, _WIDTH)
-                height = max(frame.height * width // frame.width, 1)
-                image = frame.to_ndarray(format="bgr24", width=width, height=height, interpolation="AREA")
-                time = float(frame.pts * base) if frame.pts is not None else count * usual
-                count += 1
-                yield time, float((frame.duration or 0) * base) or usual, image
+                size = width, max(frame.height * width // frame.width, 1)
+            yield time, max(reader.duration, time), convert.small(frame, *size).to_ndarray()
+    finally:
+        reader.close()

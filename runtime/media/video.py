@@ -7,12 +7,10 @@ is what decoding the whole file and counting would give, wherever decoding began
 
 from __future__ import annotations
 
-import errno
 import struct
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from fractions import Fraction
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,11 +18,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 from av.error import FFmpegError
-from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from ...errors import MediaError
-from .container import has_jumps, open_input, read_packets, refuse_encrypted, video_stream
+from .container import close_input, has_jumps, open_input, read_packets, refuse_encrypted, video_stream
 from .packets import PacketIndex, Run, VideoPacket, plan_runs
+from .rgb import RgbConverter
 from .source import MAX_PIXELS, FrameArray
 
 if TYPE_CHECKING:
@@ -57,8 +55,8 @@ class ContainerFrameReader:
         self._stream = self._select_stream()
         self._coded_size = self._stream.codec_context.width, self._stream.codec_context.height
         self._size: tuple[int, int] | None = None
-        self._reformatter = VideoReformatter()
         self.notes: list[str] = []
+        self._converter = RgbConverter(self.notes)
         self.times: npt.NDArray[np.float64] | None = None
         #: When the first frame is shown on the file's clock, in seconds; None where that is not known.
         self.origin: float | None = None
@@ -105,8 +103,22 @@ class ContainerFrameReader:
         if missing:
             yield from self._read_through(sorted(missing))
 
+    def walk(self) -> Iterator[tuple[float, VideoFrame]]:
+        """Every frame that can be decoded, in presentation order, with its time in seconds (see ``times``)."""
+        index, last = self._index, 0.0
+        base = float(self._stream.time_base or 0)
+        start = index.clock[index.order[0]] if index else 0
+        for count, frame in enumerate(self._decode_all("AUTO")):
+            if index is None or frame.pts is None:
+                time = count / self.fps if self.fps else 0.0
+            else:
+                time = (index.shown_at(frame.pts) - start) * base
+            # A damaged file may show frames again that were shown before.
+            last = max(last, time)
+            yield last, frame
+
     def close(self) -> None:
-        self._container.close()
+        close_input(self._container)
 
     def _select_stream(self, threads: Threads = "AUTO") -> VideoStream:
         stream = video_stream(self._container)
@@ -118,7 +130,7 @@ class ContainerFrameReader:
         return stream
 
     def _reopen(self, threads: Threads = "AUTO") -> None:
-        self._container.close()
+        close_input(self._container)
         self._container = open_input(self._path)
         self._stream = self._select_stream(threads)
 
@@ -162,7 +174,7 @@ class ContainerFrameReader:
 
         None where only some do: such frames can only be counted by decoding.
         """
-        if getattr(self._stream.codec_context, "field_order", 0) < _INTERLACED or len(packets) < 2:
+        if len(packets) < 2 or not self._may_hold_fields():
             return 1
         self._reopen()
         frames = sent = 0
@@ -177,6 +189,15 @@ class ContainerFrameReader:
             return 1
         paired = frames == sent // 2 and len({packet.duration for packet in packets[:-1]}) == 1
         return 2 if paired and len(packets) % 2 == 0 else None
+
+    def _may_hold_fields(self) -> bool:
+        decoder = self._stream.codec_context
+        order = getattr(decoder, "field_order", 0)
+        if order or decoder.name != "h264":
+            return order >= _INTERLACED
+        # MP4 keeps no order of fields, and has a rate of packets where H.264 states that of frames.
+        stated, packets = decoder.framerate, self._stream.average_rate
+        return bool(stated and packets and packets >= 1.5 * stated)
 
     def _packets_from(self, index: PacketIndex, start: int) -> Iterator[Packet[VideoStream]]:
         """The packets from number ``start`` on. Where a seek lands is checked; failing that, all are read through."""
@@ -280,29 +301,15 @@ class ContainerFrameReader:
     def _to_rgb(self, frame: VideoFrame) -> FrameArray:
         """uint8 ``[H, W, 3]``, turned as the display matrix says, in the size that the file announces.
 
-        Chroma is interpolated as ffmpeg's scale filter does by default; for frames of even height and 8 bits, that is
-        also what decord gives.
+        The colours are those of ffmpeg's scale filter (``RgbConverter``); for frames of even height and 8 bits that are
+        not interlaced, these are also what decord gives.
         """
         width, height = self._coded_size
         rescaled = f"frames change size midway: all were scaled to {width}x{height}"
         if (frame.width, frame.height) != self._coded_size and rescaled not in self.notes:
             self.notes.append(rescaled)
-        return _oriented(self._reformatted(frame, width, height).to_ndarray().astype(np.uint8, copy=False), frame)
-
-    def _reformatted(self, frame: VideoFrame, width: int, height: int) -> VideoFrame:
-        convert = partial(self._reformatter.reformat, interpolation=Interpolation.BICUBIC)
-        try:
-            return convert(frame, width, height, "rgb24")
-        except OSError as error:
-            if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
-                raise
-        # swscale knows no such colour matrix (YCgCo, ICtCp, BT.2020 with constant luminance). ffmpeg's scale filter
-        # then converts by the default one.
-        note = "its colours are in a matrix that is not known here: they were taken for BT.601"
-        if note not in self.notes:
-            self.notes.append(note)
-        frame.colorspace = Colorspace.ITU601
-        return convert(frame, width, height, "rgb24")
+        image = self._converter.convert(frame, width, height).to_ndarray()
+        return _oriented(image.astype(np.uint8, copy=False), frame)
 
 
 def _decode(stream: VideoStream, packet: Packet[VideoStream] | None) -> list[VideoFrame]:

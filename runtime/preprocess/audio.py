@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -30,16 +31,25 @@ def video_policy(samples: FloatArray, divisor: Literal[7, 8] = 8) -> FloatArray:
     """
     if samples.ndim != 1:
         raise MediaError(f"the sound of a video must be mono [n], not {list(samples.shape)}")
+    return join_clips([samples[first:last] for first, last in clip_bounds(len(samples), divisor)])
+
+
+def clip_bounds(count: int, divisor: Literal[7, 8] = 8) -> list[tuple[int, int]]:
+    """First and last of the samples in each of the eight clips of ``video_policy``, of ``count`` samples."""
     if divisor not in (7, 8):
         raise OptionError(f"clips of sound are spaced by sevenths or eighths, not by {divisor}")
-    spare = max(len(samples) - _CLIP_SAMPLES, 0)
+    spare = max(count - _CLIP_SAMPLES, 0)
+    starts = [clip * spare // divisor for clip in range(_NUM_CLIPS)]
+    return [(start, min(start + _CLIP_SAMPLES, count)) for start in starts]
+
+
+def join_clips(clips: Sequence[FloatArray]) -> FloatArray:
+    """The clips of ``clip_bounds`` one after the other, then silence: float32 ``[480000]``."""
     out = np.zeros(NUM_SAMPLES, np.float32)
     filled = 0
-    for clip in range(_NUM_CLIPS):
-        start = clip * spare // divisor
-        piece = samples[start : start + _CLIP_SAMPLES]
-        out[filled : filled + len(piece)] = piece
-        filled += len(piece)
+    for clip in clips:
+        out[filled : filled + len(clip)] = clip
+        filled += len(clip)
     return out
 
 

@@ -59,6 +59,25 @@ def test_what_gstreamer_does_not_give_comes_from_pyav(script, clip, tmp_path, mo
     assert np.array_equal(got[-1], want[-1])
 
 
+def test_a_name_is_no_part_of_the_pipeline(clip, tmp_path, monkeypatch):
+    folder = tmp_path / 'payload" ! filesink location='
+    folder.mkdir()
+    odd = folder / 'a\n" \\ clip.mp4'
+    odd.write_bytes(clip.read_bytes())
+    monkeypatch.setenv("INTERTITLE_VIDEO_DECODER", "gstreamer")
+    fake_launch(
+        tmp_path,
+        monkeypatch,
+        f'printf "%s\\n" "$@" > "{tmp_path}/arguments"; cmp - "{clip}" && touch "{tmp_path}/same"',
+    )
+    with open_media(odd) as media:
+        media.read_frames(INDICES)
+    assert "payload" not in (tmp_path / "arguments").read_text()
+    assert (tmp_path / "arguments").read_text().startswith("-q\nfdsrc\nfd=0\n!\ndecodebin\n")
+    # What the pipeline reads is the file.
+    assert (tmp_path / "same").exists()
+
+
 def test_without_gstreamer(clip, tmp_path, monkeypatch, gstreamer):
     monkeypatch.setenv("PATH", str(tmp_path))
     with open_media(clip) as media, pytest.raises(MediaError, match=r"gst-launch-1\.0 is not installed"):
