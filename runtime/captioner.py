@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -299,8 +298,9 @@ class Captioner:
         one that cannot be captioned gives a result with an ``error`` and does not stop the others. ``rows``: captions
         generated together (8, or as many as fit into ``memory``: bytes of cache). ``OptionError`` when not even one
         fits. ``progress`` hears ``("captions", done, 0)``. Beside the cache, what is held at once are the tokens of
-        the clips of the rows and ``batching.READ_AHEAD`` clips with their frames. ``isolate``: files are read in processes of their own, so that one
-        that crashes a decoder, or takes more than ``item_timeout`` seconds to read, costs only its own caption.
+        the clips of the rows and ``batching.READ_AHEAD`` clips with their frames. ``isolate``: files are read in
+        processes of their own, so that one that crashes a decoder, or takes more than ``item_timeout`` seconds to read,
+        costs only its own caption.
         """
         how = decoding or Decoding()
         if rows is not None and rows < 1:
