@@ -132,10 +132,13 @@ def batch(
     if target is not None:
         check_output(target, (entry.file for entry in files))
     subtitles = _subtitles(files, srt, vtt, subtitles_dir)
+    from ..runtime.batching import READ_AHEAD
     from ..runtime.captioner import Captioner
 
+    readers = options.start_readers(READ_AHEAD, item_timeout)
     with ProgressDisplay(quiet) as progress:
         captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress)
+    captioner.readers = readers
     options.say_device(captioner)
     settings = _settings(
         bundle,

@@ -78,7 +78,6 @@ def caption(
     """
     from ..runtime.batching import as_item_error
     from ..runtime.captioner import Captioner
-    from ..runtime.reading import Readers
 
     if stream and as_json:
         raise OptionError("--stream and --json exclude each other")
@@ -89,12 +88,12 @@ def caption(
             raise OptionError("--srt takes one clip and one instruction")
         check_output(srt, media)
         check_subtitles(srt)
+    # A file that crashes its decoder must not cost the others their captions.
+    readers = options.start_readers(1) if len(media) > 1 else None
     with ProgressDisplay(quiet) as progress:
         captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress, staged=staged)
     options.say_device(captioner)
-    if len(media) > 1:
-        # A file that crashes its decoder must not cost the others their captions.
-        captioner.readers = Readers()
+    captioner.readers = readers
     asked = _Asked(captioner, prompts, decoding, n_best, {"audio": not no_audio, **viewing})
     failed, result = False, None
     for path in media:

@@ -15,6 +15,7 @@ from ..errors import OptionError
 
 if TYPE_CHECKING:
     from ..runtime.captioner import Captioner
+    from ..runtime.reading import Readers
 
 Command = Callable[..., Any]
 
@@ -327,6 +328,16 @@ def device_options(command: Command) -> Command:
             "--threads", type=click.IntRange(1, 1024), help="The number of CPU threads.  [default: one per core]"
         ),
     )
+
+
+def start_readers(count: int, time_limit: float | None = None) -> Readers | None:
+    """Processes that read media. They start while the bundle is loaded, and end with the command."""
+    from ..runtime.reading import TIME_LIMIT, start_readers
+
+    readers = start_readers(count, TIME_LIMIT if time_limit is None else time_limit)
+    if readers is not None:
+        click.get_current_context().call_on_close(readers.close)
+    return readers
 
 
 def say_device(captioner: Captioner) -> None:

@@ -161,13 +161,14 @@ def pairs(
     check_output(output, (*inputs, bundle / "bundle.json", *files))
     if output.exists() and not output.is_file():
         raise OptionError(f"{output}: is a pipe or a device, and pairs need a file that can be gone on with")
+    from ..runtime.batching import READ_AHEAD
     from ..runtime.captioner import Captioner
-    from ..runtime.reading import Readers
 
+    readers = options.start_readers(READ_AHEAD)
     with ProgressDisplay(quiet) as progress:
         captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress)
     options.say_device(captioner)
-    captioner.readers = Readers()
+    captioner.readers = readers
     settings = _settings(bundle, recipe, scorer=scorer.name, judge_model=judge_model, gap=gap)
     debug = click.get_current_context().ensure_object(dict).get("debug", False)
     began = time.monotonic()

@@ -25,7 +25,7 @@ from .encoder import EncodedClip, Encoder
 from .guard import Guard
 from .inference import FloatArray, Inference
 from .prepared import MediaOptions, PreparedClip, Source
-from .reading import TIME_LIMIT, Readers, can_start_workers
+from .reading import TIME_LIMIT, Readers, start_readers
 from .runner import Runner
 from .task import CaptionTask, Model
 from .text import check_text
@@ -70,7 +70,8 @@ class Captioner:
         self._model = Model(bundle, self.tokenizer, self.encoder)
         self._decoder: Decoder | None = None
         self.readers: Readers | None = None
-        """Processes that read the files of ``caption`` and ``read``; ``None``: they are read in this one."""
+        """Processes that read the files of ``caption``, ``read`` and ``caption_batch``. ``None``: those of a batch are
+        read in its own, others in this one."""
         self._scheduler: Scheduler | None = None
         self._threads: int | None = None
 
@@ -311,7 +312,7 @@ class Captioner:
             raise OptionError(f"rows must be at least 1, not {rows}")
         per_caption = resolve(how, self.manifest.generation).rows
 
-        readers = Readers(READ_AHEAD, item_timeout) if isolate and can_start_workers() else None
+        readers = (self.readers or start_readers(READ_AHEAD, item_timeout)) if isolate else None
 
         def read(item: BatchItem, stages: Stages) -> Clip:
             return (read_clip if readers is None else readers.read)(
@@ -328,7 +329,7 @@ class Captioner:
 
         def stop() -> None:
             if readers is not None:
-                readers.close()
+                (readers.interrupt if readers is self.readers else readers.close)()
 
         def task(item: BatchItem, clip: Clip, stages: Stages) -> CaptionTask:
             asked = prompt if item.prompt is None else item.prompt

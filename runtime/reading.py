@@ -34,11 +34,6 @@ _START = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from {pac
 _ARRAYS = {"frames": "|u1", "order": "<i8", "sound": "<f4"}
 
 
-def can_start_workers() -> bool:
-    """Whether this program can start Python again. One that was frozen into a single file would start itself."""
-    return bool(sys.executable) and not getattr(sys, "frozen", False)
-
-
 class Readers:
     """``count`` worker processes. ``read`` and ``spans`` may be called from any thread; ``count`` of them work at once.
 
@@ -87,12 +82,17 @@ class Readers:
         """See ``media_duration``."""
         return self._ask(DurationRequest(os.fsencode(source)))[0].seconds
 
+    def interrupt(self) -> None:
+        """Let what is being read fail at once; other workers take the places of those that read it."""
+        with self._lock:
+            for worker in self._at_work:
+                worker.kill()
+
     def close(self) -> None:
         """End all workers. What they are reading fails at once."""
         with self._lock:
             self._closed = True
-            for worker in self._at_work:
-                worker.kill()
+        self.interrupt()
         with suppress(queue.Empty):
             while True:
                 worker = self._idle.get_nowait()
@@ -172,6 +172,11 @@ class Readers:
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=-1
         )
+
+
+def start_readers(count: int = 1, time_limit: float = TIME_LIMIT) -> Readers | None:
+    """``Readers``, or ``None`` where this program cannot start Python: one frozen into a file would start itself."""
+    return Readers(count, time_limit) if sys.executable and not getattr(sys, "frozen", False) else None
 
 
 def _exchange(worker: subprocess.Popen[bytes], request: Request) -> tuple[Answer, dict[str, np.ndarray]]:

@@ -118,7 +118,7 @@ def test_a_judge(bundle: Path, run: Run, tmp_path: Path, monkeypatch: pytest.Mon
         (["CLIPS"], "Missing option '-o'"),
         (["nowhere.mp4", "-o", "out.jsonl"], "nowhere.mp4: no such file or folder"),
         (["--scenes", "moon:0:1", "-o", "out.jsonl"], "scenes are SPLIT:FIRST:STOP"),
-        (["--scenes", "train:2:2", "-o", "out.jsonl"], "scenes train:2:2 are none"),
+        (["--scenes", "train:2:2", "-o", "out.jsonl"], "scenes train:2:2 is an empty range"),
         (["CLIPS", "--scorer", "scenes", "-o", "out.jsonl"], "so it goes with --scenes"),
         (["CLIPS", "--scorer", "judge", "-o", "out.jsonl"], "needs --judge-url and --judge-model"),
         (["CLIPS", "--judge-url", "http://h/v1", "-o", "out.jsonl"], "go with --scorer judge"),

@@ -79,11 +79,10 @@ def test_a_batch_of_them(
     # What may pass is tried again, the rest when that is asked for.
     monkeypatch.setenv("PYTHONPATH", "")
     for options, healed in ((), ["disk.mp4"]), (("--retry-failed",), [name for name in FAILED if name != "disk.mp4"]):
-        again = command("batch", bundle, *inputs, "-o", "out.jsonl", *options, *SHORT)
-        assert again.code == 1
+        again = command("batch", bundle, "first.mp4", *FAILED, "-o", "out.jsonl", *options, *SHORT)
+        assert again.code == (0 if options else 1)
         assert again.err.startswith(f"{len(healed)} captioned, ")
         assert all("text" in records("out.jsonl")[name] for name in healed)
-    assert list(records("out.jsonl")) == list(found)
 
 
 def test_pieces_of_them(bundle: Path, folder: Path, command: Command, data_dir: Path, faults: None):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from intertitle.calibration.render import random_scene, write_clip
 from intertitle.errors import BundleError, ItemError, OptionError, TransientMediaError
 from intertitle.runtime.batching import BatchItem
+from intertitle.runtime.reading import Readers
 from intertitle.runtime.transcript import Transcript
 
 STRATEGIES = {
@@ -231,3 +232,20 @@ def test_files_are_read_in_this_process_when_asked(captioner, clips, tmp_path: P
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     (frozen,) = captioner.caption_batch([crash], decoding=how)
     assert frozen.caption.token_ids == here.caption.token_ids
+
+
+def test_a_captioner_keeps_its_readers(captioner, clips, tmp_path: Path, faults: None, monkeypatch):
+    """A batch starts none beside them, and closing it ends only what they are reading."""
+    hangs = tmp_path / "hang.mp4"
+    hangs.write_bytes(Path(clips[0].source).read_bytes())
+    how = intertitle.Decoding(max_new_tokens=3)
+    with Readers(2) as readers:
+        monkeypatch.setattr(captioner, "readers", readers)
+        with monkeypatch.context() as patch:
+            patch.setattr("intertitle.runtime.reading.subprocess.Popen", None)
+            for _ in range(2):
+                assert all(result.caption for result in captioner.caption_batch(clips[:3], decoding=how))
+        results = captioner.caption_batch([clips[0], hangs, hangs], decoding=how)
+        assert next(results).caption is not None
+        results.close()
+        assert captioner.caption(clips[0].source, decoding=how).text
