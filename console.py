@@ -99,7 +99,11 @@ def save(path: Path, text: str) -> None:
         target = path.resolve()
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         try:
-            partial.write_text(text, encoding="utf-8")
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                # Else a power loss leaves an empty file where a whole one was.
+                os.fsync(file.fileno())
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
