@@ -230,7 +230,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     return merges
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
