@@ -119,6 +119,7 @@ def save(path: Path, text: str) -> None:
             with partial.open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
+                # Else a power loss leaves an empty file where a whole one was.
                 os.fsync(file.fileno())
             partial.replace(target)
         finally:

@@ -26,7 +26,7 @@ from ..models.random_checkpoint import write_checkpoint
 from . import towers
 from .data import Clips, render_clips, whole_fbank
 from .features import Features, compute_features
-from .files import write_whole
+from .files import read_json, read_state, write_whole
 from .policy import IGNORED, Policy, pixels
 from .recipe import Recipe
 from .scenes import captions, draw_scene
@@ -79,7 +79,7 @@ class Run:
 
     def _check_recipe(self) -> None:
         note, text = self.work / "recipe.json", repr(self.recipe)
-        if note.exists() and json.loads(note.read_text()) != text:
+        if note.exists() and read_json(note) != text:
             raise OptionError(f"{self.work} holds another recipe's training: give a new folder, or remove it first")
         note.write_text(json.dumps(text))
 
@@ -205,7 +205,7 @@ class Run:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps))
         at = 0
         if state_file.exists():
-            saved = torch.load(state_file, weights_only=True)
+            saved = read_state(state_file, "modules", "optimizer", "schedule", "step")
             modules.load_state_dict(saved["modules"])
             optimizer.load_state_dict(saved["optimizer"])
             schedule.load_state_dict(saved["schedule"])

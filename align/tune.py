@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from .features import Features
-from .files import write_whole
+from .files import read_json, read_state, write_whole
 from .objectives import NEED_REFERENCE, OBJECTIVES, Measures, sequence_sum, supervised
 from .policy import Policy
 from .preference import read_pairs
@@ -177,7 +177,7 @@ def _settle(out: Path, policy: Policy, clips: Features, pairs: Sequence[Pair], h
     about["base"] = policy.opened.fingerprint()
     note = out / SETTINGS
     if note.exists():
-        if json.loads(note.read_text()) != json.loads(json.dumps(about)):
+        if read_json(note) != json.loads(json.dumps(about)):
             raise OptionError(f"{out} holds another training: give a new folder, or remove it first")
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -197,7 +197,7 @@ def _train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, how.rate)
     at, log = 0, out / LOG
     if (out / STATE).exists():
-        saved = torch.load(out / STATE, weights_only=True)
+        saved = read_state(out / STATE, "trained", "optimizer", "schedule", "rng", "step")
         trained.load(saved["trained"])
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
@@ -275,5 +275,8 @@ def _cut(log: Path, step: int) -> None:
     """Drop the lines of steps after the last save, which are to be done again."""
     if log.exists():
         lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
+        try:
+            kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
+        except (ValueError, LookupError, TypeError) as error:
+            raise OptionError(f"{log} is damaged: remove it, and the training goes on without it") from error
         write_whole(log, lambda path: path.write_text(kept))

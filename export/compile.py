@@ -86,6 +86,7 @@ def compile_bundle(
     report = progress or (lambda *_: None)
     report("reading the checkpoint", 0, 0)
     source, towers = _open(Path(checkpoint), None if adapter is None else Path(adapter), visual_tokens)
+    record.check_heads(source.config.decoder.head_dim)
     tokenizer = collect_tokenizer(source.path).to_str().encode()
     visual, tokens_per_frame = _visual_spec(source, towers)
     graphs: list[ComponentGraph] = []

@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from ..errors import CheckpointError
+from ..models.tensor_files import refuse_pointer
 
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -61,9 +62,13 @@ def write_tokenizer(checkpoint_dir: str | Path, path: str | Path) -> Tokenizer:
 
 def _from_json(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
+    refuse_pointer(path)
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
+    except BaseException as error:
+        # tokenizers raises bare Exceptions, and pyo3's PanicException, which is none.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CheckpointError(f"{path}: not a tokenizer: {_first_line(error)}") from None
     declared = _declared_tokens(folder, tokenizer.get_vocab(with_added_tokens=True))
     known = tokenizer.get_added_tokens_decoder()
@@ -159,12 +164,15 @@ def _declared_tokens(folder: Path, vocab: dict[str, int]) -> dict[int, AddedToke
         # Found in the raw text, as the slow tokenizers that write this file do.
         tokens[token_id] = AddedToken(content, special=content in named, normalized=False)
     path = folder / "tokenizer_config.json"
-    for key, fields in config.get("added_tokens_decoder", {}).items():
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise CheckpointError(f"{path}: added_tokens_decoder is not an object")
+    for key, fields in decoder.items():
         try:
             flags = {flag: bool(fields.get(flag, False)) for flag in ("lstrip", "rstrip", "single_word", "special")}
             normalized = bool(fields.get("normalized", not flags["special"]))
             tokens[int(key)] = AddedToken(fields["content"], normalized=normalized, **flags)
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
             raise CheckpointError(f"{path}: malformed entry {key!r} of added_tokens_decoder") from None
     contents = {token_id: content for content, token_id in vocab.items()}
     ids: dict[str, int] = {}
@@ -182,7 +190,8 @@ def _declared_tokens(folder: Path, vocab: dict[str, int]) -> dict[int, AddedToke
 def _named_tokens(fields: dict[str, Any]) -> set[str]:
     """Contents of the tokens that a config names: ``eos_token`` and its like, ``additional_special_tokens``."""
     values = [fields.get(name) for name in _NAMED]
-    values += fields.get("additional_special_tokens") or []
+    further = fields.get("additional_special_tokens")
+    values += further if isinstance(further, list) else []
     contents = (value.get("content") if isinstance(value, dict) else value for value in values)
     return {content for content in contents if isinstance(content, str)}
 
@@ -192,11 +201,13 @@ def _named_tokens(fields: dict[str, Any]) -> set[str]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where the file is absent."""
+    if path.exists():
+        refuse_pointer(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {_first_line(error)}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object")
@@ -219,7 +230,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     return merges
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
@@ -248,6 +259,7 @@ def _read_sentencepiece(path: Path) -> _Sentencepiece:
         proto = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     except ImportError as error:
         raise CheckpointError(f"{path}: to read it, install sentencepiece and protobuf ({error})") from None
+    refuse_pointer(path)
     model = proto.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())

@@ -6,6 +6,7 @@ lock (``flock``) on that directory, so that the leavings of a writer that was ki
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -14,7 +15,9 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -104,7 +107,7 @@ class BundleWriter:
 
     An existing ``path`` is refused with ``OptionError``, unless ``overwrite`` is set and it is a bundle.
     ``expected_bytes``, if known, must be free on the disk beforehand. A full disk raises ``IntertitleError``. Leaving
-    the context without ``commit`` removes what was written.
+    the context without ``commit`` removes what was written; SIGTERM and SIGHUP do so, too, before they end the process.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class BundleWriter:
         self._expected = expected_bytes
         self._directory: Path | None = None
         self._lock = -1
+        self._caught: list[int] = []
         self._files: dict[str, BundleFile] = {}
 
     def check_place(self) -> None:
@@ -135,8 +139,10 @@ class BundleWriter:
             _sweep(self.path)
             self._check_target()
             self._check_space()
+            self._caught = _catch_ends()
             self._directory, self._lock = _create_locked(self.path)
         except OSError as error:
+            self._release_ends()
             raise OptionError(f"{self.path}: cannot write a bundle there: {error.strerror}") from error
         return self
 
@@ -151,6 +157,14 @@ class BundleWriter:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+        self._release_ends()
+        if isinstance(error, _Ended):
+            os.kill(os.getpid(), error.number)
+
+    def _release_ends(self) -> None:
+        for number in self._caught:
+            signal.signal(number, signal.SIG_DFL)
+        self._caught = []
 
     def create(self, name: str) -> BundleFile:
         """A new file of the bundle, to be written front to back and closed."""
@@ -223,7 +237,8 @@ class BundleWriter:
             )
 
     def _publish(self, directory: Path) -> None:
-        """Rename into place; an old bundle goes aside first and comes back if that fails."""
+        """Rename into place. An old bundle changes places with the new one at once, where the system can do that; else
+        it goes aside first and comes back if the renaming fails."""
         parent = self.path.parent
         if not os.path.lexists(self.path):
             directory.rename(self.path)
@@ -234,6 +249,10 @@ class BundleWriter:
         try:
             if not _lock(lock):
                 raise OptionError(f"{self.path} is being replaced by another process")
+            if _exchange(directory, self.path):
+                _fsync_directory(parent)
+                shutil.rmtree(directory, ignore_errors=True)
+                return
             self.path.rename(aside)
             try:
                 directory.rename(self.path)
@@ -244,6 +263,38 @@ class BundleWriter:
             shutil.rmtree(aside, ignore_errors=True)
         finally:
             os.close(lock)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two names change places in one step (Linux, renameat2); false where the system or its disk cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD of fcntl.h, RENAME_EXCHANGE of linux/fs.h
+    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+class _Ended(BaseException):
+    """SIGTERM or SIGHUP came."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _catch_ends() -> list[int]:
+    """Let SIGTERM and SIGHUP raise ``_Ended`` where they would end the process; those that do so now."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+
+    def end(number: int, _: object) -> None:
+        raise _Ended(number)
+
+    caught = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in caught:
+        signal.signal(number, end)
+    return [int(number) for number in caught]
 
 
 def _sibling(path: Path, role: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .tensor_files import TensorInfo, list_tensors, read_json, read_tensor
+from .tensor_files import TensorInfo, list_tensors, read_json, read_tensor, refuse_pointer
 
 #: Released next to VideoLLaMA2's shards; their tensors carry the shards' names, and the shards win.
 _BESIDE = ("audio_tower.bin", "mm_projector_a.bin", "mm_projector.bin")
 #: AuroraCap's folders, each with its own config and weights.
 _PARTS = ("visual_encoder", "projector")
+#: Names of weight files, in transformers' order of preference.
+_WEIGHTS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 #: Files beside the weights that decide what a captioner computes; they count in the fingerprint.
 _SETTINGS = (
     "config.json",
@@ -33,9 +36,10 @@ _SETTINGS = (
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a transformers-style folder, single or sharded, in transformers' order of preference.
 
-    Empty when there are none. Raises CheckpointError for an index that names a shard which is not there.
+    Empty when there are none. Shards without their index are read when they are complete. Raises CheckpointError for
+    a shard that is not there.
     """
-    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+    for stem, suffix in _WEIGHTS:
         single, index = folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"
         if single.is_file():
             return [single]
@@ -50,7 +54,21 @@ def weight_files(folder: Path) -> list[Path]:
                 if not (folder / name).is_file():
                     raise CheckpointError(f"{folder / name} is missing, but {index.name} lists it; download it again")
             return [folder / name for name in shards]
-    return []
+    return next(filter(None, (_loose_shards(folder, *kind) for kind in _WEIGHTS)), [])
+
+
+def _loose_shards(folder: Path, stem: str, suffix: str) -> list[Path]:
+    """Shards ``STEM-00001-of-00003`` without their index. CheckpointError where one of them is missing."""
+    pattern = re.compile(rf"{stem}-(\d{{5}})-of-(\d{{5}}){re.escape(suffix)}")
+    found = {match[0]: match for name in sorted(p.name for p in folder.iterdir()) if (match := pattern.fullmatch(name))}
+    if not found:
+        return []
+    count = next(iter(found.values()))[2]
+    for number in range(1, int(count) + 1):
+        name = f"{stem}-{number:05d}-of-{count}{suffix}"
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing beside {next(iter(found))}; download it again")
+    return [folder / f"{stem}-{number:05d}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
 
 
 def hash_files(files: Iterable[tuple[str, Path]]) -> str:
@@ -147,8 +165,11 @@ class Checkpoint:
 
     def text(self, name: str) -> str | None:
         """A text file of the folder, None if absent."""
+        if not (self.path / name).is_file():
+            return None
+        refuse_pointer(self.path / name)
         try:
-            return (self.path / name).read_text(encoding="utf-8") if (self.path / name).is_file() else None
+            return (self.path / name).read_text(encoding="utf-8")
         except (OSError, ValueError):
             raise CheckpointError(f"{self.path / name} is not readable text") from None
 

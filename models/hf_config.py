@@ -28,6 +28,8 @@ _TOWER_KINDS = {
 #: What an epsilon of a norm may be; released models have 1e-6 and 1e-5.
 _EPSILON = {"least": 1e-12, "most": 0.1}
 
+_MOST_NEW_TOKENS = 1 << 17
+
 #: Vision towers that released checkpoints name by their hub name without shipping the tower's config (docs/facts.md
 #: 1.2, 2.4).
 BUILTIN_TOWERS: dict[str, dict[str, Any]] = {
@@ -212,10 +214,14 @@ def _rope_factor(fields: Fields) -> float:
 
 
 def read_generation(
-    checkpoint: Checkpoint, extra_eos: int | None, sampling: tuple[float, float] | None = None
+    checkpoint: Checkpoint,
+    max_new_tokens: int,
+    extra_eos: int | None,
+    sampling: tuple[float, float] | None = None,
 ) -> GenerationDefaults:
     """``generation_config.json`` with ``config.json`` for what it lacks.
 
+    ``max_new_tokens``: the longest caption where the checkpoint does not say, as the family's own inference has it.
     ``sampling``: temperature and top_p where the family's own inference code sets them over the checkpoint's.
     ``extra_eos``: a further token that ends the text.
     """
@@ -239,6 +245,7 @@ def read_generation(
         repetition_penalty=fields.number("repetition_penalty", 1.0, least=1e-2, most=100.0),
         # transformers' own default, which holds whenever the file does not set another.
         top_k=fields.integer("top_k", 50, minimum=0),
+        max_new_tokens=fields.integer("max_new_tokens", max_new_tokens, maximum=_MOST_NEW_TOKENS),
         temperature=sampling[0],
         top_p=sampling[1],
     )

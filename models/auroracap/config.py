@@ -12,6 +12,9 @@ from . import prompt, weights
 
 #: Frames of the reference's quick start; a checkpoint does not say.
 NUM_FRAMES = 8
+#: The longest answer in the reference's quick start (rese1f/aurora README). Its captions are detailed, of hundreds of
+#: words; the limit stops one that repeats itself.
+MAX_NEW_TOKENS = 2048
 
 
 def matches(checkpoint: Checkpoint) -> bool:
@@ -61,6 +64,6 @@ def read_config(checkpoint: Checkpoint, keep: float | None = None) -> CaptionerC
             per_frame=True,
         ),
         decoder=decoder,
-        generation=read_generation(checkpoint, extra_eos=None),
+        generation=read_generation(checkpoint, MAX_NEW_TOKENS, extra_eos=None),
         prompts=prompt.templates(checkpoint),
     )

@@ -22,6 +22,8 @@ UNSUPPORTED = {
 DEFAULT_NUM_FRAMES = 8
 #: Temperature and top_p, set by the family's own inference over the checkpoint's (videollama2/__init__.py, mm_infer).
 SAMPLING = (0.2, 0.9)
+#: The longest answer (videollama2/__init__.py, mm_infer). A caption ends long before; the limit stops one that repeats.
+MAX_NEW_TOKENS = 2048
 
 
 def matches(checkpoint: Checkpoint) -> bool:
@@ -66,7 +68,7 @@ def read_config(checkpoint: Checkpoint, keep: float | None = None) -> CaptionerC
         ),
         decoder=decoder,
         # The reference also stops where the tokenizer's eos appears in the text (KeywordsStoppingCriteria).
-        generation=read_generation(checkpoint, prompt.eos_token_id(checkpoint), SAMPLING),
+        generation=read_generation(checkpoint, MAX_NEW_TOKENS, prompt.eos_token_id(checkpoint), SAMPLING),
         audio=audio,
         prompts=prompt.templates(checkpoint, system_turn=mistral, audio=audio is not None),
     )

@@ -43,7 +43,8 @@ def eos_token_id(checkpoint: Checkpoint) -> int | None:
             if isinstance(token, dict) and token.get("content") == eos and str(key).isdecimal():
                 return int(key)
     tokenizer = checkpoint.json("tokenizer.json") or {}
-    for token in tokenizer.get("added_tokens") or []:
+    listed = tokenizer.get("added_tokens")
+    for token in listed if isinstance(listed, list) else []:
         if isinstance(token, dict) and token.get("content") == eos and isinstance(token.get("id"), int):
             return token["id"]
     return None

@@ -262,6 +262,23 @@ def test_a_stopped_run_ends_with_the_same_bytes(stop, connector_rate, base, clip
     assert [{**line, "seconds": 0} for line in lines(parts)] == [{**line, "seconds": 0} for line in lines(whole)]
 
 
+def test_files_that_a_power_loss_left_half(base, clips, tmp_path):
+    def interrupt(_stage, step, _of):
+        if step == 3:
+            raise Stopped
+
+    out = tmp_path / "parts"
+    with pytest.raises(Stopped):
+        tune(Policy.open(base), clips, PAIRS, HOW, out, interrupt)
+    for name in ("state.pt", "tuning.json", "log.jsonl"):
+        whole = (out / name).read_bytes()
+        for size in {0, len(whole) // 2} - ({0} if name == "log.jsonl" else set()):
+            (out / name).write_bytes(whole[:size] + b"\n" * (name == "log.jsonl"))
+            with pytest.raises(OptionError, match=rf"{name} is damaged"):
+                tune(Policy.open(base), clips, PAIRS, HOW, out)
+        (out / name).write_bytes(whole)
+
+
 def test_a_finished_run_is_not_run_again(base, clips, tmp_path):
     policy = Policy.open(base)
     out = tune(policy, clips, PAIRS, HOW, tmp_path / "adapter")

@@ -267,10 +267,13 @@ def test_a_writer_at_work_is_not_cleared_up(
 def test_killed_while_replacing(
     tmp_path: Path, child: Callable[..., subprocess.Popen[str]], manifest: Manifest, bundle_files: dict[str, bytes]
 ):
-    """The one moment when no bundle has the final name: the old one waits aside, and comes back."""
+    """Where names cannot be exchanged there is a moment when no bundle has the final name: the old one waits aside, and
+    comes back."""
     target = write(tmp_path / "tiny", manifest, bundle_files)
     before = Bundle.open(target).sha256
     script = """
+from intertitle.export import writer
+writer._exchange = lambda one, other: False
 rename = pathlib.Path.rename
 def rename_and_die(self, to):
     rename(self, to)
@@ -285,6 +288,49 @@ write()
         pass
     assert names(tmp_path) == ["tiny"]
     assert Bundle.open(target, "full").sha256 == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_around_an_exchange(
+    tmp_path: Path,
+    child: Callable[..., subprocess.Popen[str]],
+    manifest: Manifest,
+    bundle_files: dict[str, bytes],
+    moment: str,
+):
+    """There is a whole bundle of the name at each moment, and what is left beside it goes with the next writer."""
+    target = write(tmp_path / "tiny", msgspec.structs.replace(manifest, name="old"), bundle_files)
+    script = f"""
+from intertitle.export import writer
+exchange = writer._exchange
+def die(one, other):
+    done = {moment == "before"} or exchange(one, other)
+    assert done
+    os.kill(os.getpid(), signal.SIGKILL)
+writer._exchange = die
+write()
+"""
+    assert child(target, script).wait(60) == -signal.SIGKILL
+    assert Bundle.open(target, "full").manifest.name == ("old" if moment == "before" else "tiny")
+    assert len(names(tmp_path)) == 2
+    with pytest.raises(OptionError, match="exists"), BundleWriter(target):
+        pass
+    assert names(tmp_path) == ["tiny"]
+    assert Bundle.open(target, "full").manifest.name == ("old" if moment == "before" else "tiny")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_writer_that_is_told_to_end_leaves_nothing(
+    tmp_path: Path, child: Callable[..., subprocess.Popen[str]], number: signal.Signals
+):
+    process = child(tmp_path / "tiny", "write(lambda name: (print(name, flush=True), time.sleep(600)))")
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    assert len(names(tmp_path)) == 1
+    process.send_signal(number)
+    assert process.wait(60) == -number
+    assert names(tmp_path) == []
 
 
 def test_killed_at_any_moment(tmp_path: Path, child: Callable[..., subprocess.Popen[str]]):
@@ -407,6 +453,8 @@ def test_an_overwriting_that_fails_keeps_the_old_bundle(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
+    # Where names cannot be exchanged.
+    monkeypatch.setattr(writer_module, "_exchange", lambda one, other: False)
     with pytest.raises(OptionError, match="cannot put the bundle there: Permission denied"):
         write(path, msgspec.structs.replace(manifest, name="second"), bundle_files, overwrite=True)
     assert Bundle.open(path, "full").sha256 == first

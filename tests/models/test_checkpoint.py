@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from intertitle.errors import CheckpointError
+from intertitle.export.tokenizer import collect_tokenizer
 from intertitle.models import open_checkpoint
 from intertitle.models.checkpoint import Checkpoint
 
@@ -191,3 +194,121 @@ def test_truncated_pickle_is_refused(copied):
     truncate(copy.path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is refused"):
         open_checkpoint(copy.path)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer_config.json", "mm_projector.bin"])
+def test_a_git_lfs_pointer_is_named_as_one(name, copied):
+    copy = copied("av-qwen2")
+    (copy.path / name).write_text(POINTER)
+    with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer, .*run git lfs pull"):
+        open_checkpoint(copy.path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_git_lfs_pointer_for_a_tokenizer(name, copied):
+    copy = copied("av-qwen2")
+    (copy.path / name).write_text(POINTER)
+    with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer"):
+        collect_tokenizer(copy.path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_shards_without_their_index(suffix, copied, opened):
+    copy = copied("auroracap")
+    shard(copy, suffix)
+    next(copy.path.glob("*.index.json")).unlink()
+    assert same(copy.path, opened("auroracap"))
+    second = next(copy.path.glob(f"*-00002-of-00003{suffix}"))
+    second.unlink()
+    with pytest.raises(CheckpointError, match=rf"{second.name} is missing beside"):
+        open_checkpoint(copy.path)
+
+
+def test_parameters_in_a_pickle_are_tensors(copied, opened):
+    copy = copied("auroracap")
+    with torch.enable_grad():
+        tensors = {name: torch.nn.Parameter(value) for name, value in copy.tensors().items()}
+    torch.save(tensors, copy.path / "pytorch_model.bin")
+    (copy.path / "model.safetensors").unlink()
+    assert same(copy.path, opened("auroracap"))
+    checkpoint = open_checkpoint(copy.path)
+    assert not checkpoint.tensor("decoder", "layers.0.self_attn.q_proj.weight").requires_grad
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (lambda: torch.eye(4).to_sparse(), "sparse"),
+        (lambda: torch.empty(4, device="meta"), "without values"),
+        (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_tensors_that_are_no_plain_ones_are_refused_at_once(value, message, copied):
+    copy = copied("auroracap")
+    torch.save({**copy.tensors(), "extra": value()}, copy.path / "pytorch_model.bin")
+    (copy.path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin is refused.*{message}"):
+        open_checkpoint(copy.path)
+
+
+def test_a_pickle_that_unpacks_to_much_more(copied):
+    copy = copied("auroracap")
+    (copy.path / "model.safetensors").unlink()
+    path = copy.path / "pytorch_model.bin"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("pytorch_model/data.pkl", bytes(50 << 20))
+        archive.writestr("pytorch_model/version", "3")
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is refused: its \d+ bytes unpack to 524"):
+        open_checkpoint(copy.path)
+
+
+def test_the_message_gives_no_advice_to_run_anything(copied):
+    copy = copied("auroracap")
+    (copy.path / "model.safetensors").unlink()
+    path = copy.path / "pytorch_model.bin"
+    for content, message in [(os.system, "it would call"), (b"no pickle", "refused")]:
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save({"x": content}, path)
+        with pytest.raises(CheckpointError, match=message) as caught:
+            open_checkpoint(copy.path)
+        assert "weights_only" not in str(caught.value)
+        assert "Re-running" not in str(caught.value)
+        assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"added_tokens_decoder": [1]}, "added_tokens_decoder is not an object"),
+        ({"added_tokens_decoder": "x"}, "added_tokens_decoder is not an object"),
+        ({"added_tokens_decoder": {"1": "x"}}, "malformed entry"),
+        ({"added_tokens_decoder": {"1": {"content": 3}}}, "malformed entry"),
+        ({"added_tokens_decoder": {"9" * 300: {"content": "x"}}}, "tokenizer"),
+        ({"additional_special_tokens": 3}, None),
+        ({"additional_special_tokens": "abc"}, None),
+        ({"additional_special_tokens": [1, None, {}]}, None),
+    ],
+)
+def test_odd_tokenizer_settings(settings, message, copied):
+    copy = copied("av-qwen2")
+    copy.edit_json("tokenizer_config.json", **settings)
+    if message is None:
+        assert collect_tokenizer(copy.path).encode("a dog").ids
+        return
+    with pytest.raises(CheckpointError, match=message):
+        collect_tokenizer(copy.path)
+
+
+def test_settings_nested_deeply(copied):
+    copy = copied("av-qwen2")
+    (copy.path / "tokenizer_config.json").write_text('{"a": ' + "[" * 100_000)
+    for read in (collect_tokenizer, open_checkpoint):
+        with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
+            read(copy.path)

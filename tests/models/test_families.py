@@ -288,6 +288,19 @@ def test_generation_settings(copied):
     assert (generation.eos_token_ids, generation.temperature, generation.top_p) == ((2,), 0.7, 0.8)
 
 
+@pytest.mark.parametrize("name", ["clip-mistral", "av-qwen2", "auroracap"])
+def test_the_longest_caption(name, copied):
+    """As the families' own inference has it (mm_infer; AuroraCap's quick start), unless the checkpoint says."""
+    copy = copied(name)
+    assert read(copy.path).generation.max_new_tokens == 2048
+    copy.edit_json("generation_config.json", max_new_tokens=300)
+    assert read(copy.path).generation.max_new_tokens == 300
+    for value in (0, -1, 10**30, "many", True):
+        copy.edit_json("generation_config.json", max_new_tokens=value)
+        with pytest.raises(CheckpointError, match="max_new_tokens must be a whole number"):
+            read(copy.path)
+
+
 LINES = """
 {%- for message in messages %}
     {% if message.role == 'user' %}
