@@ -314,7 +314,13 @@ class ContainerFrameReader:
 
 def _decode(stream: VideoStream, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
     """The frames that are ready after ``packet`` (None: all that are left)."""
-    return stream.codec_context.decode(packet)
+    try:
+        return stream.codec_context.decode(packet)
+    except FFmpegError as error:
+        if isinstance(error, MemoryError):
+            # Else this would pass for damage of the file.
+            raise MemoryError from error
+        raise
 
 
 def _oriented(image: FrameArray, frame: VideoFrame) -> FrameArray:

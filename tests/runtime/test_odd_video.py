@@ -70,6 +70,38 @@ def test_encrypted(track: str, clips: Any) -> None:
     assert refused(locked) == f"{locked}: is encrypted: it can be captioned only once it is decrypted"
 
 
+def element(name: str, *parts: bytes) -> bytes:
+    """An element of Matroska (RFC 8794) by the hexadecimal of its ID."""
+    content = b"".join(parts)
+    return bytes.fromhex(name) + (len(content) | 1 << 56).to_bytes(8, "big") + content
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_encrypted_webm(locked: bool, clips: Any) -> None:
+    """Written by hand, as no muxer of FFmpeg encrypts WebM (RFC 9559, ContentEncodings)."""
+    with av.open(str(clips.encode("clip.webm", 8, codec="libvpx"))) as source:
+        contents = [bytes(packet) for packet in source.demux(video=0) if packet.size]
+    key = element("47e1", b"\5") + element("47e2", bytes(range(16)))
+    encodings = element("6d80", element("6240", element("5033", b"\1"), element("5035", key))) if locked else b""
+    size = element("e0", element("b0", b"\x60"), element("ba", b"\x40"))
+    track = element("d7", b"\1"), element("73c5", b"\1"), element("83", b"\1"), element("86", b"V_VP8"), size, encodings
+    blocks = [
+        element("a3", b"\x81", struct.pack(">h", 40 * number), b"\0" if number else b"\x80", content)
+        for number, content in enumerate(contents)
+    ]
+    path = clips.folder / "locked.webm"
+    path.write_bytes(
+        element("1a45dfa3", element("4282", b"webm"))
+        + element(
+            "18538067", element("1654ae6b", element("ae", *track)), element("1f43b675", element("e7", b"\0"), *blocks)
+        )
+    )
+    if locked:
+        assert refused(path) == f"{path}: is encrypted: it can be captioned only once it is decrypted"
+    else:
+        assert read(path).frames is not None
+
+
 @pytest.mark.parametrize(
     ("change", "mode", "note"),
     [
