@@ -17,7 +17,8 @@ test test-slow: export OMP_NUM_THREADS = 1
 
 # The stamps name the checkout they were made for. A copied or moved .venv would import the other checkout, and one
 # whose interpreter is gone would not run: both count as not installed.
-INSTALLED := $(shell $(VENV)/bin/python -c 'print(open("$(LIGHT)").read().strip())' 2>/dev/null)
+INSTALLED := $(shell $(VENV)/bin/python -c \
+    'import glob; print(*{open(stamp).read().strip() for stamp in glob.glob("$(STAMP)*")})' 2>/dev/null)
 ifneq ($(INSTALLED),$(CURDIR))
 $(shell rm -f $(LIGHT) $(STAMP))
 endif
@@ -39,7 +40,7 @@ install: $(STAMP)
 # Interrupted before the first stamp: the next run starts with an empty environment.
 $(LIGHT): Makefile setup.cfg pyproject.toml constraints-dev.txt
 	@set -e; \
-	if [ ! -f $(LIGHT) ]; then \
+	if [ ! -f $(LIGHT) ] && [ ! -f $(STAMP) ]; then \
 	    found=; \
 	    for python in $(PYTHONS); do \
 	        if $$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \

@@ -18,6 +18,7 @@ from .errors import (
     ClosedError,
     DeadlineError,
     IntertitleError,
+    ItemError,
     MediaError,
     OptionError,
     TargetError,
@@ -27,8 +28,9 @@ from .errors import (
 if TYPE_CHECKING:
     from .runtime.batching import BatchItem, BatchResult
     from .runtime.caption import Caption, CaptionStream
-    from .runtime.captioner import Captioner, MediaOptions, PreparedClip
+    from .runtime.captioner import Captioner
     from .runtime.decoding import Decoding
+    from .runtime.prepared import MediaOptions, PreparedClip
 
 __all__ = [
     "BatchItem",
@@ -42,6 +44,7 @@ __all__ = [
     "DeadlineError",
     "Decoding",
     "IntertitleError",
+    "ItemError",
     "MediaError",
     "MediaOptions",
     "OptionError",
@@ -58,8 +61,8 @@ _LAZY = {
     "CaptionStream": "caption",
     "Captioner": "captioner",
     "Decoding": "decoding",
-    "MediaOptions": "captioner",
-    "PreparedClip": "captioner",
+    "MediaOptions": "prepared",
+    "PreparedClip": "prepared",
 }
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())

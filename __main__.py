@@ -1,7 +1,16 @@
-"""``python -m intertitle``: the command ``intertitle``."""
+"""The command ``intertitle``, also as ``python -m intertitle``."""
 
 import sys
 
-from .cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Run the command line and return its exit code. Ctrl-C ends it without a traceback while it is loaded, too."""
+    try:
+        from .cli import main as run
+    except KeyboardInterrupt:
+        return 130
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,9 +4,25 @@ Every one carries a single line that says what is wrong and, where there is one,
 that line to stderr and exits with 2; anything else that is raised is a bug and shows as one.
 """
 
+#: Longer messages lose their middle: the beginning names the file, the end says what to do.
+_LONGEST = 1200
+
+
+def one_line(text: str) -> str:
+    """A text on one line, without control characters and bidirectional marks, of a length that can be read.
+
+    What cannot be printed is escaped as in a Python string.
+    """
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+
 
 class IntertitleError(Exception):
-    """Base of all errors that a user can cause and mend."""
+    """Base of all errors that a user can cause and mend. ``message``: one line; see ``one_line``."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
 
 
 class OptionError(IntertitleError):

@@ -130,15 +130,16 @@ def tune(
     default=SHIPPED_ADAPTER,
     help="Its SynPO adapter.  [default: the shipped one]",
 )
-@click.option("--scene", type=int, help="Index in the test split of the clip to ship.  [default: the clip there stays]")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The package's folder.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option("--scene", type=int, help="The clip to ship: its index in the test split.  [default: keep the clip]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder of the package.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def ship(base: Path, adapter: Path, scene: int | None, output: Path, quiet: bool) -> None:
     """Put base, adapter, the bundle compiled from them and a test clip where the package ships them.
 
+    To compile the bundle again after a change of the compiler, run this in a checkout.
+
     \b
-    The bundle again, after a change of the compiler (in a checkout):
-      python -m intertitle.align ship -o .
+    Example: python -m intertitle.align ship -o .
     """
     from .ship import ship as write
 

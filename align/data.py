@@ -33,7 +33,7 @@ SOUND_SAMPLES = 16 * SAMPLE_RATE
 """Eight clips of 2 s: everything behind them is silence (``video_policy``)."""
 FBANK_FRAMES = SOUND_SAMPLES // FRAME_SHIFT
 SILENCE = -15.9375
-"""Log of float32's epsilon as bfloat16: the filter bank of silence (FACTS 1.4)."""
+"""Log of float32's epsilon as bfloat16: the filter bank of silence (docs/facts.md 1.4)."""
 MOST_THINGS = 3
 STATE = ("x", "y", "radius", "color", "shape", "size")
 """Of a thing in a frame: centre and radius as shares of the side (radius 0: not there), and its indices."""

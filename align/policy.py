@@ -162,7 +162,7 @@ class Policy(nn.Module):
     def _decode(self, embeds: Tensor, asked: Tensor, form: TrainingAttention) -> Tensor:
         unused = embeds.new_zeros(())
         past = [(unused, unused)] * self.config.decoder.num_layers
-        # Lengths are those of a cache, of which there is none.
+        # Lengths are those of a cache; training has no cache.
         none = torch.zeros((), dtype=torch.int32)
         with attention_module.use(form):
             return self.decoder(embeds, none, none, asked.expand(len(embeds), -1), past)[0]

@@ -59,7 +59,7 @@ class VisionHeads(nn.Module):
 
 
 class SlotHeads(nn.Module):
-    """Of the connector's tokens, a slot of which is two frames: what is where in the first and in the second of them,
+    """For the connector's tokens, whose slots hold two frames: what is where in the first and in the second of them,
     what the thing there does in the clip, and the camera."""
 
     def __init__(self, width: int) -> None:

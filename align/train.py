@@ -242,7 +242,7 @@ class Run:
 
 
 def autocast():
-    """bfloat16 products where the machine has units for them, float32 elsewhere."""
+    """bfloat16 matmuls where the machine has units for them, float32 elsewhere."""
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_amx_tile_supported())
 
 

@@ -16,7 +16,7 @@ from .files import write_whole
 from .policy import Policy
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""What SynPO trains (train_synpo.py): every product of the decoder's layers."""
+"""What SynPO trains (train_synpo.py): every linear layer of the decoder."""
 _BASE = "base_model.model."
 
 

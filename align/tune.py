@@ -62,7 +62,7 @@ class Tuning:
 
     ``connector_rate`` is the learning rate of connector and audio projector, 0 where they stay as they are. ``steps``
     are optimizer steps of ``accumulation`` batches of ``batch`` pairs; pairs with a smaller gap than
-    ``min_gap`` are left out; bfloat16 products are used only where the machine has units for them. SynPO's own, for
+    ``min_gap`` are left out; bfloat16 matmuls are used only where the machine has units for them. SynPO's own, for
     7 B parameters (train_synpo.py): rank 128, alpha 64, learning rate 5e-6, batch 1, accumulation 32, a gap of 4.
     """
 

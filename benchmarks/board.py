@@ -21,7 +21,7 @@ from unittest import mock
 
 import click
 
-from .harness import environment
+from .harness import environment, run_process
 
 _COMMANDS = {
     "power_mode": ["nvpmodel", "-q"],
@@ -96,7 +96,7 @@ def main(bundle: Path, clip: Path, device: str, rounds: int, max_new_tokens: int
     step("idle power", lambda: _idle(2.0))
     step("build", lambda: _build(bundle))
     step("caption", lambda: _caption(bundle, clip, device, rounds, max_new_tokens, staged=False))
-    step("caption staged", lambda: _caption(bundle, clip, device, 1, max_new_tokens, staged=True))
+    step("caption staged", lambda: _caption(bundle, clip, device, min(rounds, 2), max_new_tokens, staged=True))
     for decoder in ("pyav", "gstreamer"):
         step(f"frames by {decoder}", lambda decoder=decoder: _frames(clip, decoder, rounds))
     failed = [
@@ -140,37 +140,45 @@ def _build(bundle: Path) -> str:
 
 
 def _caption(bundle: Path, clip: Path, device: str, rounds: int, tokens: int, staged: bool) -> dict[str, Any]:
-    """In a process of its own, so that what is free before and after is the captioner's doing."""
-    options = ["--device", device, "--max-new-tokens", str(tokens), "--json", *(["--staged"] if staged else [])]
-    before = _available()
+    """In a process of its own. No prompt is reused, so the prefill and the time to the first token are whole.
+
+    ``peak_resident_bytes``: the most that the process held, mapped files included. ``available_bytes_taken``: by how
+    much the machine's available memory fell at most. Where processor and GPU share memory it contains the GPU's part,
+    but it also contains what other processes took or gave back, and it leaves mapped files out.
+    """
+    options = ["--device", device, "--rounds", str(rounds), "--max-new-tokens", str(tokens)]
+    module = "intertitle.benchmarks.cold_captions"
+    command = [sys.executable, "-m", module, str(bundle), str(clip), *options, *(["--staged"] if staged else [])]
+    before, done, samples = _available(), threading.Event(), list[int]()
+
+    def look() -> None:
+        while not done.wait(0.02):
+            samples.append(_available())
+
     with PowerMeter() as meter:
-        command = [sys.executable, "-m", "intertitle.cli", "caption", str(bundle), *[str(clip)] * rounds, *options]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        watch = threading.Event()
-        samples: list[int] = []
-
-        def look() -> None:
-            while not watch.wait(0.05):
-                samples.append(_available())
-
         watcher = threading.Thread(target=look, daemon=True)
         watcher.start()
-        out, err = process.communicate()
-        watch.set()
-        watcher.join()
-    if process.returncode:
-        raise RuntimeError(err.strip().splitlines()[-1])
-    records = [json.loads(line) for line in out.splitlines()]
-    lowest = min(samples, default=before)
+        try:
+            process = run_process(command, quiet=True)
+        except subprocess.CalledProcessError as error:
+            raise RuntimeError(error.stderr.strip().splitlines()[-1]) from error
+        finally:
+            done.set()
+            watcher.join()
+    records = [json.loads(line) for line in process.stdout.splitlines()]
     # Of the later ones: the first loads.
     later = records[1:] or records
+    stages = {name: statistics.median(each["timings"].get(name, 0) for each in later) for name in later[0]["timings"]}
     return {
         "text": records[0]["text"],
         "new_tokens": len(records[0]["token_ids"]),
         "prompt_tokens": records[0]["prompt_tokens"],
-        "stages": {k: round(statistics.median(r["timings"].get(k, 0) for r in later), 4) for k in later[0]["timings"]},
+        "prompt_tokens_reused": max(each["prompt_tokens_reused"] for each in later),
+        "stages": {name: round(seconds, 4) for name, seconds in stages.items()},
+        "time_to_first_token": round(sum(seconds for name, seconds in stages.items() if name != "decode"), 4),
         "load_seconds": round(records[0]["timings"].get("load", 0), 3),
-        "memory_bytes": before - lowest,
+        "peak_resident_bytes": process.peak_bytes,
+        "available_bytes_taken": before - min(samples, default=before),
         "watts": meter.watts(),
     }
 

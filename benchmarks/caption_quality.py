@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,10 +80,15 @@ def caption_all(
         given = media.copy()
         if how.visual_tokens is not None:
             given["visual_tokens"] = how.visual_tokens
-        caption = captioner.caption(decoding=how.decoding, **given)
+        steps = Counter[str]()
+        captioner.forget()
+        caption = captioner.caption(
+            decoding=how.decoding, progress=lambda stage, *_, seen=steps: seen.update([stage]), **given
+        )
         texts.append(caption.text)
         seconds.append(sum(value for name, value in caption.timings.items() if name != "load"))
-        decode.append(caption.timings["decode"] / max(len(caption.token_ids), 1))
+        # Of all passes; the first token of each comes from its prefill.
+        decode.append(caption.timings["decode"] / max(steps["decode"] - len(caption.passes), 1))
         tokens.append(caption.prompt_tokens)
         progress(number, len(clips))
     return texts, {

@@ -1,8 +1,8 @@
 """Is this checkout slower than another one? Both caption the same clips with the same bundle, in alternation.
 
 Each checkout runs in a process of its own: ``checkouts_worker.py``, which uses nothing but the public API. Both share
-the machine's mood. This checkout makes the bundle, so both must be able to read its schema. No clip follows itself, so
-no prefilled prompt is reused.
+the machine's mood. This checkout makes the bundle, so both must be able to read its schema. The cache forgets its
+prompts before each clip and each batch, so no prefilled prompt is reused.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class _Gpu:
         return best
 
     def memory_used(self) -> int:
-        """Of the whole device, other processes included."""
+        """Bytes in use on the whole device, by all processes."""
         free, total = self._cuda.memory
         return total - free
 

@@ -88,19 +88,23 @@ os.write(int(sys.argv[1]), f"{time.perf_counter() - started} {usage.ru_maxrss} {
 """
 
 
-def run_process(command: Sequence[str]) -> Process:
-    """Run a command to its end. Raises ``CalledProcessError`` when it fails. stderr passes through (progress)."""
+def run_process(command: Sequence[str], quiet: bool = False) -> Process:
+    """Run a command to its end. Raises ``CalledProcessError`` when it fails. stderr passes through (progress);
+    ``quiet``: it does not, and the error has it."""
     read, write = os.pipe()
     launcher = [sys.executable, "-S", "-c", _LAUNCHER, str(write), *command]
     with os.fdopen(read) as figures:
         try:
-            finished = subprocess.run(launcher, stdout=subprocess.PIPE, text=True, pass_fds=(write,), check=False)
+            stderr = subprocess.PIPE if quiet else None
+            finished = subprocess.run(
+                launcher, stdout=subprocess.PIPE, stderr=stderr, text=True, pass_fds=(write,), check=False
+            )
         finally:
             os.close(write)
         # Nothing is written when the command could not be started; the launcher's own traceback says why.
         seconds, peak, code = (figures.read() or f"0 0 {finished.returncode}").split()
     if int(code) != 0:
-        raise subprocess.CalledProcessError(int(code), list(command), finished.stdout)
+        raise subprocess.CalledProcessError(int(code), list(command), finished.stdout, finished.stderr)
     return Process(float(seconds), int(peak) * _RSS_UNIT, finished.stdout)
 
 

@@ -1,4 +1,4 @@
-"""Two outputs held against each other: errors, near-ties, drift, and the verdict over all of them."""
+"""Compare outputs of bundle and reference: errors, near-ties, drift, and the verdict over all of them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .reference import GreedyCaption, repetition_penalty
 
 PASS, AMBIGUOUS, FAIL = "PASS", "AMBIGUOUS", "FAIL"
 
-#: The stages in the order of the data, and the component that each one tests. What follows a comma in the name of a
-#: stage says which of several graphs it is of ("vision, ratio 0.5").
+#: The stages in the order of the data, and the component that each one tests. After a comma, the name of a stage says
+#: which of several graphs it tests ("vision, ratio 0.5").
 STAGES = {
     "pixels": "preprocessing",
     "vision": "vision",
@@ -27,10 +27,10 @@ STAGES = {
     "decode logits": "decoder",
 }
 
-#: Largest difference allowed, relative to the reference's largest magnitude.
+#: The largest allowed difference, relative to the reference's largest magnitude.
 #: pixels: the same integer arithmetic, then three float32 operations. fbank: a bfloat16 step at the top of its range.
-#: The rest is float32 on both sides (an int4 decoder is compared with its products in float32), unless the component
-#: says otherwise (``tolerance``).
+#: The other stages are float32 on both sides (an int4 decoder is compared with float32 matmuls); ``tolerance`` has the
+#: exceptions.
 TOLERANCE = {
     "pixels": 1e-6,
     "vision": 1e-4,
@@ -43,17 +43,17 @@ TOLERANCE = {
     "decode logits": 1e-4,
 }
 
-#: Of a component with float16 products (2e-3 or less on the fixtures; deeper ones have more), and of one whose kernel
-#: rounds activations to int8 (3e-2 or less on the fixtures' encoders).
+#: The tolerance of a component with float16 matmuls (at most 2e-3 on the fixtures; deeper models have more), and of one
+#: whose kernel rounds activations to int8 (at most 3e-2 on the encoders of the fixtures).
 HALF, INT8_ACTIVATIONS = 2e-2, 1e-1
 
-#: Two logits closer than this, relative to the largest, are a near-tie. int4: each may be off by 2.5e-2 where the
-#: kernel rounds activations to int8 (``exact_decoder``). int8 encoders move the prompt.
+#: Two logits that are closer than this, relative to the largest one, are a near-tie. int4: each logit may be off by
+#: 2.5e-2, because the kernel rounds activations to int8 (``exact_decoder``). int8 encoders change the prompt.
 NEAR_TIE = {"fp32": 1e-4, "fp16": HALF, "int4": 5e-2, "int8": 5e-2}
 
 
 def tolerance(stage: str, manifest: Manifest) -> float:
-    """How far a stage's output may be from the reference's, of a bundle with these components."""
+    """The allowed difference of a stage's output from the reference's, for a bundle with these components."""
     component = manifest.components.get(STAGES[_kind(stage)])
     if component is None:
         return TOLERANCE[_kind(stage)]
@@ -63,7 +63,7 @@ def tolerance(stage: str, manifest: Manifest) -> float:
 
 
 def near_tie(manifest: Manifest) -> float:
-    """How close two logits of a bundle's decoder may be to be taken for a tie, encoders and all."""
+    """The difference of two logits below which they count as a tie. It includes the effect of the encoders."""
     return max(NEAR_TIE[component.weights] for name, component in manifest.components.items() if name != "selection")
 
 
@@ -71,8 +71,8 @@ def near_tie(manifest: Manifest) -> float:
 class StageResult:
     """One comparison.
 
-    ``relative_error`` is max |a - b| / max |b|, b the reference's; ``None`` where that is no number, and ``problem``
-    says why: the shapes differ or a value is not finite.
+    ``relative_error`` is max |a - b| / max |b|, where b is the reference's output. It is ``None`` if the shapes differ
+    or a value is not finite; ``problem`` then says which.
     """
 
     stage: str
@@ -83,17 +83,17 @@ class StageResult:
 
     @property
     def error(self) -> float:
-        """``relative_error`` as a number in any case: ``inf`` for ``None``."""
+        """``relative_error`` as a number; ``inf`` for ``None``."""
         return float("inf") if self.relative_error is None else self.relative_error
 
 
 @dataclass(frozen=True)
 class TokenResult:
-    """Greedy tokens of both.
+    """The greedy tokens of bundle and reference.
 
-    ``margin``: how far apart the two candidates of the first difference are in the reference's logits (after the
-    repetition penalty); a small one is a near-tie (``NEAR_TIE``). ``None`` where the two never choose
-    differently: they are equal, or one ends where the other goes on.
+    ``margin``: at the first difference, how far the two tokens are apart in the reference's logits (after the
+    repetition penalty). A small margin is a near-tie (``NEAR_TIE``). ``None`` if no token differs: the captions are
+    equal, or one ends where the other continues.
     """
 
     compared: int
@@ -104,13 +104,16 @@ class TokenResult:
 
 @dataclass(frozen=True)
 class Drift:
-    """What quantization does to the model: the bundle against the float32 weights on the same prompt.
+    """The effect of quantization: the bundle against the float32 weights on the same prompt.
 
-    Both are fed the greedy caption of the float32 weights. Over the positions that predict its tokens:
-    ``logits_error`` as in ``StageResult``; ``kl`` the mean divergence of the next-token distributions, KL(float32 ||
-    bundle) in nats; ``top1_agreement`` how often both have the same likeliest token. ``equal_tokens`` of ``compared``:
-    how long the bundle's own greedy caption is the same. ``activations_error`` is the kernel's part in it, the same
-    measure against the same rounded weights with float32 activations (along the caption of those).
+    Both get the greedy caption of the float32 weights. Over the positions that predict its tokens:
+
+    - ``logits_error``: as in ``StageResult``.
+    - ``kl``: the mean divergence of the next-token distributions, KL(float32 || bundle), in nats.
+    - ``top1_agreement``: the share of positions at which both have the same likeliest token.
+
+    ``equal_tokens`` of ``compared``: the length of the common beginning of both greedy captions. ``activations_error``
+    is the part of the kernel: the error against the same rounded weights with float32 activations, along their caption.
     """
 
     logits_error: float
@@ -134,12 +137,12 @@ class ClipResult:
 
 @dataclass
 class Report:
-    """The whole, as plain values that are valid JSON.
+    """The whole report, as plain values that are valid JSON.
 
-    ``first_divergent`` names the component of the first stage, in the order of the data, that failed on any clip, or
-    is ``"greedy tokens"`` when every stage passed and the captions part nevertheless. ``notes`` says where the
-    reference is not what the bundle was made from. ``environment``: what was compared (hashes), how (``weights``, and
-    the ``accuracy_level`` of the int4 products that make the captions: 4 is int8 activations), with what (versions).
+    ``first_divergent``: the component of the first stage, in the order of the data, that failed on any clip. It is
+    ``"greedy tokens"`` if every stage passed but the captions differ. ``notes`` says where the reference is not the one
+    that the bundle was compiled from. ``environment``: hashes of what was compared, ``weights``, the ``accuracy_level``
+    of the int4 matmuls (4 means int8 activations), and versions.
     """
 
     verdict: str
@@ -163,7 +166,7 @@ def conclude(clips: Sequence[ClipResult]) -> tuple[str, str | None]:
 
 
 def compare_stage(stage: str, mine: FloatArray, theirs: FloatArray, allowed: float | None = None) -> StageResult:
-    """One stage's output against the reference's; ``allowed``: the ``tolerance``, that of float32 when ``None``."""
+    """Compare a stage's output with the reference's. ``allowed``: the tolerance; ``None`` is that of float32."""
     allowed = TOLERANCE[_kind(stage)] if allowed is None else allowed
     problem = _incomparable(mine, theirs)
     error = relative_error(mine, theirs) if problem is None else None
@@ -176,7 +179,7 @@ def _kind(stage: str) -> str:
 
 
 def _incomparable(mine: FloatArray, theirs: FloatArray) -> str | None:
-    """Why two arrays have no relative error."""
+    """Why two arrays cannot be compared, or ``None``."""
     if mine.shape != theirs.shape:
         return f"the shape is {list(mine.shape)}, the reference's {list(theirs.shape)}"
     for name, values in (("bundle", mine), ("reference", theirs)):
@@ -186,18 +189,18 @@ def _incomparable(mine: FloatArray, theirs: FloatArray) -> str | None:
 
 
 def relative_error(mine: FloatArray, theirs: FloatArray) -> float:
-    """max |mine - theirs| / max |theirs| of two finite arrays of one shape."""
+    """max |mine - theirs| / max |theirs| of two finite arrays of the same shape."""
     return float(np.abs(mine - theirs).max() / max(float(np.abs(theirs).max()), np.finfo(np.float32).tiny))
 
 
 def compare_tokens(mine: Sequence[int], theirs: GreedyCaption, penalty: float, tie: float) -> TokenResult:
-    """Greedy tokens against the reference's, chosen under a repetition ``penalty``; ``tie``: see ``near_tie``."""
+    """Compare greedy tokens with the reference's. ``penalty``: the repetition penalty; ``tie``: see ``near_tie``."""
     compared = max(len(mine), len(theirs.tokens))
     equal = _common_prefix(mine, theirs.tokens)
     if equal == compared:
         return TokenResult(compared, equal, None, PASS)
     if equal == min(len(mine), len(theirs.tokens)):
-        # One caption ends where the other goes on: they disagree about what ends one, not about a token.
+        # One caption ends where the other continues. This is a difference of the end, not of a token.
         return TokenResult(compared, equal, None, FAIL)
     scores = repetition_penalty(theirs.logits[equal], theirs.tokens[:equal], penalty)
     margin = float(scores[theirs.tokens[equal]] - scores[mine[equal]])
@@ -208,8 +211,11 @@ def compare_tokens(mine: Sequence[int], theirs: GreedyCaption, penalty: float, t
 def measure_drift(
     logits: FloatArray, tokens: Sequence[int], original: GreedyCaption, activations_error: float
 ) -> Drift:
-    """``Drift`` of a quantized decoder: its ``logits [N, V]`` along the caption ``original`` of the float32 weights,
-    and its own greedy ``tokens``."""
+    """The ``Drift`` of a quantized decoder.
+
+    ``logits [N, V]``: its logits along the caption ``original`` of the float32 weights. ``tokens``: its own greedy
+    tokens.
+    """
     ours, theirs = (_log_softmax(rows) for rows in (logits, original.logits))
     return Drift(
         logits_error=relative_error(logits, original.logits),

@@ -1,8 +1,8 @@
-"""A bundle's decoder with its int4 products in float32, to tell its graph from the approximation of its kernels.
+"""A bundle's decoder with float32 matmuls, to tell a wrong graph from the rounding of the kernels.
 
-``MatMulNBits`` at accuracy level 4 rounds the activations to int8: some 2e-2 of the logits after 24 layers, which would
-hide a wrong graph or wrong weights. The same graph and the same weight file at level 0 come within 3e-6 (both measured
-on a 0.5 B decoder with random weights).
+``MatMulNBits`` at accuracy level 4 rounds the activations to int8. After 24 layers this changes the logits by about
+2e-2, which would hide a wrong graph or wrong weights. The same graph and weights at level 0 come within 3e-6 (both
+measured on a 0.5 B decoder with random weights).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ..runtime.bundle import Bundle
 from ..runtime.inference import Inference
 from ..runtime.ort import OrtInference, load_onnxruntime
 
-#: float32 products (com.microsoft.MatMulNBits: 0 leaves the choice to the kernel, 1 float32, 4 int8 activations).
+#: float32 matmuls (com.microsoft.MatMulNBits: 0 leaves the choice to the kernel, 1 is float32, 4 int8 activations).
 _FLOAT32 = 1
 
 
 def accuracy_level(bundle: Bundle) -> int | None:
-    """The coarsest accuracy level among the decoder's int4 products; ``None`` without any."""
+    """The coarsest accuracy level of the decoder's int4 matmuls; ``None`` if it has none."""
     return max((attribute.i for attribute in _levels(_decoder_graph(bundle))), default=None)
 
 
@@ -45,7 +45,7 @@ class ExactDecoder:
         )
 
     def open(self, rows: int, max_length: int) -> Inference:
-        """A fresh cache."""
+        """A new cache."""
         return OrtInference(self._session, self._bundle.manifest.decoder, self._bundle.embed, rows, max_length)
 
 
@@ -54,7 +54,7 @@ def _decoder_graph(bundle: Bundle) -> onnx.ModelProto:
 
 
 def _levels(model: onnx.ModelProto) -> Iterator[onnx.AttributeProto]:
-    """The ``accuracy_level`` of every int4 product."""
+    """The ``accuracy_level`` of every int4 matmul."""
     for node in model.graph.node:
         if node.op_type == "MatMulNBits":
             yield from (attribute for attribute in node.attribute if attribute.name == "accuracy_level")

@@ -9,27 +9,26 @@ from torch import Tensor, nn
 
 from ..models.connectors import SqueezeExcite
 
-#: int4 codes as ONNX Runtime's MatMulNBits reads them without a zero point: 0..15, of which 8 stands for zero.
+#: ONNX Runtime's MatMulNBits without a zero point reads int4 codes from 0 to 15; the code 8 is zero.
 INT4_ZERO = 8
 
-#: Weights quantized at once: a few MB of float32 temporaries, whatever the tensor, and they stay in the cache.
+#: Weights that are quantized at once. The float32 temporaries take a few MB and stay in the CPU's cache.
 _CHUNK = 1 << 20
 
 
 def quantize_int4(weight: Tensor, block_size: int = 32) -> tuple[Tensor, Tensor]:
     """Symmetric int4 along the input channels, blocks of ``block_size``, in MatMulNBits layout.
 
-    weight ``[N, K]``, any float dtype, all finite; it is left as it is. Returns codes uint8
-    ``[N, ceil(K / block), block / 2]`` (two codes a byte, the lower nibble first) and scales float32
-    ``[N, ceil(K / block)]``, so that ``w ~ (code - 8) * scale``. A last block that K does not fill is padded with
-    zeros.
+    weight ``[N, K]``, any float dtype, all finite; it is not changed. Returns codes uint8
+    ``[N, ceil(K / block), block / 2]`` (two codes per byte, the lower nibble first) and scales float32
+    ``[N, ceil(K / block)]``, so that ``w ~ (code - 8) * scale``. A last block that is not full is padded with zeros.
 
-    The scale is that of the block's largest magnitude m over 8, with the sign that lets m itself be code 0 (= -8):
-    all 16 codes are used, and the error on Gaussian weights is 8.6 % instead of 9.7 % for a positive m / 7 (measured,
-    LEADS 13.7). Every weight is off by at most half a step, those beyond 7.5 steps on the other side of m by at most
-    one. Codes and scales are those of ONNX Runtime's own quantizer (``quantize_matmul_4bits``), ties included. Scales
-    may be negative, which the ``ort`` dialect allows and TensorRT does not. A block of zeros, or of numbers too small
-    for a normal float32 scale, becomes zero.
+    The scale is m / 8, where m is the block's largest magnitude, with the sign that gives m the code 0 (= -8). So all
+    16 codes are used: the error on Gaussian weights is 8.6 %, with a positive scale m / 7 it is 9.7 % (docs/facts.md
+    6). Every weight is off by at most half a step; weights beyond 7.5 steps with the other sign than m by at most one
+    step. Codes and scales equal those of ONNX Runtime's own quantizer (``quantize_matmul_4bits``), ties included.
+    Scales may be negative; the ``ort`` dialect allows that, TensorRT does not. A block of zeros, or of numbers that are
+    too small for a normal float32 scale, becomes zero.
     """
     rows, width = weight.shape
     blocks = -(-width // block_size)
@@ -47,7 +46,7 @@ def quantize_int4(weight: Tensor, block_size: int = 32) -> tuple[Tensor, Tensor]
         # The reciprocal of a subnormal scale would be infinite.
         scale = torch.where(scale.abs() < smallest, torch.zeros_like(scale), scale)
         inverse = torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
-        # Not in place: ``part`` may be the caller's memory. Positive numbers, so that cutting off rounds half up.
+        # Not in place: ``part`` may be the caller's memory. The numbers are positive, so truncation rounds half up.
         code = (part * inverse.unsqueeze(2)).add_(INT4_ZERO + 0.5).clamp_(0, 15).to(torch.uint8)
         codes[start : start + step] = code[:, :, 0::2] | (code[:, :, 1::2] << 4)
         scales[start : start + step] = scale
@@ -55,7 +54,7 @@ def quantize_int4(weight: Tensor, block_size: int = 32) -> tuple[Tensor, Tensor]
 
 
 def dequantize_int4(codes: Tensor, scales: Tensor, width: int) -> Tensor:
-    """The float32 weight ``[N, width]`` that codes and scales of ``quantize_int4`` stand for."""
+    """The float32 weight ``[N, width]`` of codes and scales of ``quantize_int4``."""
     nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(2).float()
     return ((nibbles - INT4_ZERO) * scales.unsqueeze(2)).flatten(1)[:, :width]
 
@@ -63,20 +62,20 @@ def dequantize_int4(codes: Tensor, scales: Tensor, width: int) -> Tensor:
 #: Divisors of a block's largest magnitude that ``quantize_int4_positive`` tries as its scale.
 _DIVISORS = (7.0, 7.5, 8.0, 8.5)
 
-#: The smallest normal float16 number: what a scale is at least, so that it is positive after rounding.
+#: The smallest normal float16 number. A scale is at least this, so that it is positive after rounding.
 _SMALLEST_HALF = 2.0**-14
 
 
 def quantize_int4_positive(weight: Tensor, block_size: int = 32) -> tuple[Tensor, Tensor]:
     """Symmetric int4 along the input channels with positive scales, as ONNX's blocked DequantizeLinear reads it.
 
-    weight ``[N, K]``, any float dtype, all finite, K a multiple of ``block_size``; it is left as it is. Returns codes
+    weight ``[N, K]``, any float dtype, all finite, K a multiple of ``block_size``; it is not changed. Returns codes
     int8 ``[K, N]`` from -8 to 7 and scales float16 ``[K / block, N]``, so that ``w[n, k] ~ codes[k, n] *
     scales[k // block, n]``.
 
-    TensorRT refuses scales that are not positive (onnx/onnx-tensorrt#764). Of the candidates m / 7, m / 7.5, m / 8 and
-    m / 8.5, m being the block's largest magnitude, each block takes that of least squared error, with the scale rounded
-    to float16 first. A scale is at least 2**-14: a block of smaller numbers becomes zero, or coarse.
+    TensorRT refuses scales that are not positive (onnx/onnx-tensorrt#764). The candidates are m / 7, m / 7.5, m / 8 and
+    m / 8.5, where m is the block's largest magnitude, rounded to float16. Each block takes the candidate with the least
+    squared error. A scale is at least 2**-14, so a block of smaller numbers becomes zero or coarse.
     """
     rows, width = weight.shape
     if width % block_size:
@@ -103,11 +102,11 @@ def quantize_int4_positive(weight: Tensor, block_size: int = 32) -> tuple[Tensor
 
 
 def dequantize_int4_positive(codes: Tensor, scales: Tensor) -> Tensor:
-    """The float32 weight ``[N, K]`` that codes and scales of ``quantize_int4_positive`` stand for."""
+    """The float32 weight ``[N, K]`` of codes and scales of ``quantize_int4_positive``."""
     return (codes.float() * scales.float().repeat_interleave(len(codes) // len(scales), dim=0)).T
 
 
-#: int8 codes as MatMulNBits reads them without a zero point: 0..255, of which 128 stands for zero.
+#: MatMulNBits without a zero point reads int8 codes from 0 to 255; the code 128 is zero.
 INT8_ZERO = 128
 
 
@@ -129,12 +128,12 @@ def quantize_int8(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_int8(codes: Tensor, scales: Tensor, width: int) -> Tensor:
-    """The float32 weight ``[N, width]`` that codes and scales of ``quantize_int8`` stand for."""
+    """The float32 weight ``[N, width]`` of codes and scales of ``quantize_int8``."""
     return ((codes.float() - INT8_ZERO) * scales.unsqueeze(2)).flatten(1)[:, :width]
 
 
 def quantize_int8_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 with one scale for an output channel, as ONNX's DequantizeLinear reads it.
+    """Symmetric int8 with one scale per output channel, as ONNX's DequantizeLinear reads it.
 
     weight ``[N, K]``, any float dtype, all finite. Returns codes int8 ``[K, N]`` from -127 to 127 and scales float16
     ``[N]``, at least 2**-14, so that ``w[n, k] ~ codes[k, n] * scales[n]``.
@@ -146,26 +145,32 @@ def quantize_int8_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_int8_channels(codes: Tensor, scales: Tensor) -> Tensor:
-    """The float32 weight ``[N, K]`` that codes and scales of ``quantize_int8_channels`` stand for."""
+    """The float32 weight ``[N, K]`` of codes and scales of ``quantize_int8_channels``."""
     return (codes.float() * scales.float()).T
 
 
-#: Weights below which a product is not worth int8.
+#: A layer with fewer weights is not quantized to int8: it would save too little.
 FEW_WEIGHTS = 1 << 12
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """What a bundle makes of the products of a component: ``dialect`` of its graphs, ``weights`` in their format, and
-    the input channels that share a scale (``block_size``, where the format has blocks)."""
+    """How a bundle rounds the linear layers of a component.
+
+    ``dialect``: of its graphs. ``weights``: their format. ``block_size``: the input channels that share a scale, if the
+    format has blocks.
+    """
 
     dialect: str
     weights: str
     block_size: int = 32
 
     def round(self, weight: Tensor) -> Tensor:
-        """The float32 weight ``[N, K]`` that the graph computes with. Formats without codes (fp32, fp16) leave it, and
-        so does a width that no block divides where one must."""
+        """The float32 weight ``[N, K]`` that the graph computes with.
+
+        Formats without codes (fp32, fp16) do not change it. Neither does a format with blocks if they must divide the
+        width and do not.
+        """
         if self.weights == "int4" and self.dialect == "ort":
             return dequantize_int4(*quantize_int4(weight, self.block_size), weight.shape[1])
         if self.weights == "int4" and weight.shape[1] % self.block_size == 0:
@@ -177,14 +182,16 @@ class Rounding:
         return weight
 
     def apply(self, module: nn.Module) -> None:
-        """Round the linear layers of a component in place, those that ``quantized`` names."""
+        """Round, in place, the linear layers of a component that ``quantized`` names."""
         for layer in quantized(module, self.weights):
             layer.weight.data = self.round(layer.weight.data)
 
 
 def quantized(module: nn.Module, weights: str) -> list[nn.Linear]:
-    """The layers of a component that have codes in a format: all linear ones in int4; in int8, which is for encoders,
-    not those of few weights, and not squeeze-excite, which scales whole channels."""
+    """The layers of a component that are quantized in a format.
+
+    int4: all linear layers. int8 (for encoders): all but small ones and squeeze-excite, which scales whole channels.
+    """
     if weights not in ("int4", "int8"):
         return []
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}

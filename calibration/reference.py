@@ -1,7 +1,7 @@
-"""The PyTorch reference of a whole captioner, on the same seams as the runtime.
+"""The PyTorch reference of a whole captioner, with the same interfaces as the runtime.
 
-Preprocessing and greedy decoding are done a second time here, with Pillow and torch, so that the runtime's own are
-held against something else.
+It has its own preprocessing and greedy decoding, with Pillow and torch, so that those of the runtime are compared with
+independent code.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from ..models.decoder import Decoder
 from ..runtime.inference import FloatArray, FullLogits
 from .quantize import Rounding
 
-#: Povey's window is a Hann window to this power (Kaldi, feature-window.cc).
+#: Povey's window is a Hann window to the power of this (Kaldi, feature-window.cc).
 _POVEY_POWER = 0.85
 
 
 @dataclass(frozen=True)
 class GreedyCaption:
-    """Greedy tokens, and the logits ``[N, V]`` (before the repetition penalty) that each was chosen from."""
+    """Greedy tokens and the logits ``[N, V]`` (before the repetition penalty) from which each was chosen."""
 
     tokens: list[int]
     logits: FloatArray
@@ -38,8 +38,8 @@ class GreedyCaption:
 class Reference:
     """A checkpoint's components in float32 PyTorch, loaded at first use and kept.
 
-    ``rounded``: by component, what rounds its linear layers to the values that a bundle stores, so that a compiled
-    graph can be told apart from what quantization does to the model.
+    ``rounded``: for each component, the rounding of its linear layers to the values that a bundle stores. With it, a
+    wrong graph can be told from the effect of quantization.
     """
 
     def __init__(self, checkpoint: CaptionerCheckpoint, rounded: Mapping[str, Rounding] | None = None) -> None:
@@ -63,7 +63,7 @@ class Reference:
             return self.module(component)(torch.from_numpy(value)).numpy()
 
     def embed(self, token_ids: npt.NDArray[np.int64]) -> FloatArray:
-        """Embedding rows ``[n, H]``."""
+        """Rows of the embedding table ``[n, H]``."""
         if self._embedding is None:
             self._embedding = self.checkpoint.embedding()
         return self._embedding[torch.from_numpy(token_ids)].float().numpy()
@@ -91,7 +91,7 @@ class Reference:
         return TorchInference(decoder, self.embed, rows, max_length)
 
     def module(self, component: str) -> nn.Module:
-        """A component in eval mode, its weights as the reference has them."""
+        """A component in eval mode with the weights of this reference."""
         if component not in self._modules:
             module = self.checkpoint.load(component)
             if component in self._rounded:
@@ -215,7 +215,7 @@ def reference_pixels(frame: npt.NDArray[np.uint8], spec: ImageProcessing) -> Flo
 
 
 def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Bicubic, the horizontal pass first as Pillow did before version 13, which begins with either (and rounds so)."""
+    """Bicubic, the horizontal pass first, as in Pillow before version 13. Another order rounds differently."""
     across = image.resize((width, image.height), Image.Resampling.BICUBIC)
     return across.resize((width, height), Image.Resampling.BICUBIC)
 
@@ -223,10 +223,10 @@ def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
 def reference_fbank(sound: FloatArray, num_mel_bins: int = 128, rate: int = 16000) -> FloatArray:
     """Kaldi's log mel filter bank of float32 sound in [-1, 1], rounded through bfloat16: ``[frames, mel]``.
 
-    Constants as in FACTS 1.4 (torchaudio ``compliance.kaldi.fbank`` with its defaults). Computed in float64; the
-    filters in float32, as torchaudio does, whose rounding there (0.2 % of a filter that touches one bin of the
-    spectrum with its edge) shows after the bfloat16 step. Beside a loud pure tone the quietest bins of torchaudio's
-    float32 spectrum are rounding noise, which nothing can reproduce.
+    The constants are the defaults of torchaudio's ``compliance.kaldi.fbank`` (docs/facts.md 1.4). Everything is
+    computed in float64 but the filters: torchaudio computes them in float32, and its rounding (0.2 % of a filter whose
+    edge touches one bin of the spectrum) is visible after the bfloat16 step. Beside a loud pure tone, the quietest bins
+    of torchaudio's float32 spectrum are rounding noise, which cannot be reproduced.
     """
     window, shift, fft = rate * 25 // 1000, rate * 10 // 1000, 512
     frames = torch.from_numpy(sound).double().mul(2**15).unfold(0, window, shift)

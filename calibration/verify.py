@@ -1,10 +1,10 @@
-"""Does a bundle compute what its checkpoint computes? Stage by stage, so that the answer names a component.
+"""Does a bundle compute what its checkpoint computes? The comparison goes stage by stage: the answer names a component.
 
-Every stage of the bundle is fed the *reference's* input of that stage, so that an error shows where it arises and not
-everywhere after. Only the greedy tokens run the bundle from end to end. A quantized decoder is held against the
-reference with the same rounded weights, its products in float32 (are graph and weights right?). What the rounding of
-weights and activations does to the model is measured beside it (``Drift``) and decides nothing. Both sides start from
-the same sampled frames and sound, and tokenize with the bundle's tokenizer.
+Every stage of the bundle gets the *reference's* input of that stage, so an error shows in the stage where it arises and
+not in all later ones. Only the greedy tokens run the bundle from end to end. A quantized decoder is compared with the
+reference with the same rounded weights and runs with float32 matmuls: are graph and weights right? The effect of the
+rounding of weights and activations is measured separately (``Drift``) and does not change the verdict. Both sides get
+the same sampled frames and sound and use the bundle's tokenizer.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def verify_bundle(
 ) -> Report:
     """Open both sides and compare them.
 
-    The reference takes four bytes a parameter, its decoder twice that for a quantized bundle. Raises ``BundleError``,
-    ``CheckpointError``, ``MediaError`` or ``OptionError``.
+    The reference needs four bytes per parameter; for a quantized bundle, its decoder needs eight. Raises
+    ``BundleError``, ``CheckpointError``, ``MediaError`` or ``OptionError``.
     """
     captioner = Captioner.load(bundle)
     manifest = captioner.manifest
@@ -98,8 +98,8 @@ def verify(
 ) -> Report:
     """Compare on every clip of ``media``.
 
-    ``reference`` has the weights that the bundle stores (``roundings``); ``original``, the float32 weights, is needed
-    for ``Drift`` when the decoder's differ.
+    ``reference`` has the weights that the bundle stores (``roundings``). ``original`` has the float32 weights;
+    ``Drift`` needs it if the decoder's weights differ.
     """
     check_same_model(captioner.manifest, reference)
     check = _Check(captioner, reference, original, max_new_tokens, progress or (lambda _: None))
@@ -109,9 +109,9 @@ def verify(
 
 
 def roundings(manifest: Manifest) -> dict[str, Rounding]:
-    """What a bundle rounds, by the checkpoint's components."""
+    """The rounding in a bundle of each component of the checkpoint."""
     return {
-        # The parts of the connector are one component there.
+        # In the checkpoint the two parts of the connector are one component.
         name.removeprefix("frame_"): Rounding(manifest.dialect, component.weights, component.block_size or 0)
         for name, component in manifest.components.items()
         if component.weights in ("int4", "int8")
@@ -119,7 +119,7 @@ def roundings(manifest: Manifest) -> dict[str, Rounding]:
 
 
 def check_same_model(manifest: Manifest, reference: Reference) -> None:
-    """``OptionError`` when bundle and checkpoint are of different families or shapes."""
+    """``OptionError`` if bundle and checkpoint have different families or shapes."""
     config = reference.config
     if manifest.family != config.family:
         raise OptionError(f"the bundle is a {manifest.family} captioner, the reference a {config.family} one")
@@ -143,7 +143,7 @@ def check_same_model(manifest: Manifest, reference: Reference) -> None:
 
 
 def environment(bundle: Bundle, source: CaptionerCheckpoint) -> dict[str, str | int | None]:
-    """What a report was made of and with; hashes the checkpoint. The accuracy level is read from the graph."""
+    """What was compared (hashes), how, and with which versions. This hashes the checkpoint."""
     decoder = bundle.manifest.components["decoder"]
     adapter = source.adapter
     versions = {}
@@ -167,7 +167,7 @@ def environment(bundle: Bundle, source: CaptionerCheckpoint) -> dict[str, str | 
 
 
 def _provenance_notes(manifest: Manifest, compared: dict[str, str | int | None]) -> Iterator[str]:
-    """Where the reference is not what the bundle was made from; ``compared`` as in ``environment``."""
+    """Where the reference is not the one that the bundle was compiled from. ``compared``: see ``environment``."""
     made, adapter = manifest.provenance, compared["adapter_sha256"]
     if made.checkpoint_sha256 != compared["checkpoint_sha256"]:
         yield f"the reference is not the checkpoint that the bundle was compiled from ({made.checkpoint})"
@@ -198,7 +198,7 @@ class _Check:
         self._reference, self._original = reference, original
         self._max_new_tokens, self._report = max_new_tokens, report
         manifest = captioner.manifest
-        # Where products are in float16, activations are rounded to nothing else.
+        # With float16 matmuls the activations are not rounded to int8.
         rounds = manifest.components["decoder"].block_size is not None and manifest.cache_dtype == "float32"
         self._exact = ExactDecoder(captioner.bundle) if rounds else None
         self._stages = Stages()
@@ -216,7 +216,7 @@ class _Check:
         return result
 
     def _visual(self, clip: Clip) -> FloatArray:
-        """Pixels, vision, both parts of the connector; the reference's visual tokens ``[blocks, tokens, H]``."""
+        """Compare pixels, vision and connector; return the reference's visual tokens ``[blocks, tokens, H]``."""
         assert clip.frames is not None
         assert clip.order is not None
         pixels = self._reference.pixels(clip.frames)
@@ -224,14 +224,14 @@ class _Check:
         features = self._reference.run("vision", pixels)
         self._hold("vision", self._encoder.features(pixels, self._stages), features)
         self._merging(pixels[:2])
-        # The whole connector of the reference, which knows nothing of distinct frames and windows.
+        # The reference's connector runs as a whole: it does not skip equal frames and windows.
         tokens = self._reference.run("connector", features[clip.order])
         frames = self._frame_tokens(features)
         self._hold("connector", self._encoder.connect(frames, clip.order, self._stages), tokens)
         return tokens
 
     def _merging(self, pixels: FloatArray) -> None:
-        """The tower's further ratios of merging, on a few frames."""
+        """Compare the other ratios of merging of the tower on a few frames."""
         for ratio in self._captioner.manifest.visual.ratios[1:]:
             with torch.device("meta"):
                 tower = VisionTower(replace(self._reference.config.vision, keep=ratio.keep))
@@ -240,7 +240,7 @@ class _Check:
             self._hold(f"vision, ratio {ratio.keep:g}", mine, _forward(tower.eval(), pixels))
 
     def _frame_tokens(self, features: FloatArray) -> FloatArray:
-        """The part of the connector that sees each frame alone; the reference's ``[N, P, C]``."""
+        """Compare the part of the connector per frame; return the reference's output ``[N, P, C]``."""
         connector = self._reference.module("connector")
         part = connector.frame_part() if isinstance(connector, SpatialTemporalConnector) else None
         if part is None:
@@ -250,7 +250,7 @@ class _Check:
         return tokens
 
     def _audio(self, sound: FloatArray) -> FloatArray:
-        """Filter bank and audio; the reference's audio tokens ``[tokens, H]``."""
+        """Compare filter bank and audio; return the reference's audio tokens ``[tokens, H]``."""
         fbank = self._reference.fbank(sound)
         self._hold("fbank", kaldi_fbank(sound), fbank)
         tokens = self._reference.run("audio", fbank[np.newaxis])[0]
@@ -258,7 +258,7 @@ class _Check:
         return tokens
 
     def _prompt(self, encoded: EncodedClip) -> FloatArray:
-        """Template and embedding table, each side its own; the reference's prompt ``[S, H]``."""
+        """Compare the prompts, each from its own template and table; return the reference's ``[S, H]``."""
         config = self._reference.config
         spec = PromptSpec(**asdict(config.prompts[encoded.mode]))
         chunks = build_prompt(
@@ -273,7 +273,7 @@ class _Check:
         return prompt
 
     def _decoder(self, prompt: FloatArray, caption: GreedyCaption) -> None:
-        """The reference's prompt, then its greedy tokens one step at a time."""
+        """Compare the logits of the reference's prompt and then of its greedy tokens, step by step."""
         if self._exact is None:
             logits = self._shipped(prompt, caption)
         else:
@@ -283,7 +283,7 @@ class _Check:
             self._hold("decode logits", logits[1:], caption.logits[1:])
 
     def _tokens(self, clip: Clip, caption: GreedyCaption) -> list[int]:
-        """The bundle from end to end; its greedy tokens."""
+        """Run the bundle from end to end, compare and return its greedy tokens."""
         self._say("greedy tokens")
         manifest = self._captioner.manifest
         prompt = self._encoder.prompt_embeds(self._encoder.encode(clip, self._stages), manifest.default_instruction)
@@ -295,7 +295,7 @@ class _Check:
     def _drift(
         self, original: Reference, prompt: FloatArray, caption: GreedyCaption, tokens: list[int]
     ) -> Drift | None:
-        """``None`` for a decoder whose logits are no numbers."""
+        """The drift; ``None`` if a logit is not finite."""
         self._say("drift from the float32 weights")
         rounded, exact = self._shipped(prompt, caption), original.greedy(prompt, self._max_new_tokens)
         logits = self._shipped(prompt, exact)
@@ -304,7 +304,7 @@ class _Check:
         return measure_drift(logits, tokens, exact, relative_error(rounded, caption.logits))
 
     def _shipped(self, prompt: FloatArray, caption: GreedyCaption) -> FloatArray:
-        """Logits ``[N, V]`` along a caption of the decoder as it is in the bundle."""
+        """Logits ``[N, V]`` along a caption, from the decoder as it is in the bundle."""
         return _along(self._captioner.open_inference(len(prompt) + len(caption.tokens)), prompt, caption)
 
     def _hold(self, stage: str, mine: FloatArray, theirs: FloatArray) -> None:

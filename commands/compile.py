@@ -33,8 +33,8 @@ from . import options
 @click.option(
     "--encoder-weights",
     metavar="FORMAT",
-    help="The weights of vision, connector and audio: fp32, fp16 (not for cpu) or int8.  [default: fp32 for cpu, fp16 "
-    "for other targets]",
+    help="The weights of vision, connector and audio: fp32 (not for cuda), fp16 (not for cpu) or int8.  [default: fp32 "
+    "for cpu, fp16 for other targets]",
 )
 @click.option(
     "--block-size",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ..console import ProgressDisplay, say
+from ..console import ProgressDisplay, safe, say
 from . import SHIPPED, options
 
 
@@ -33,7 +33,7 @@ def demo(keep: Path | None, quiet: bool) -> None:
     say(f"$ {shlex.join(['intertitle', 'caption', str(bundle), str(clip)])}", prefix="")
     with ProgressDisplay(quiet, clip.name) as progress:
         result = Captioner.load(bundle).caption(clip, progress=progress)
-    click.echo(f"caption: {result.text}")
+    click.echo(f"caption: {safe(result.text)}")
     click.echo(f"truth:   {(SHIPPED / 'clip.txt').read_text(encoding='utf-8').strip()}")
     click.echo(f"heard and saw: {result.mode}, {result.prompt_tokens} prompt tokens, {len(result.token_ids)} new")
     for stage, seconds in result.timings.items():

@@ -32,6 +32,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
         "end",
         "segments",
         "segment_prompt",
+        "item_timeout",
         "visual_tokens",
         "duplicates",
     ),
@@ -191,12 +192,12 @@ def decoding_options(command: Command) -> Command:
         given = {name: others.pop(name) for name in _DECODING if name in others}
         if strategy == "contrastive":
             strategy, given["contrast"] = "greedy", given["contrast"] or "temporal"
-        decoding = Decoding(strategy=strategy, **given)  # type: ignore[arg-type]
         context = click.get_current_context()
         for name, needed in _NEEDED.items():
             source = context.get_parameter_source(name)
             if strategy != needed and source is click.core.ParameterSource.COMMANDLINE:
                 raise OptionError(f"--{name.replace('_', '-')} does nothing without --decoding {needed}")
+        decoding = Decoding(strategy=strategy, **given)  # type: ignore[arg-type]
         return command(*arguments, decoding=decoding, **others)
 
     made = [click.option(f"--{name.replace('_', '-')}", name, **how) for name, how in _DECODING.items()]

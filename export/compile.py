@@ -32,7 +32,7 @@ from .writer import BundleWriter
 #: ``(what is being done, bytes done, bytes in all)``; bytes in all are 0 until every component is traced.
 Progress = Callable[[str, int, int], None]
 
-#: The sound that the audio tower hears at once (FACTS 1.4).
+#: The sound that the audio tower hears at once (docs/facts.md 1.4).
 _SAMPLE_RATE, _SOUND_SECONDS = 16000, 30
 
 #: AuroraCap's ratios of merging that are compiled unless others are asked for. Each further one took 40 s of tracing

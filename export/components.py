@@ -183,7 +183,7 @@ def component_graph(
 
 
 def _drop_unused_inputs(graph: TracedGraph) -> None:
-    """An input that the dialect has no use for (``total_length`` where the mask is explicit) is none of the graph's."""
+    """Remove inputs that the dialect does not use (``total_length`` where the mask is explicit)."""
     inputs = graph.model.graph.inputs
     for value in list(inputs):
         if not value.uses() and not value.is_graph_output():

@@ -9,8 +9,8 @@ import torch
 from ..errors import OptionError, TargetError
 from .dialects.forms import Form
 
-#: Input channels that share a scale of an int8 product where it has blocks. 8 bits are exact enough for large ones, and
-#: ONNX Runtime's kernel is faster: at 729 rows of a tower's products 0.43 to 0.64 of the time of float32, against 0.56
+#: Input channels that share a scale of an int8 matmul, if it has blocks. 8 bits are exact enough for large blocks, and
+#: ONNX Runtime's kernel is faster: at 729 rows of a tower's matmuls 0.43 to 0.64 of the time of float32, against 0.56
 #: to 0.94 with blocks of 32 (one thread, a busy machine).
 INT8_BLOCK = 128
 
@@ -25,7 +25,7 @@ class Target:
     kernels for one row and for several round differently, and a caption would depend on what shares its batch.
     ``block_sizes`` are those that may be asked for. ``encoder_weights`` are the formats of all components but the
     decoder, the default first, except that ``--weights fp32`` means all of them unless another is asked for. ``half``:
-    products are in float16, unless the weights are fp32. ``selection``: candidates are found on the device
+    matmuls are in float16, unless the weights are fp32. ``selection``: candidates are found on the device
     (``selection.py``). ``engines``: the graphs are built into engines before they run.
     """
 
@@ -40,8 +40,8 @@ class Target:
     engines: bool = False
 
     def check_weights(self, decoder: str | None, encoders: str | None) -> tuple[str, str]:
-        """The formats of the decoder and of the encoders, of what was asked for. ``OptionError`` for one that is none
-        of the target's."""
+        """The formats of decoder and encoders; ``None`` takes the default. ``OptionError`` for a format that the
+        target does not have."""
         names, decoder = self.decoder_weights, self.decoder_weights[0] if decoder is None else decoder
         if decoder not in names:
             raise OptionError(f"target '{self.name}' takes weights {' or '.join(names)}, not '{decoder}'")

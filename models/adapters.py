@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .bounded import run_bounded
 from .checkpoint import hash_files
-from .fields import Fields
+from .fields import Fields, shown
 from .tensor_files import TensorInfo, list_tensors, read_json, read_tensor
 
 _LORA_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
@@ -34,6 +35,11 @@ _REFUSED = {
     "use_qalora": False,
     "arrow_config": None,
 }
+#: What alpha may be, and a rank; published adapters have 1 to 2048.
+_ALPHA = (1e-6, 1e6)
+#: Values of PEFT's ``init_lora_weights`` that leave the base as it is. PiSSA, OLoRA, LoftQ, CorDA and LoRA-GA take a
+#: part out of it when training begins, and the checkpoint still has that part (PEFT ``tuners/lora/config.py``).
+_INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,12 @@ def _check_kind(fields: Fields) -> None:
     for option, off in _REFUSED.items():
         if fields.get(option, off) not in (off, None, [], {}):
             raise CheckpointError(f"{fields.where}: {option} is switched on; such an adapter cannot be merged here")
+    initial = fields.get("init_lora_weights", True)
+    if not any(initial is known or (isinstance(known, str) and initial == known) for known in _INITIAL):
+        raise CheckpointError(
+            f"{fields.where}: init_lora_weights is {shown(initial)}, so the adapter may belong to a base that its "
+            "training changed, not to this checkpoint; save it with PEFT's path_initial_model_for_weight_conversion"
+        )
 
 
 def _read_names(fields: Fields, tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, LowRank], dict[str, str]]:
@@ -165,36 +177,42 @@ def _read_names(fields: Fields, tensors: Mapping[str, TensorInfo]) -> tuple[dict
             # modules_to_save: a whole layer, trained beside the adapter.
             replaced[re.sub(r"\.modules_to_save(\.default)?\.", ".", short)] = name
     low_rank = {}
+    ranks = _by_pattern(fields, "rank_pattern", sides, fields.integer("r"))
+    alphas = _by_pattern(fields, "alpha_pattern", sides, fields.number("lora_alpha", 8, *_ALPHA))
     for module, pair in sides.items():
         if set(pair) != {"A", "B"}:
             raise CheckpointError(f"{fields.where}: {module} has lora_{'/'.join(pair)} only, its other half is missing")
         a, b = tensors[pair["A"]].shape, tensors[pair["B"]].shape
-        rank = _by_pattern(fields, "rank_pattern", module, fields.integer("r"))
+        rank = ranks[module]
         if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
             raise CheckpointError(
                 f"{fields.where}: the LoRA pair of {module} is {list(b)} x {list(a)}, but its rank is said to be {rank}"
             )
-        alpha = _by_pattern(fields, "alpha_pattern", module, fields.number("lora_alpha", 8))
         rank_root = math.sqrt(rank) if fields.flag("use_rslora", False) else rank
-        low_rank[f"{module}.weight"] = LowRank(pair["A"], pair["B"], alpha / rank_root)
+        low_rank[f"{module}.weight"] = LowRank(pair["A"], pair["B"], alphas[module] / rank_root)
     return low_rank, replaced
 
 
-def _by_pattern(fields: Fields, option: str, module: str, default: float) -> float:
-    """PEFT's rule: the first key that, as a regular expression, is the module name or ends it after a dot."""
+def _by_pattern(fields: Fields, option: str, modules: Collection[str], default: float) -> dict[str, float]:
+    """The value for each module by PEFT's rule: the first key that, as a regular expression, is the module name or ends
+    it after a dot."""
     patterns = fields.get(option) or {}
     if not isinstance(patterns, dict):
         raise CheckpointError(f"{fields.where}: {option} is not an object")
     for key, value in patterns.items():
-        try:
-            found = re.fullmatch(rf"(.*\.)?({key})", module) is not None
-        except re.error:
-            raise CheckpointError(f"{fields.where}: {option} has a key that is no regular expression: {key}") from None
-        if found:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise CheckpointError(f"{fields.where}: {option} gives {key} the value {value!r}")
-            return value
-    return default
+        if type(value) not in (int, float) or not _ALPHA[0] <= value <= _ALPHA[1]:
+            raise CheckpointError(f"{fields.where}: {option} gives {shown(key)} the value {shown(value)}")
+    names, keys = list(modules), list(patterns)
+    places: list[int | None] = [None] * len(names)
+    # Plain names, which most keys are, need no process of their own.
+    if all(re.fullmatch(r"[\w.]*", key) for key in keys):
+        plain = [re.compile(rf"(.*\.)?({key})") for key in keys]
+        places = [next((i for i, each in enumerate(plain) if each.fullmatch(name)), None) for name in names]
+    elif keys:
+        places = run_bounded("match", {"patterns": keys, "names": names}, f"{fields.where}: {option}")
+    return {
+        name: default if place is None else patterns[keys[place]] for name, place in zip(names, places, strict=True)
+    }
 
 
 def _trainable_names(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:

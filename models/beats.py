@@ -1,8 +1,9 @@
 """BEATs, the audio encoder of VideoLLaMA2.1-AV, and the projector to the decoder's width.
 
-Source: VideoLLaMA2 ``model/beats/*.py`` (branch audio_visual; FACTS 1.4), the fine-tuned BEATs of microsoft/unilm with
-other defaults. What is identity at inference (dropout, layer drop, gradient scaling, the all-False padding mask) and
-the classification head are not here; weight norm and the gate's sums are folded into the weights on reading.
+Source: VideoLLaMA2 ``model/beats/*.py`` (branch audio_visual; docs/facts.md 1.4), the fine-tuned BEATs of
+microsoft/unilm with other defaults. What is identity at inference (dropout, layer drop, gradient scaling, the all-False
+padding mask) and the classification head are not here; weight norm and the gate's sums are folded into the weights on
+reading.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        # The checkpoint's Linear has 8 outputs, of which the reference sums the first and the last 4: summed when read.
+        # The checkpoint's Linear has 8 outputs. The reference sums the first 4 and the last 4; we do so when reading.
         self.grep_linear = nn.Linear(config.hidden_size // config.num_heads, 2)
         self.grep_a = nn.Parameter(torch.ones(1, config.num_heads, 1, 1))
 

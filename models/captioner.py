@@ -145,7 +145,7 @@ class CaptionerCheckpoint:
                 raise CheckpointError(f"{where}: the tensor {name} is not part of a {self.config.family} captioner")
         for name, original in duplicates.items():
             if not self.checkpoint.equal(name, original):
-                raise CheckpointError(f"{where}: the tensor {name} differs from {original}, of which it is a copy")
+                raise CheckpointError(f"{where}: the tensor {name} should be a copy of {original} and differs")
         if self.adapter is not None:
             self.adapter.check(tensors, self.checkpoint.config.get("model_type"))
 

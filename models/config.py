@@ -28,7 +28,7 @@ class ImageProcessing:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP or SigLIP tower, of which only the layers that reach ``hidden_states[select_layer]`` are built.
+    """A CLIP or SigLIP tower. Only the layers up to ``hidden_states[select_layer]`` are built.
 
     ``keep`` is AuroraCap's ratio of visual tokens kept by merging in every layer; ``None`` is a tower without
     merging. ``num_layers`` is the released depth (the merging schedule depends on it), ``num_used_layers`` what runs.
@@ -79,7 +79,7 @@ class ConnectorConfig:
 
 @dataclass(frozen=True)
 class AudioConfig:
-    """A BEATs encoder and its projector. Defaults are the dimensions of VideoLLaMA2.1-7B-AV (FACTS 1.4)."""
+    """A BEATs encoder and its projector. Defaults are the dimensions of VideoLLaMA2.1-7B-AV (docs/facts.md 1.4)."""
 
     embed_dim: int = 512
     hidden_size: int = 768
@@ -144,7 +144,8 @@ class PromptTemplate:
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """What the checkpoint's generation settings say. ``repetition_penalty`` sees generated tokens only (FACTS 1.7)."""
+    """What the checkpoint's generation settings say. ``repetition_penalty`` sees generated tokens only (docs/facts.md
+    1.7)."""
 
     eos_token_ids: tuple[int, ...]
     repetition_penalty: float = 1.0

@@ -2,11 +2,11 @@
 
 Everything is channels-last, so that a 1x1 convolution is a ``Linear``, a channel norm is a ``LayerNorm`` over the last
 axis and the strided 3-D convolution of the sampler is one ``Linear`` over a window's values: the heavy layers are then
-all matrix products, for speed and for weight quantization. Only the depthwise 3x3 is a convolution.
+all matmuls, for speed and for weight quantization. Only the depthwise 3x3 is a convolution.
 
 Sources: VideoLLaMA2 ``model/projector.py`` and ``model/videollama2_arch.py`` (connectors, pooling over time, padding),
-timm 1.0.3 ``models/regnet.py`` (the RegStage block; FACTS 1.3 has the measured constants). Documented there: the
-average pooling of ``stp_connector`` is 2x2x2 without padding; ``spatial_conv`` is a 1x2x2 convolution that inherits
+timm 1.0.3 ``models/regnet.py`` (the RegStage block; docs/facts.md 1.3 has the measured constants). Documented there:
+the average pooling of ``stp_connector`` is 2x2x2 without padding; ``spatial_conv`` is a 1x2x2 convolution that inherits
 padding 1 on all three axes, so it adds an empty time slot at either end; ``spatial_pool`` is a 1x2x2 average; both
 ``spatial_*`` have no RegStages and feed tower features straight into layers of decoder width. The reference pools only
 ``linear`` and ``mlp2x_gelu`` over time and refuses other depths; that ``mlpNx_gelu`` pools alike is our assumption.

@@ -10,6 +10,7 @@ from .auroracap import config as auroracap_config
 from .auroracap import weights as auroracap_weights
 from .checkpoint import Checkpoint
 from .config import CaptionerConfig
+from .fields import shown
 from .sources import Shape, Translation
 from .videollama2 import config as videollama2_config
 from .videollama2 import weights as videollama2_weights
@@ -37,6 +38,6 @@ def find_family(checkpoint: Checkpoint) -> Family:
             return family
     kind = checkpoint.config.get("model_type")
     raise CheckpointError(
-        f"{checkpoint.path}: model_type {kind!r} is not a captioner of a known family; known are VideoLLaMA2 "
+        f"{checkpoint.path}: model_type {shown(kind)} is not a captioner of a known family; known are VideoLLaMA2 "
         "(videollama2_mistral, videollama2_qwen2) and AuroraCap (llama with visual_encoder/ and projector/)"
     )

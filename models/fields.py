@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,13 @@ _REQUIRED: Any = object()
 #: No size in a config is larger; a hostile one must not exhaust the memory.
 _LARGEST = 1 << 21
 MOST_LAYERS = 1000
+_SHOWN = 80
+
+
+def shown(value: object) -> str:
+    """A value from a file, short enough for a message."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 class Fields:
@@ -37,29 +43,31 @@ class Fields:
         value = self._require(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
             raise CheckpointError(
-                f"{self.where}: {key} must be a whole number from {minimum} to {maximum}, not {value!r}"
+                f"{self.where}: {key} must be a whole number from {minimum} to {maximum}, not {shown(value)}"
             )
         return value
 
-    def number(self, key: str, default: float = _REQUIRED) -> float:
-        """A finite number above 0."""
+    def number(self, key: str, default: float = _REQUIRED, least: float = 1e-30, most: float = 1e30) -> float:
+        """A number from ``least`` to ``most``, by default any positive one that float32 holds well."""
         value = self._require(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise CheckpointError(f"{self.where}: {key} must be a number above 0, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+            raise CheckpointError(
+                f"{self.where}: {key} must be a number from {least:g} to {most:g}, not {shown(value)}"
+            )
         return float(value)
 
     def text(self, key: str, default: str = _REQUIRED) -> str:
         """A string."""
         value = self._require(key, default)
         if not isinstance(value, str):
-            raise CheckpointError(f"{self.where}: {key} must be a string, not {value!r}")
+            raise CheckpointError(f"{self.where}: {key} must be a string, not {shown(value)}")
         return value
 
     def flag(self, key: str, default: bool = _REQUIRED) -> bool:
         """true or false."""
         value = self._require(key, default)
         if not isinstance(value, bool):
-            raise CheckpointError(f"{self.where}: {key} must be true or false, not {value!r}")
+            raise CheckpointError(f"{self.where}: {key} must be true or false, not {shown(value)}")
         return value
 
     def child(self, key: str) -> Fields | None:
@@ -68,5 +76,5 @@ class Fields:
         if value is None:
             return None
         if not isinstance(value, dict):
-            raise CheckpointError(f"{self.where}: {key} must be an object, not {value!r}")
+            raise CheckpointError(f"{self.where}: {key} must be an object, not {shown(value)}")
         return Fields(value, f"{self.where}: {key}")

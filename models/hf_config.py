@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
 from .config import DecoderConfig, GenerationDefaults, ImageProcessing, VisionConfig
-from .fields import MOST_LAYERS, Fields
+from .fields import MOST_LAYERS, Fields, shown
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -25,7 +25,11 @@ _TOWER_KINDS = {
     "siglip_vision_model": "siglip",
 }
 
-#: Vision towers that released checkpoints name by their hub name without shipping the tower's config (FACTS 1.2, 2.4).
+#: What an epsilon of a norm may be; released models have 1e-6 and 1e-5.
+_EPSILON = {"least": 1e-12, "most": 0.1}
+
+#: Vision towers that released checkpoints name by their hub name without shipping the tower's config (docs/facts.md
+#: 1.2, 2.4).
 BUILTIN_TOWERS: dict[str, dict[str, Any]] = {
     "openai/clip-vit-large-patch14-336": {
         "model_type": "clip_vision_model",
@@ -69,12 +73,14 @@ def read_vision(fields: Fields, select_layer: int = -2, keep: float | None = Non
     """A CLIP or SigLIP tower's config.json, bare or under ``vision_config``."""
     kind = _TOWER_KINDS.get(fields.text("model_type"))
     if kind is None:
-        raise CheckpointError(f"{fields.where}: vision tower {fields.get('model_type')!r} is neither CLIP nor SigLIP")
+        raise CheckpointError(
+            f"{fields.where}: vision tower {shown(fields.get('model_type'))} is neither CLIP nor SigLIP"
+        )
     inner = fields.child("vision_config") or fields
     inner = Fields({**_TOWER_DEFAULTS[kind], **{k: v for k, v in inner.values.items() if v is not None}}, inner.where)
     hidden_act = inner.text("hidden_act")
     if hidden_act not in ("quick_gelu", "gelu", "gelu_pytorch_tanh"):
-        raise CheckpointError(f"{inner.where}: hidden_act {hidden_act!r} is not supported")
+        raise CheckpointError(f"{inner.where}: hidden_act {shown(hidden_act)} is not supported")
     if inner.integer("num_channels", 3) != 3:
         raise CheckpointError(f"{inner.where}: num_channels {inner.get('num_channels')} is not supported, only 3")
     config = VisionConfig(
@@ -85,7 +91,7 @@ def read_vision(fields: Fields, select_layer: int = -2, keep: float | None = Non
         num_heads=inner.integer("num_attention_heads", 12),
         image_size=inner.integer("image_size"),
         patch_size=inner.integer("patch_size"),
-        layer_norm_eps=inner.number("layer_norm_eps"),
+        layer_norm_eps=inner.number("layer_norm_eps", **_EPSILON),
         hidden_act=hidden_act,
         select_layer=select_layer,
         keep=keep,
@@ -114,7 +120,7 @@ def read_image_processing(values: dict[str, Any] | None, where: str, vision: Vis
     fields = Fields(values, where)
     for key, needed in (("do_resize", True), ("do_rescale", True), ("do_normalize", True), ("resample", 3)):
         if fields.get(key, needed) != needed:
-            raise CheckpointError(f"{where}: {key} {fields.get(key)!r} is not supported, only {needed!r}")
+            raise CheckpointError(f"{where}: {key} {shown(fields.get(key))} is not supported, only {needed!r}")
     # transformers' CLIP processor crops unless told otherwise, its SigLIP processor has no crop.
     crops = fields.flag("do_center_crop", vision.kind == "clip")
     edge = fields.get("size", size)
@@ -136,15 +142,16 @@ def read_image_processing(values: dict[str, Any] | None, where: str, vision: Vis
         raise CheckpointError(f"{where}: its size and crop do not give the tower's {size} x {size} pixels")
     mean = _triple(fields, "image_mean", CLIP_MEAN if vision.kind == "clip" else SIGLIP_MEAN)
     std = _triple(fields, "image_std", CLIP_STD if vision.kind == "clip" else SIGLIP_STD)
-    if not all(std):
-        raise CheckpointError(f"{where}: image_std has a zero")
+    if min(std) < 1e-3:
+        raise CheckpointError(f"{where}: image_std must be above 0, not {shown(list(std))}")
     return ImageProcessing("shortest_edge" if shortest else "exact", edge, size, mean, std)
 
 
 def _triple(fields: Fields, key: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
     value = fields.get(key, default)
-    if not isinstance(value, (list, tuple)) or len(value) != 3 or not all(isinstance(v, (int, float)) for v in value):
-        raise CheckpointError(f"{fields.where}: {key} must be three numbers, not {value!r}")
+    numbers = isinstance(value, (list, tuple)) and all(type(v) in (int, float) and abs(v) <= 1e3 for v in value)
+    if not numbers or len(value) != 3:
+        raise CheckpointError(f"{fields.where}: {key} must be three numbers (colours are 0 to 1), not {shown(value)}")
     return float(value[0]), float(value[1]), float(value[2])
 
 
@@ -153,7 +160,9 @@ def read_decoder(fields: Fields, *, qkv_bias: bool, sliding_window: int | None) 
     if fields.get("quantization_config") is not None:
         raise CheckpointError(f"{fields.where}: an already quantized checkpoint is not read; give the original one")
     if fields.text("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"{fields.where}: hidden_act {fields.get('hidden_act')!r} is not supported, only 'silu'")
+        raise CheckpointError(
+            f"{fields.where}: hidden_act {shown(fields.get('hidden_act'))} is not supported, only 'silu'"
+        )
     for key in ("mlp_bias", "attention_bias"):
         if fields.flag(key, False):
             raise CheckpointError(f"{fields.where}: {key} is not supported")
@@ -181,8 +190,8 @@ def read_decoder(fields: Fields, *, qkv_bias: bool, sliding_window: int | None) 
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         vocab_size=fields.integer("vocab_size"),
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope_theta=rope.number("rope_theta", 10000.0),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6, **_EPSILON),
+        rope_theta=rope.number("rope_theta", 10000.0, least=1.0, most=1e12),
         context_length=context if sliding_window is None else min(context, sliding_window),
         rope_factor=_rope_factor(fields),
         qkv_bias=qkv_bias,
@@ -198,8 +207,8 @@ def _rope_factor(fields: Fields) -> float:
     if kind == "default":
         return 1.0
     if kind != "linear":
-        raise CheckpointError(f"{scaling.where}: type {kind!r} is not supported, only 'linear'")
-    return scaling.number("factor")
+        raise CheckpointError(f"{scaling.where}: type {shown(kind)} is not supported, only 'linear'")
+    return scaling.number("factor", least=1e-3, most=1e6)
 
 
 def read_generation(
@@ -216,7 +225,9 @@ def read_generation(
     eos = fields.get("eos_token_id", config.get("eos_token_id"))
     eos = eos if isinstance(eos, list) else [eos]
     if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in eos):
-        raise CheckpointError(f"eos_token_id must be token ids, not {eos!r} (generation_config.json or config.json)")
+        raise CheckpointError(
+            f"eos_token_id must be token ids, not {shown(eos)} (generation_config.json or config.json)"
+        )
     if extra_eos is not None and extra_eos not in eos:
         eos = [*eos, extra_eos]
     defaults = GenerationDefaults(eos_token_ids=tuple(eos))
@@ -225,7 +236,7 @@ def read_generation(
         sampling = (temperature, _share(fields, "top_p", defaults.top_p, 1.0))
     return GenerationDefaults(
         eos_token_ids=tuple(eos),
-        repetition_penalty=fields.number("repetition_penalty", 1.0),
+        repetition_penalty=fields.number("repetition_penalty", 1.0, least=1e-2, most=100.0),
         # transformers' own default, which holds whenever the file does not set another.
         top_k=fields.integer("top_k", 50, minimum=0),
         temperature=sampling[0],
@@ -236,6 +247,6 @@ def read_generation(
 def _share(fields: Fields, key: str, default: float, most: float) -> float:
     value = fields.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
-        raise CheckpointError(f"{fields.where}: {key} must be a number from 0 to {most:g}, not {value!r}")
+        raise CheckpointError(f"{fields.where}: {key} must be a number from 0 to {most:g}, not {shown(value)}")
     # 0 is how some files say "greedy"; it is no temperature to sample at.
     return float(value) or default

@@ -2,7 +2,7 @@
 
 The schedule and the variant are those of AuroraCap's encoder (xtuner ``model/aurora.py``, ``model/tome.py``): the same
 number of tokens is merged in every layer, between the attention residual and the MLP, and the class token is kept out
-of it. Every shape is static: the selections are TopK, the sums are products with one-hot matrices, which is also
+of it. Every shape is static: the selections are TopK, the sums are matmuls with one-hot matrices, which is also
 deterministic on a GPU where a scatter-add is not.
 """
 

@@ -1,10 +1,10 @@
 """Random-weight checkpoints in the released layout of VideoLLaMA2.1-7B-AV, for measuring and for the demo.
 
-Names, shapes and files are those of the release (FACTS 1.1 to 1.4, 1.7): sharded bf16 safetensors with an index; the
-audio tower and its projector both inside the shards and beside them as bf16 pickles, the pickle holding the tied table
-of relative positions once (which brings ``audio_tower.bin`` within 405 of the released 181,514,532 bytes); the vision
-tower's unused last layer, norm and head; generation defaults; a tokenizer of our own, its special tokens at Qwen2's
-ids.
+Names, shapes and files are those of the release (docs/facts.md 1.1 to 1.4, 1.7): sharded bf16 safetensors with an
+index; the audio tower and its projector both inside the shards and beside them as bf16 pickles, the pickle holding the
+tied table of relative positions once (which brings ``audio_tower.bin`` within 405 of the released 181,514,532 bytes);
+the vision tower's unused last layer, norm and head; generation defaults; a tokenizer of our own, its special tokens at
+Qwen2's ids.
 
 Every tensor is drawn from its own generator, seeded by its name, straight into bf16 (220 million values a second on one
 core: no tricks needed), and leaves memory before the next one comes. The two pickles are the most held at once.
@@ -197,7 +197,7 @@ def _write_tokenizer(folder: Path, size: Size, text: Sequence[str] | None) -> di
 
 
 def _config_files(size: Size, specials: dict[str, int]) -> dict[str, Any]:
-    """The JSON files, by name (FACTS 1.1, 1.7)."""
+    """The JSON files, by name (docs/facts.md 1.1, 1.7)."""
     d, v, a = size.decoder, size.vision, size.audio
     bos, eos = specials[ENDOFTEXT], specials[IM_END]
     config: dict[str, Any] = {

@@ -1,4 +1,5 @@
-"""Names, shapes and spreads of every tensor of a checkpoint in the layout of VideoLLaMA2.1-7B-AV (FACTS 1.1 to 1.4)."""
+"""Names, shapes and spreads of every tensor of a checkpoint in the layout of VideoLLaMA2.1-7B-AV (docs/facts.md 1.1 to
+1.4)."""
 
 from __future__ import annotations
 

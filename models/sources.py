@@ -30,7 +30,7 @@ def _alone(tensor: Tensor) -> tuple[Tensor]:
 class Source:
     """``build(*tensors)`` of the checkpoint's tensors ``names``, which must have ``shapes``.
 
-    ``split`` is the way back: an entry's value to tensors of which ``build`` makes it again.
+    ``split`` is the inverse: it gives tensors from which ``build`` makes the entry's value again.
     """
 
     names: tuple[str, ...]

@@ -18,7 +18,7 @@ from .inference import FloatArray, Inference
 if TYPE_CHECKING:
     from .ort_cuda import OrtProgram
 
-#: What a bundle can run on by the form of its graphs, the best first. ``cuda`` wants float16 products, too.
+#: The devices for each dialect, the best first. ``cuda`` also needs float16 matmuls.
 _DEVICES = {"ort": ("cuda", "cpu"), "standard": ("tensorrt-rtx", "tensorrt"), "plain": ("tensorrt-10.3",)}
 DEVICES = ("auto", *dict.fromkeys(device for devices in _DEVICES.values() for device in devices))
 

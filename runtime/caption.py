@@ -53,7 +53,7 @@ class Caption:
 
     @property
     def mean_logprob(self) -> float:
-        """Mean token log-likelihood: the confidence that LeanPO uses as its reward (FACTS 3)."""
+        """Mean token log-likelihood: the confidence that LeanPO uses as its reward (docs/facts.md 3)."""
         return float(np.mean(self.token_logprobs))
 
 

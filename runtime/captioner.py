@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypedDict
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
 from ..errors import DeadlineError, OptionError
 from .backends import Backend, Decoder, Options, OrtBackend, open_backend
@@ -25,11 +23,12 @@ from .decoding import Decoding, Scheduler, Token, TokenSearch, generate, log_lik
 from .encoder import EncodedClip, Encoder
 from .guard import Guard
 from .inference import FloatArray, Inference
+from .prepared import MediaOptions, PreparedClip, Source
 from .reading import TIME_LIMIT, Readers, can_start_workers
 from .runner import Runner
 from .task import CaptionTask, Model
-from .text import check_text
-from .timing import Progress, Stages
+from .text import check_text, load_tokenizer
+from .timing import Progress, Stages, deadline_at
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -38,46 +37,12 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-Source = str | os.PathLike[str]
-
 #: Captions that ``caption_batch`` and ``candidates`` generate together unless told otherwise: beyond 8 rows the tokens
 #: per second hardly grow on a CPU (benchmarks/results).
 DEFAULT_ROWS = 8
 #: Rows are made a multiple of so many tokens long, so that the next clip, a little longer, finds them long enough, and
 #: that there are few sizes: on a GPU cuDNN plans its attention for each.
 _LENGTH_STEP = 256
-
-
-class MediaOptions(TypedDict, total=False):
-    """What of a source is looked at and listened to, and in how many tokens.
-
-    ``audio=False`` leaves the sound out. ``frames`` uint8 ``[T, H, W, 3]`` RGB; ``waveform`` float (in [-1, 1]) or
-    int16, mono or with channels, at ``sample_rate`` Hz: in place of a file. ``start`` and ``end``: a span in seconds.
-    ``duplicates``: drop sampled frames that differ by no more grey levels than this from the last one kept.
-    ``visual_tokens``: a ratio (float up to 1) or a number (int) of visual tokens to keep of the clip.
-    """
-
-    audio: bool
-    frames: npt.ArrayLike | None
-    waveform: npt.ArrayLike | None
-    sample_rate: int | None
-    start: float | None
-    end: float | None
-    duplicates: float | None
-    visual_tokens: int | float | None
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class PreparedClip:
-    """A clip that was read and encoded, for any number of captions with different instructions."""
-
-    clip: Clip
-    encoded: EncodedClip
-
-    def __repr__(self) -> str:
-        frames = 0 if self.clip.frames is None else len(self.clip.frames)
-        parts = [self.clip.mode, f"{frames} frames", f"{sum(map(len, self.encoded.blocks))} tokens"]
-        return f"PreparedClip({', '.join(parts)})"
 
 
 class Captioner:
@@ -94,7 +59,7 @@ class Captioner:
     ) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
-        self.tokenizer = Tokenizer.from_file(os.fspath(bundle.file("tokenizer.json")))
+        self.tokenizer = load_tokenizer(bundle.file("tokenizer.json"))
         self._backend: Backend | None = OrtBackend(bundle) if backend is None else backend
         self.encoder = Encoder(bundle, self.tokenizer, self._backend, staged)
         self._staged, self.device_notes = staged, tuple(notes)
@@ -162,7 +127,8 @@ class Captioner:
         """
         with self._guard.close() as was_open:
             if was_open:
-                self.device  # noqa: B018 - the backend's last word, for those who ask later
+                # What ``device`` says from now on.
+                self._device = self.device
                 self.encoder.close()
                 self._scheduler = self._decoder = self._backend = None
                 if self.readers is not None:
@@ -240,7 +206,7 @@ class Captioner:
         one, or one that ``confidence`` decides on) it comes in one piece. Closing the stream keeps the caption so far.
         Other calls, also of this thread, work while it is open.
         """
-        until = _until(deadline)
+        until = deadline_at(deadline)
         stages = Stages(progress, until)
         with self._guard.use():
             task = self._task(source, prompt, decoding or Decoding(), stages, media)
@@ -269,7 +235,7 @@ class Captioner:
         ``OptionError`` for a strategy that knows one caption only.
         """
         with self._guard.use():
-            return self._candidates(source, count, prompt, decoding, _until(deadline), rows, progress, media)
+            return self._candidates(source, count, prompt, decoding, deadline_at(deadline), rows, progress, media)
 
     def _candidates(
         self,
@@ -331,8 +297,8 @@ class Captioner:
         A caption is the same as alone, token by token, whatever else is under way. Items are taken as they are needed;
         one that cannot be captioned gives a result with an ``error`` and does not stop the others. ``rows``: captions
         generated together (8, or as many as fit into ``memory``: bytes of cache). ``OptionError`` when not even one
-        fits. ``progress`` hears ``("captions", done, 0)``. Beside the cache, what is held at once are the clips of
-        the rows and ``batching.READ_AHEAD`` more. ``isolate``: files are read in processes of their own, so that one
+        fits. ``progress`` hears ``("captions", done, 0)``. Beside the cache, what is held at once are the tokens of
+        the clips of the rows and ``batching.READ_AHEAD`` clips with their frames. ``isolate``: files are read in processes of their own, so that one
         that crashes a decoder, or takes more than ``item_timeout`` seconds to read, costs only its own caption.
         """
         how = decoding or Decoding()
@@ -587,15 +553,6 @@ def _drop_frames(clip: Clip, decoding: Decoding) -> None:
     """Free the frames of a clip that is encoded for one caption. A noise contrast makes its view of them."""
     if decoding.contrast != "noise":
         clip.frames = None
-
-
-def _until(deadline: float | None) -> float | None:
-    """A deadline in the seconds of ``time.perf_counter``. ``OptionError`` for one that is no time to come."""
-    if deadline is None:
-        return None
-    if not (isinstance(deadline, (int, float)) and math.isfinite(deadline) and deadline > 0):
-        raise OptionError(f"deadline must be a number of seconds above 0, not {deadline!r}")
-    return time.perf_counter() + deadline
 
 
 def _rounded(max_length: int, longest: int) -> int:

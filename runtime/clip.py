@@ -14,7 +14,7 @@ from .bundle import AudioSpec, Preprocessing
 from .inference import FloatArray
 from .media import Media, as_frames, as_waveform, open_media
 from .media.doors import media_errors
-from .preprocess.audio import audio_policy, resample, video_policy
+from .preprocess.audio import audio_policy, clip_bounds, join_clips, resample, video_policy
 from .preprocess.duplicates import check_threshold, distinct_frames
 from .preprocess.frames import sample_indices, span_frames
 from .timing import Stages
@@ -221,8 +221,8 @@ def _take_sound(clip: Clip, media: Media, spec: AudioSpec, span: _Span) -> None:
         clip.sound = audio_policy(sound.samples, sound.sample_rate)
         return
     try:
-        heard = media.read_audio(spec.sample_rate, span.length, span.offset, timed=not span.whole)
-        clip.sound = video_policy(heard.samples)
+        clips = media.read_audio_parts(spec.sample_rate, clip_bounds, span.length, span.offset, timed=not span.whole)
+        clip.sound = join_clips(clips)
     except MediaError as error:
         # The reference hears 30 s of silence here; the pictures alone say as much, at half the tokens.
         clip.notes.append(f"the sound cannot be used ({error}): captioned from the pictures alone")

@@ -1,7 +1,7 @@
-"""Fewer visual tokens without training: the most alike ones of a clip are merged between connector and decoder.
+"""Fewer visual tokens without training: the most similar tokens of a clip are merged between connector and decoder.
 
-Bipartite soft matching as in Bolya et al., "Token Merging: Your ViT But Faster" (2023), applied once to the tokens that
-leave the connector instead of in every layer of a tower. Shapes: N tokens of a clip, M tokens wanted, H their width.
+This is bipartite soft matching (Bolya et al., "Token Merging: Your ViT But Faster", 2023). It runs once on the output
+of the connector instead of in every layer of a tower. Shapes: N tokens of a clip, M wanted tokens, H their width.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import numpy.typing as npt
 from ..errors import OptionError
 from .inference import FloatArray
 
-#: Rows of the similarity matrix that are held at once.
+#: Rows of the similarity matrix that are computed at once.
 _CHUNK = 512
 
 
 def check_visual_tokens(value: object) -> None:
-    """``OptionError`` unless ``value`` is a ratio in (0, 1] (a float), a number of tokens (a whole number), or None."""
+    """``OptionError`` unless ``value`` is a ratio in (0, 1] (a float), a number of tokens (an int) or ``None``."""
     if value is None:
         return
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
@@ -28,7 +28,7 @@ def check_visual_tokens(value: object) -> None:
 
 
 def wanted_tokens(setting: int | float | None, available: int) -> int:
-    """The number M of tokens, 1 to ``available``, that a setting asks for of what is there; a ratio is rounded."""
+    """The number M of tokens (1 to ``available``) that a setting asks for. A ratio is rounded."""
     if setting is None:
         return available
     count = round(setting * available) if isinstance(setting, float) else setting
@@ -36,11 +36,11 @@ def wanted_tokens(setting: int | float | None, available: int) -> int:
 
 
 def merge_tokens(tokens: FloatArray, count: int) -> tuple[FloatArray, npt.NDArray[np.int64]]:
-    """Merge ``tokens [N, H]`` to ``[count, H]``; also how many of the N each stands for, int64 ``[count]``.
+    """Merge ``tokens [N, H]`` to ``[count, H]``; also returns how many of the N each one stands for, int64 ``[count]``.
 
-    In rounds: the tokens at even places (A) each look for the most alike one (cosine) at the odd places (B); the best
-    pairs, no more than are needed, become one token in B's place, the mean weighted by what they stand for. The order
-    of the places is kept. Ties go to the earlier token. ``ValueError`` for a count outside 1 to N.
+    A round pairs each token at an even place (A) with the most similar token (cosine) at an odd place (B). The best
+    pairs, no more than needed, become one token at B's place: their mean, weighted by the tokens that they stand for.
+    The order of the places is kept. Ties go to the earlier token. ``ValueError`` for a count outside 1 to N.
     """
     if not 1 <= count <= len(tokens):
         raise ValueError(f"{len(tokens)} tokens cannot become {count}")
@@ -53,7 +53,7 @@ def merge_tokens(tokens: FloatArray, count: int) -> tuple[FloatArray, npt.NDArra
 def _merge_round(
     values: FloatArray, sizes: npt.NDArray[np.int64], surplus: int
 ) -> tuple[FloatArray, npt.NDArray[np.int64]]:
-    """One round that merges ``surplus`` pairs, or every token of A where that is fewer."""
+    """One round. It merges ``surplus`` pairs, or every token of A if there are fewer."""
     directions = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), np.finfo(np.float32).tiny)
     a, b = directions[::2], directions[1::2]
     best, partner = np.empty(len(a), np.float32), np.empty(len(a), np.int64)

@@ -1,7 +1,8 @@
 """Contrasted views of a clip: what a captioner sees in the stream whose logits are taken off in contrastive decoding.
 
-``temporal``: the same video with a third of its frames (SynPO ``inference_cd_retro.py``, FACTS 2.3). ``noise``: the
-same frames under diffusion noise (VCD ``vcd_utils/vcd_add_noise.py``, FACTS 4). The sound stays as it is in both.
+``temporal``: the same video with a third of its frames (SynPO ``inference_cd_retro.py``, docs/facts.md 2.3). ``noise``:
+the same frames under diffusion noise (VCD ``vcd_utils/vcd_add_noise.py``, docs/facts.md 4). The sound stays as it is in
+both.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The GPU at hand, by way of cuda-python: memory, copies, one stream, captured graphs. Nothing here knows TensorRT."""
+"""The GPU of this machine through cuda-python: memory, copies, one stream, captured graphs. It knows no TensorRT."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Array = npt.NDArray[Any]
 
 
 class Memory(Protocol):
-    """Bytes on a device, from ``address``; freed with the object."""
+    """``size`` bytes on a device from ``address`` on. They are freed with the object."""
 
     address: int
     size: int
 
 
 class Device(Protocol):
-    """What a session asks of a GPU. Work is queued on one stream, in order; ``synchronize`` waits for it.
+    """What a session needs of a GPU. Work is queued on one stream, in order; ``synchronize`` waits for it.
 
-    ``uploaded`` arrays must stay as they are until then, ``downloaded`` ones are filled by then.
+    Until then arrays of ``upload`` must not change, and arrays of ``download`` are not filled.
     """
 
     stream: int
@@ -42,7 +42,7 @@ class Device(Protocol):
 
 
 class Cuda:
-    """A CUDA device. ``TargetError`` where cuda-python, the driver or the GPU is missing."""
+    """A CUDA device. ``TargetError`` if cuda-python, the driver or the GPU is missing."""
 
     def __init__(self, index: int = 0) -> None:
         try:
@@ -61,15 +61,15 @@ class Cuda:
 
     @property
     def memory(self) -> tuple[int, int]:
-        """Free and all bytes."""
+        """Free bytes and all bytes."""
         return self._check(self._api.cudaMemGetInfo())
 
     def allocate(self, size: int) -> Memory:
-        """``size`` bytes. ``TargetError`` where the device has not as many left."""
+        """``size`` bytes. ``TargetError`` if the device has fewer left."""
         return _Allocation(self, size)
 
     def pinned(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        """An array that the device copies from and to without a detour; freed with its last view."""
+        """An array that the device copies from and to directly. It is freed with its last view."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         address = self._check(self._api.cudaHostAlloc(max(size, 1), self._api.cudaHostAllocDefault))
         view = (ctypes.c_uint8 * size).from_address(int(address))
@@ -85,7 +85,7 @@ class Cuda:
         self._check(self._api.cudaMemcpyAsync(array.ctypes.data, address, array.nbytes, kind, self.stream))
 
     def copy(self, target: int, source: int, width: int, height: int, pitch: int) -> None:
-        """``height`` runs of ``width`` bytes, ``pitch`` bytes apart, from one place on the device to another."""
+        """Copy ``height`` runs of ``width`` bytes, ``pitch`` bytes apart, from one address on the device to another."""
         kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self._check(self._api.cudaMemcpy2DAsync(target, pitch, source, pitch, width, height, kind, self.stream))
 
@@ -96,12 +96,14 @@ class Cuda:
         self._check(self._api.cudaStreamSynchronize(self.stream))
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What ``work`` queues, as one launch that can be repeated. It must have run once before, and lives on with
-        the launch: the memory that it works in belongs to it."""
+        """Capture what ``work`` queues as one launch that can be repeated.
+
+        ``work`` must have run once before. It lives as long as the launch, because it owns the memory that is used.
+        """
         return _Captured(self, work)
 
     def timer(self) -> EventTimer:
-        """Times what is queued inside its ``with`` block, on the device's own clock."""
+        """Times the work that is queued in its ``with`` block, by the clock of the device."""
         return EventTimer(self)
 
     def _check(self, result: tuple[Any, ...]) -> Any:
@@ -112,7 +114,7 @@ class Cuda:
 
 
 class EventTimer:
-    """``seconds`` of a ``with`` block, once it has ended."""
+    """``seconds`` of a ``with`` block, after its end."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda, self.seconds = cuda, 0.0
@@ -134,7 +136,7 @@ class EventTimer:
 
 
 class _Captured:
-    """A captured graph; freed before what it works in."""
+    """A captured graph. It is freed before the memory that it uses."""
 
     def __init__(self, cuda: Cuda, work: Callable[[], None]) -> None:
         self._cuda, self._work, api = cuda, work, cuda._api
@@ -143,7 +145,7 @@ class _Captured:
         try:
             work()
         except BaseException:
-            # What broke the capture is what matters, not that it is broken.
+            # Raise the first error, not the one about the broken capture.
             _, graph = api.cudaStreamEndCapture(cuda.stream)
             api.cudaGraphDestroy(graph)
             raise

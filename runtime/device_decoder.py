@@ -1,9 +1,9 @@
-"""The decoder on a GPU, behind the ``Inference`` seam, whatever runs its graph.
+"""The decoder on a GPU with the interface ``Inference``, for every runtime that can run its graph.
 
-The key/value cache and everything that a step reads or writes have fixed places on the device, so that a step of n rows
-can be captured once and then launched. A layer's cache is the input ``past`` and the output ``present`` of the graph at
-one address: a step writes one slot of it and copies nothing. Where the bundle has a selection graph, it runs right
-behind the step, and what crosses the bus is a shortlist of each row instead of its logits.
+The key/value cache and all inputs and outputs of a step have fixed addresses on the device, so that a step of n rows
+can be captured once and then launched. The input ``past`` and the output ``present`` of a layer share one address: a
+step writes one slot of the cache and copies nothing. If the bundle has a selection graph, it runs right after the step.
+Then a shortlist of each row crosses the bus instead of its logits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Context(Protocol):
     """One set of addresses and shapes to run a graph with."""
 
     def bind(self, addresses: Mapping[str, int], shapes: Mapping[str, Shape]) -> None:
-        """Tensors, by name, to their addresses; ``shapes`` has those of all of them."""
+        """Bind tensors, by name, to their addresses. ``shapes`` has the shapes of all of them."""
         ...
 
     def run(self) -> None:
@@ -34,13 +34,15 @@ class Context(Protocol):
         ...
 
     def repeatable(self, work: Callable[[], None]) -> Callable[[], None]:
-        """``work``, which runs this context and ran once before, in the form in which it is launched over and over with
-        nothing changed but what lies at the addresses."""
+        """A form of ``work`` that can be launched many times while only the contents of the addresses change.
+
+        ``work`` runs this context and has run once before.
+        """
         ...
 
 
 class Program(Protocol):
-    """A graph that is loaded on a device. ``inputs`` has the names of those of its tensors that are given."""
+    """A graph that is loaded on a device. ``inputs`` has the names of its input tensors."""
 
     @property
     def device(self) -> Device: ...
@@ -81,7 +83,7 @@ class DeviceInference:
         names = [f"{layer}.{part}" for layer in range(spec.num_layers) for part in ("key", "value")]
         self._cache = {name: device.allocate(rows * self._row_bytes) for name in names}
         for memory in self._cache.values():
-            # What was never written is masked, but must be a number: zero times NaN is NaN.
+            # Slots that were never written are masked, but must hold numbers: zero times NaN is NaN.
             device.zero(memory.address, memory.size)
         most = max(chunk, rows)
         self._given = _Uploads(
@@ -90,8 +92,8 @@ class DeviceInference:
             lengths=device.pinned((rows,), np.int32),
             logits_index=device.pinned((most,), np.int64),
         )
-        #: Read where a run is queued, on the host, by the programs that want it. A captured step keeps the value that
-        #: it was captured with, so that of a step is the most that it can be.
+        #: Some programs read this on the host when a run is queued. A captured step keeps the value of its capture, so
+        #: for steps it is always the largest possible value.
         self._total_length = {phase: np.full((), max_length, np.int32) for phase in (PREFILL, STEP)}
         self._logits = device.pinned((rows, 1, spec.vocab_size), np.float32)
         self._logits_place = device.allocate(self._logits.nbytes)
@@ -184,11 +186,11 @@ class DeviceInference:
         self._device.synchronize()
 
     def _first_step(self, count: int, select: bool) -> Callable[[], None]:
-        """Run a step of ``count`` rows; returns what runs the next ones."""
+        """Run a step of ``count`` rows and return the function that runs the next ones."""
         context = self._decoder.context(STEP)
         self._bind(context, STEP, 0, count, 1, 1, self._logits_place.address)
         chosen = self._selection.bind(count, self._logits_place.address) if select and self._selection else None
-        # Not through ``self``: it keeps this function, and the cache is to be freed as soon as it is let go.
+        # No reference to ``self``: it keeps this function, and a cycle would delay the release of the cache.
         given, device, logits, place = self._given, self._device, self._logits[:count], self._logits_place
 
         def work() -> None:
@@ -199,7 +201,7 @@ class DeviceInference:
             else:
                 chosen()
 
-        # The first run settles what follows from the shapes, which cannot be captured.
+        # The first run sets up what depends on the shapes. That cannot be captured.
         work()
         device.synchronize()
         return context.repeatable(work)
@@ -209,7 +211,7 @@ class DeviceInference:
             return
         heads, at, width = self._spec.num_kv_heads, start * self._token_bytes, stop - start
         width *= self._token_bytes
-        # Where a row is both source and target, all sources are set aside first.
+        # If a row is both source and target, all sources are copied aside first.
         aside = bool(set(moves) & set(moves.values()))
         spare = self._device.allocate(len(moves) * self._row_bytes) if aside else None
         for memory in self._cache.values():
@@ -243,7 +245,7 @@ class DeviceInference:
         context.bind(addresses, shapes)
 
     def _prefill_logits(self, asked: int) -> Memory:
-        """Room on the device for the logits of a chunk: that of a step is enough but for forced tokens and scores."""
+        """Memory on the device for the logits of a chunk. Only forced tokens and scores need more than a step does."""
         if asked <= self.rows:
             return self._logits_place
         size = asked * self._spec.vocab_size * 4
@@ -253,8 +255,11 @@ class DeviceInference:
 
 
 class Selection:
-    """The selection graph (``export/selection.py``) behind a step: of every row the ``count`` best tokens of its
-    scores, which are its logits or a contrast with those of another row."""
+    """The selection graph (``export/selection.py``), which runs after a step.
+
+    For every row it gives the ``count`` tokens with the best scores. The scores are the logits of the row or their
+    contrast with the logits of another row.
+    """
 
     def __init__(self, program: Program, rows: int, vocab_size: int, count: int) -> None:
         self._program, self._device, self._vocab_size, self.size = program, program.device, vocab_size, count
@@ -274,7 +279,7 @@ class Selection:
         self._places = {name: device.allocate(array.nbytes) for name, array in self._made.items()}
 
     def ask(self, choices: Sequence[Choice], count: int) -> None:
-        """What is to be made of the first ``count`` rows."""
+        """Set how the scores of the first ``count`` rows are computed."""
         arrays = self._given.arrays
         arrays["other"][:count], arrays["alpha"][:count], arrays["log_beta"][:count] = np.arange(count), 0, -np.inf
         for choice in choices:
@@ -283,7 +288,10 @@ class Selection:
                 arrays["log_beta"][choice.row] = choice.log_beta
 
     def bind(self, count: int, logits: int) -> Callable[[], None]:
-        """What queues the selection of the first ``count`` rows, whose logits lie at an address."""
+        """The function that queues the selection of the first ``count`` rows.
+
+        ``logits`` is the address of their logits.
+        """
         context = self._program.context(STEP)
         addresses = self._given.addresses | {"logits": logits}
         addresses |= {name: place.address for name, place in self._places.items()}
@@ -302,7 +310,7 @@ class Selection:
         return work
 
     def shortlists(self, choices: Sequence[Choice], fetch: Callable[[], FloatArray]) -> list[Shortlist]:
-        """What was made of the rows that were asked for; ``fetch`` gets the logits of all rows."""
+        """The shortlists of the rows that were asked for. ``fetch`` gets the logits of all rows."""
         return [
             Shortlist(
                 ids=self._made["ids"][row],
@@ -317,7 +325,7 @@ class Selection:
 
 
 class _Uploads:
-    """Arrays in pinned memory and their places on the device."""
+    """Arrays in pinned memory and their addresses on the device."""
 
     def __init__(self, device: Device, **arrays: Array) -> None:
         self._device, self.arrays = device, arrays
@@ -328,6 +336,6 @@ class _Uploads:
         return {name: place.address for name, place in self._places.items()}
 
     def queue(self, **counts: int) -> None:
-        """Queue the first entries of each."""
+        """Queue the upload of the first entries of each array."""
         for name, count in counts.items():
             self._device.upload(self._places[name].address, self.arrays[name][:count])

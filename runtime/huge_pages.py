@@ -1,8 +1,8 @@
-"""Weights on huge pages, where the system lets a process ask for them.
+"""Weights on huge pages, if the system lets a process ask for them.
 
-A decoding step reads every weight once, and on pages of 4 KiB a good part of its time goes into address translation:
-the decoder at the 0.5 B shape takes 0.90 of the time on pages of 2 MiB (``benchmarks/decode.py``). Debian, Ubuntu
-and JetPack ship the setting ``madvise``, under which nothing gets them that does not ask.
+A decode step reads every weight once. With pages of 4 KiB, address translation takes a good part of its time: with
+pages of 2 MiB a step at the 0.5 B shape takes 0.90 of the time (``benchmarks/decode.py``). Debian, Ubuntu and JetPack
+ship the setting ``madvise``: a process gets huge pages only if it asks for them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Span = tuple[int, int]
 
 @contextmanager
 def huge_pages() -> Iterator[None]:
-    """Move what the block allocates, in pieces of 2 MiB and more, onto huge pages when it ends.
+    """At the end of the ``with`` block, move the memory that it allocated (pieces of 2 MiB and more) to huge pages.
 
-    Linux only; elsewhere, and on a kernel that refuses, nothing happens and nothing is said: the memory is the same
-    memory, only slower to find. Kernels before 6.1 cannot move pages at once and do so in the background.
+    Linux only. Elsewhere, or if the kernel refuses, nothing changes and nothing is printed: only the speed differs.
+    Kernels before 6.1 cannot move pages at once and do so in the background.
     """
     before = _anonymous()
     yield
@@ -42,7 +42,7 @@ def huge_pages() -> Iterator[None]:
 
 
 def _anonymous() -> list[Span]:
-    """The process's own writable memory that is of no file, in order of address."""
+    """The process's private writable memory without a file behind it, in order of address."""
     try:
         lines = _MAPS.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -57,7 +57,7 @@ def _anonymous() -> list[Span]:
 
 
 def _without(spans: list[Span], taken: list[Span]) -> list[Span]:
-    """``spans`` less what lies in ``taken``; both in order and each without overlaps."""
+    """``spans`` without the parts that lie in ``taken``. Both are in order and without overlaps."""
     left = []
     for start, end in spans:
         for other_start, other_end in taken:

@@ -1,8 +1,8 @@
 """The decoder's graph on ONNX Runtime's CUDA provider: a ``Program`` of ``device_decoder``.
 
-Memory is ours, by raw addresses, and so is the stream. A step is captured by ONNX Runtime itself, which runs it until
-its memory is settled, records it under a number of the caller's choice, and replays what it has recorded under that
-number (provider option ``enable_cuda_graph``, run option ``gpu_graph_id``). A capture around its runs it does not bear.
+We own the memory (raw addresses) and the stream. ONNX Runtime captures a step itself: it runs the step until its memory
+no longer changes, records it under a number that the caller chooses, and replays the recording of that number (provider
+option ``enable_cuda_graph``, run option ``gpu_graph_id``). ONNX Runtime does not support being captured from outside.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from .inference import FloatArray
 from .ort import Provider, check_context, load_onnxruntime, open_session
 
 CUDA = "CUDAExecutionProvider"
-#: Prompt tokens of one run, of which most prompts are one. It bounds the activations (0.6 GB at 7 B, reckoned);
-#: attention over the cache keeps no table of scores. A run turns all int4 weights into float16 once, 6 ms of an H100
-#: at 7 B.
+#: The most prompt tokens of one run; most prompts need one run. The number bounds the activations (0.6 GB at 7 B, by
+#: calculation): attention over the cache keeps no table of scores. Each run converts all int4 weights to float16 once,
+#: which takes 6 ms on an H100 at 7 B.
 PREFILL_CHUNK = 4096
-#: Read on the host when a run is queued (GroupQueryAttention's ``total_sequence_length``).
+#: Inputs that are read on the host when a run is queued (GroupQueryAttention's ``total_sequence_length``).
 _ON_HOST = ("total_length",)
 _TYPES = {
     "tensor(float)": np.float32,
@@ -43,43 +43,46 @@ _TYPES = {
 
 
 def load_cuda_provider() -> str:
-    """Make the CUDA provider ready; returns ONNX Runtime's version. ``TargetError`` where it is a build without one."""
+    """Load the CUDA provider and return ONNX Runtime's version. ``TargetError`` if this build has no CUDA."""
     runtime = load_onnxruntime()
     if CUDA not in runtime.get_available_providers():
         raise TargetError(
             f"ONNX Runtime {runtime.__version__} is a build without CUDA: pip uninstall onnxruntime, then pip install "
             "'intertitle[cuda]'"
         )
-    # Its warnings about what it cannot load come by the dozen lines; the session's absence is told in one.
+    # ONNX Runtime prints dozens of warnings about libraries that do not load. Our error says it in one line.
     runtime.set_default_logger_severity(4)
-    # CUDA's libraries may have come with pip, where nothing else would look. What is not found is printed to where
-    # captions go; the session then says so once more.
+    # CUDA's libraries may have been installed by pip, where the loader does not look. ``preload_dlls`` prints missing
+    # ones to stdout, where captions go; opening the session reports them anyway.
     with contextlib.redirect_stdout(io.StringIO()):
         runtime.preload_dlls()
     return str(runtime.__version__)
 
 
 def cuda_provider(device: Device, options: Mapping[str, str], captures: bool) -> Provider:
-    """The CUDA provider on a device's stream; ``options`` of the caller go over ours."""
+    """The CUDA provider on a device's stream. The caller's ``options`` replace ours."""
     ours = {
         "device_id": "0",
         "user_compute_stream": str(device.stream),
-        # Twice what is asked for, the default, is too much where memory is shared with the processor.
+        # The default doubles each request. That is too much where the GPU shares the CPU's memory.
         "arena_extend_strategy": "kSameAsRequested",
         "enable_cuda_graph": "1" if captures else "0",
-        # What the towers compare tokens by is float32, and which two are merged hangs on its last bits.
+        # AuroraCap's towers compare tokens in float32, and the last bits decide which two tokens are merged.
         "use_tf32": "0",
     }
     return CUDA, ours | dict(options)
 
 
 def open_cuda_session(graph: Path, device: Device, options: Mapping[str, str], captures: bool = False) -> Any:
-    """A session that runs on the device. ``TargetError`` where the provider does not load or memory does not suffice,
-    ``BundleError`` when the graph cannot be loaded."""
+    """A session that runs on the device.
+
+    ``TargetError`` if the provider does not load or memory does not suffice, ``BundleError`` if the graph cannot be
+    loaded.
+    """
     with device_errors(graph.name):
         session = open_session(graph, providers=[cuda_provider(device, options, captures)])
     if CUDA not in session.get_providers():
-        # ONNX Runtime goes on without a provider that it cannot load.
+        # ONNX Runtime continues without a provider that it cannot load.
         raise TargetError(
             f"ONNX Runtime's CUDA provider does not load ({_why_not_loaded()}): pip install 'intertitle[cuda]' brings "
             "CUDA's libraries and cuDNN"
@@ -88,7 +91,7 @@ def open_cuda_session(graph: Path, device: Device, options: Mapping[str, str], c
 
 
 def _why_not_loaded() -> str:
-    """The system's own words about the provider's library; ONNX Runtime logs them and does not hand them out."""
+    """What the dynamic loader says about the provider's library. ONNX Runtime logs it but does not return it."""
     library = Path(load_onnxruntime().__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
     try:
         ctypes.CDLL(os.fspath(library))
@@ -99,7 +102,7 @@ def _why_not_loaded() -> str:
 
 @contextlib.contextmanager
 def device_errors(what: str) -> Iterator[None]:
-    """What ONNX Runtime raises inside of the ``with`` block as a ``TargetError`` of one line; memory by its name."""
+    """Turn errors of ONNX Runtime in the ``with`` block into a ``TargetError`` of one line; it names lack of memory."""
     try:
         yield
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
@@ -114,7 +117,7 @@ def device_errors(what: str) -> Iterator[None]:
 
 
 class OrtProgram:
-    """A graph with all its tensors at given addresses. ``captured``: whether its steps are."""
+    """A graph whose tensors all have given addresses. ``captured``: whether its steps are captured."""
 
     def __init__(self, session: Any, device: Device, name: str, captured: bool = True) -> None:
         self.session, self.device, self.name, self.captured = session, device, name, captured
@@ -124,10 +127,9 @@ class OrtProgram:
 
     @classmethod
     def open(cls, graph: Path, device: Device, options: Mapping[str, str]) -> OrtProgram:
-        """Raises what ``open_cuda_session`` does.
+        """Open a graph; raises what ``open_cuda_session`` raises.
 
-        A session that ONNX Runtime will not capture (it has nodes that this version leaves to the processor) runs
-        without.
+        If ONNX Runtime refuses to capture the session (some nodes run on the CPU in this version), it runs uncaptured.
         """
         name = graph.name.split(".")[0]
         try:
@@ -139,7 +141,7 @@ class OrtProgram:
             return cls(open_cuda_session(graph, device, options, captures=False), device, name, captured=False)
 
     def context(self, phase: int) -> Context:
-        """See ``Program``. What differs from run to run is not captured, so prompts are not."""
+        """See ``Program``. Prompts are not captured: their shapes differ from run to run."""
         return _OrtContext(self, next(self._numbers) if phase == STEP and self.captured else -1)
 
 
@@ -148,7 +150,7 @@ class _OrtContext:
         self._program, self._binding = program, program.session.io_binding()
         self._options = load_onnxruntime().RunOptions()
         self._options.add_run_config_entry("gpu_graph_id", str(graph_id))
-        # Whoever queued the work waits for it.
+        # The caller that queued the work waits for it.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         if graph_id >= 0 and hasattr(program.session, "release_captured_graph"):
             weakref.finalize(self, _release, program.session, graph_id).atexit = False
@@ -170,29 +172,29 @@ class _OrtContext:
 
 
 def _release(session: Any, graph_id: int) -> None:
-    # A graph that was never captured is none to release.
+    # A graph that was never captured cannot be released.
     with contextlib.suppress(Exception):
         session.release_captured_graph(graph_id)
 
 
 class OrtCudaComponent:
-    """An encoder on the GPU, from and to host memory."""
+    """An encoder on the GPU. Its input and output are in host memory."""
 
     def __init__(self, graph: Path, device: Device, options: Mapping[str, str]) -> None:
         self._session = open_cuda_session(graph, device, options)
         self._name, self._input = graph.stem, self._session.get_inputs()[0].name
         self._options = load_onnxruntime().RunOptions()
-        # As on the processor: activations are large and needed once a clip.
+        # As on the CPU: activations are large and needed once per clip.
         self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0")
 
     def __call__(self, value: FloatArray) -> FloatArray:
-        """Run on one float32 array; shapes are those of the bundle's component."""
+        """Run on one float32 array; the shapes are those of the bundle's component."""
         with device_errors(self._name):
             return self._session.run(None, {self._input: np.ascontiguousarray(value)}, self._options)[0]
 
 
 class OrtCudaDecoder:
-    """The decoder, from which any number of caches can be opened."""
+    """The decoder. Any number of caches can be opened on it."""
 
     def __init__(
         self,
@@ -209,12 +211,14 @@ class OrtCudaDecoder:
 
     @property
     def longest(self) -> int:
-        """Tokens that a row may hold: what the decoder was trained for."""
+        """The most tokens of a row: the context that the decoder was trained for."""
         return self.spec.context_length
 
     def open(self, rows: int, max_length: int) -> DeviceInference:
-        """A fresh cache. ``OptionError`` when ``max_length`` exceeds what the decoder was trained for, ``TargetError``
-        when the device has no room for it."""
+        """A new cache.
+
+        ``OptionError`` if ``max_length`` exceeds the decoder's context, ``TargetError`` if the device lacks memory.
+        """
         check_context(max_length, self.spec)
         return DeviceInference(
             self._program,

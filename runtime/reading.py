@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import IntertitleError, ItemError, MediaError, OptionError, TransientMediaError
 from .bundle import Preprocessing
 from .clip import Clip
-from .reading_worker import Answer, ReadRequest, Request, SpansRequest, decode_text, receive, send
+from .reading_worker import Answer, DurationRequest, ReadRequest, Request, SpansRequest, decode_text, receive, send
 from .timing import Stages
 
 #: Seconds that one file may take to be read, unless told otherwise.
@@ -81,6 +81,10 @@ class Readers:
     def spans(self, source: str | os.PathLike[str], segments: float | None) -> list[tuple[float, float]]:
         """See ``media_spans``."""
         return self._ask(SpansRequest(os.fsencode(source), segments))[0].spans
+
+    def duration(self, source: str | os.PathLike[str]) -> float | None:
+        """See ``media_duration``."""
+        return self._ask(DurationRequest(os.fsencode(source)))[0].seconds
 
     def close(self) -> None:
         """End all workers. What they are reading fails at once."""

@@ -26,6 +26,7 @@ from ..errors import IntertitleError, TransientMediaError
 from .bundle import Preprocessing
 from .clip import Clip, read_clip
 from .media.doors import media_errors, reason
+from .media.segments import media_duration, media_spans
 from .timing import Stages
 
 _LENGTH = struct.Struct("<Q")
@@ -50,7 +51,13 @@ class SpansRequest(msgspec.Struct, tag="spans"):
     segments: float | None
 
 
-Request = ReadRequest | SpansRequest
+class DurationRequest(msgspec.Struct, tag="duration"):
+    """How long a file lasts."""
+
+    source: bytes
+
+
+Request = ReadRequest | SpansRequest | DurationRequest
 
 
 class ArrayInfo(msgspec.Struct):
@@ -143,9 +150,9 @@ def _answer(request: Request) -> tuple[Answer, list[npt.NDArray[Any]]]:
     try:
         with media_errors(name):
             if isinstance(request, SpansRequest):
-                from .media.segments import media_spans
-
                 return Answer(spans=media_spans(name, request.segments)), []
+            if isinstance(request, DurationRequest):
+                return Answer(seconds=media_duration(name)), []
             stages = Stages()
             clip = read_clip(
                 name,

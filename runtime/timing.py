@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ..errors import DeadlineError
+from ..errors import DeadlineError, OptionError
 
 #: ``(stage, done, total)`` in units of the stage: frames, tokens, files. ``total`` 0: not known.
 Progress = Callable[[str, int, int], None]
 
 #: A caption whose time is over in one of these keeps the tokens that it has.
 _DECODER_STAGES = ("prefill", "decode")
+
+
+def deadline_at(seconds: float | None) -> float | None:
+    """A deadline so many seconds from now, as ``time.perf_counter`` counts. ``OptionError`` for no time to come."""
+    if seconds is None:
+        return None
+    if not (isinstance(seconds, (int, float)) and math.isfinite(seconds) and seconds > 0):
+        raise OptionError(f"deadline must be a number of seconds above 0, not {seconds!r}")
+    return time.perf_counter() + seconds
 
 
 class Stages:

@@ -205,6 +205,19 @@ def test_the_command_line_is_described_as_it_is():
                 assert f"`{option.opts[-1]}`" in section, (name, option.opts)
 
 
+def test_the_table_of_targets_is_that_of_the_exporter():
+    from intertitle.export.targets import TARGETS
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.-]+)`[^|]*\| ([^|]+) \| ([^|]+) \| (?!`)", text, re.MULTILINE)
+    assert [name for name, _, _ in rows] == list(TARGETS)
+    for name, decoder, encoders in rows:
+        target = TARGETS[name]
+        assert sorted(decoder.split(", ")) == sorted(target.decoder_weights)
+        taken = {*target.encoder_weights, *(one for one in target.decoder_weights if one == "fp32")}
+        assert sorted(encoders.split(", ")) == sorted(taken)
+
+
 def test_a_package_index_can_show_the_readme():
     """A relative link leads nowhere there, and the README must stay short."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -169,7 +169,7 @@ def test_the_wheel_says_what_it_is(built: dict[str, Path], repo_dir: Path):
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata.get_payload(decode=True).decode().strip() == (repo_dir / "README.md").read_text().strip()
     assert {name: dict(entries[name]) for name in entries.sections()} == {
-        "console_scripts": {"intertitle": "intertitle.cli:main"}
+        "console_scripts": {"intertitle": "intertitle.__main__:main"}
     }
     # What the runtime stands on has a lower bound each, and nothing of it is for compiling.
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
@@ -184,6 +184,29 @@ def test_the_sdist_holds_the_repository(built: dict[str, Path], repo_dir: Path):
         inside = {name.partition("/")[2] for name in archive.getnames()}
     missing = {str(path.relative_to(repo_dir)) for path in tracked_files(repo_dir)} - inside
     assert missing == set()
+
+
+def test_the_tests_run_from_the_sdist(built: dict[str, Path], tmp_path: Path):
+    with tarfile.open(built["sdist"]) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (folder,) = tmp_path.iterdir()
+    (tmp_path / "intertitle").symlink_to(folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_console.py"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_readme_has_no_link_that_only_a_checkout_has(repo_dir: Path):
+    """A package index shows it away from the repository's other files."""
+    text = (repo_dir / "README.md").read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)\s]+)", text) + re.findall(r"^\[[^]]+\]:\s*(\S+)", text, re.MULTILINE)
+    targets += re.findall(r"(?:src|href)=[\"']([^\"']+)", text)
+    assert [target for target in targets if not target.startswith(("https://", "#"))] == []
 
 
 def test_the_package_runs_as_a_module():

@@ -1,7 +1,7 @@
 """The texts of SynPO's data over a compiled captioner: captions of segments, and candidates for the whole clip.
 
-The four steps (FACTS 2.2): segments are captioned one by one; the whole clip is captioned several times; each caption
-is refined by a second look with the first in the prompt; the results are judged (``scorers``).
+The four steps (docs/facts.md 2.2): segments are captioned one by one; the whole clip is captioned several times; each
+caption is refined by a second look with the first in the prompt; the results are judged (``scorers``).
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from ...runtime.batching import BatchItem, as_item_error
 from ...runtime.caption import Caption
 from ...runtime.captioner import Captioner, PreparedClip
 from ...runtime.decoding import Decoding
-from ...runtime.media import open_media
-from ...runtime.media.segments import SHORTEST, Span
+from ...runtime.media.segments import SHORTEST, Span, media_duration
 from ..scenes import SECONDS, Scene
 from .items import Item, equal_spans, scene_media
 
@@ -32,8 +31,8 @@ CAUTIOUS = (
 class Recipe:
     """How many candidates of which kind, and how they are decoded.
 
-    ``candidates`` are sampled from one prefill at SynPO's temperature, top-p and top-k (FACTS 2.2); beside them come a
-    greedy caption and one for each alpha in ``contrasts`` (temporal, 0.5 is SynPO's). ``refine``: every caption,
+    ``candidates`` are sampled from one prefill at SynPO's temperature, top-p and top-k (docs/facts.md 2.2); beside them
+    come a greedy caption and one for each alpha in ``contrasts`` (temporal, 0.5 is SynPO's). ``refine``: every caption,
     those of segments too, is replaced by what a second look makes of it. ``prompt``: ``None`` is the bundle's own
     instruction; ``segment_prompt``: ``None`` is that of the whole clip. The seed of an item follows from ``seed`` and
     its key, not from its place.
@@ -116,7 +115,7 @@ class Proposer:
     """Makes the material of items with one captioner.
 
     ``segments``: whether segments are captioned; ``likelihoods``: whether every candidate's is needed (a refined one
-    then costs a prefill more). Use it from one thread, as the captioner.
+    then costs a prefill more). Use it from one thread.
     """
 
     def __init__(
@@ -146,7 +145,8 @@ class Proposer:
     def segment_captions(self, items: Sequence[Item]) -> dict[str, list[str] | IntertitleError]:
         """The captions of each item's segments by its key, or the first error among them.
 
-        A retrospective greedy caption of each (FACTS 2.2), greedy alone without ``refine``. An image has no segments.
+        A retrospective greedy caption of each (docs/facts.md 2.2), greedy alone without ``refine``. An image has no
+        segments.
         """
         recipe = self.recipe
         decoding = Decoding(max_new_tokens=recipe.max_new_tokens, retrospective=recipe.refine)
@@ -200,7 +200,7 @@ class Proposer:
     def _distinct(
         self, clip: PreparedClip, prompt: str | None, captions: Sequence[tuple[str, Caption]]
     ) -> list[Candidate]:
-        """The same text is one candidate; an empty one is none."""
+        """Equal texts are one candidate; an empty text is not a candidate."""
         made: dict[str, Candidate] = {}
         for origin, caption in captions:
             text = caption.text.strip()
@@ -243,10 +243,10 @@ class Proposer:
         if item.scene is not None:
             return equal_spans(0.0, SECONDS, SHORTEST)
         assert item.entry is not None
-        with open_media(item.source) as media:
-            if media.kind == "image" or not media.duration:
-                return []
-            duration = media.duration
+        readers = self.captioner.readers
+        duration = (media_duration if readers is None else readers.duration)(item.source)
+        if not duration:
+            return []
         start, end = item.entry.start or 0.0, min(item.entry.end or duration, duration)
         if start >= end:
             raise MediaError(f"{item.source}: lasts {duration:.2f} s, the span starts at {start:g} s")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import socket
+import ssl
 import threading
 import urllib.error
 import urllib.request
@@ -22,6 +24,7 @@ _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 #: Mean that no question will be answered: a wrong key, a wrong address or model.
 _REFUSED = {401: "refuses the API key", 403: "forbids the request", 404: "knows no such address or model"}
 _LARGEST = 4 << 20
+_LONGEST_REASON = 120
 _NO_LONGER = "the judge is no longer asked"
 
 
@@ -86,13 +89,96 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+class _Deadline:
+    """Cuts a connection when its time is over, whatever it is doing.
+
+    A socket's own timeout starts anew with each byte that comes. The connection is cut through a second descriptor, as
+    TLS takes the first one over.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.passed = False
+        self._lock = threading.Lock()
+        self._sockets: list[socket.socket] = []
+        self._timer = threading.Timer(seconds, self._cut)
+        self._timer.daemon = True
+
+    def __enter__(self) -> _Deadline:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        with self._lock:
+            for each in self._sockets:
+                each.close()
+            self._sockets.clear()
+
+    def watch(self, connected: socket.socket) -> None:
+        with self._lock:
+            self._sockets.append(connected.dup())
+        if self.passed:
+            self._cut()
+
+    def _cut(self) -> None:
+        self.passed = True
+        with self._lock:
+            for each in self._sockets:
+                with suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+
+
+class _Request(urllib.request.Request):
+    """A request with the deadline of its answer."""
+
+    deadline: _Deadline
+
+
+class _Plain(http.client.HTTPConnection):
+    deadline: _Deadline
+
+    def connect(self) -> None:
+        super().connect()
+        self.deadline.watch(self.sock)
+
+
+class _Secure(http.client.HTTPSConnection, _Plain):
+    """``HTTPSConnection.connect`` calls ``_Plain.connect`` before it begins with TLS."""
+
+
+def _watched(kind: type[_Plain], deadline: _Deadline) -> Any:
+    """What ``do_open`` calls for a connection: one of a kind, with a deadline."""
+
+    def connection(*args: Any, **options: Any) -> _Plain:
+        made = kind(*args, **options)
+        made.deadline = deadline
+        return made
+
+    return connection
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, req: Any) -> http.client.HTTPResponse:
+        return self.do_open(_watched(_Plain, req.deadline), req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def __init__(self) -> None:
+        self._trusted = ssl.create_default_context()
+        self._trusted.set_alpn_protocols(["http/1.1"])
+        super().__init__(context=self._trusted)
+
+    def https_open(self, req: Any) -> http.client.HTTPResponse:
+        return self.do_open(_watched(_Secure, req.deadline), req, context=self._trusted)
+
+
 class Endpoint:
     """``url`` is that of the API (``http://host:8000/v1``) or of its ``/chat/completions``; ``key`` its bearer token.
 
-    A question without an answer in ``timeout`` seconds, one that is refused for now (429, 5xx) and a connection that
-    breaks are tried again up to ``retries`` times, after ``backoff`` seconds, doubled each time up to ``longest_wait``
-    and shortened at random by up to a half, or after the seconds that the server names. Safe for several threads.
-    ``OptionError`` for what is no address.
+    A question without a whole answer in ``timeout`` seconds, one that is refused for now (429, 5xx) and a connection
+    that breaks are tried again up to ``retries`` times, after ``backoff`` seconds, doubled each time up to
+    ``longest_wait`` and shortened at random by up to a half, or after the seconds that the server names. Safe for
+    several threads. ``OptionError`` for what is no address.
     """
 
     def __init__(
@@ -123,7 +209,7 @@ class Endpoint:
         self._key, self._timeout, self._retries = key, timeout, retries
         self._backoff, self._longest_wait = backoff, longest_wait
         self._closed = threading.Event()
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._opener = urllib.request.build_opener(_NoRedirect, _Http, *([_Https] if parts.scheme == "https" else []))
 
     def ask(self, system: str, question: str) -> str:
         """The model's answer at temperature 0.
@@ -159,9 +245,21 @@ class Endpoint:
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "intertitle"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self.url, body, headers)
-        with self._opener.open(request, timeout=self._timeout) as response:
-            data = response.read(_LARGEST + 1)
+        request = _Request(self.url, body, headers)
+        with _Deadline(self._timeout) as deadline:
+            request.deadline = deadline
+            try:
+                with self._opener.open(request, timeout=self._timeout) as response:
+                    data = response.read(_LARGEST + 1)
+            except urllib.error.HTTPError:
+                raise
+            # ValueError: the standard library's, for sizes of chunks that are none.
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                if deadline.passed:
+                    raise TimeoutError from None
+                raise error if not isinstance(error, ValueError) else http.client.HTTPException(str(error)) from None
+            if deadline.passed:
+                raise TimeoutError
         if len(data) > _LARGEST:
             raise JudgeError("the judge's answer is longer than an answer can be")
         return data
@@ -195,4 +293,5 @@ def _reason(error: Exception) -> str:
     cause = getattr(error, "reason", error)
     if isinstance(cause, TimeoutError):
         return "timed out"
-    return str(getattr(cause, "strerror", None) or cause or type(cause).__name__)
+    text = " ".join(str(getattr(cause, "strerror", None) or cause or type(cause).__name__).split())
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}…"

@@ -49,7 +49,7 @@ def scene_items(span: str) -> list[Item]:
         raise OptionError(f"scenes are SPLIT:FIRST:STOP with a split of {', '.join(SPLITS)}, not '{span}'")
     first, stop = int(found[2]), int(found[3])
     if first >= stop:
-        raise OptionError(f"scenes {span} are none: the last number is the first scene that is not taken")
+        raise OptionError(f"scenes {span} is an empty range: the last number is the first scene that is not taken")
     keys = [(index, f"{found[1]}:{index}") for index in range(first, stop)]
     return [Item(key, f"scene {key}", scene=draw_scene(found[1], index)) for index, key in keys]
 
@@ -74,8 +74,8 @@ def scene_media(scene: Scene, spec: Preprocessing, *, audio: bool = True, span: 
 
 
 def equal_spans(start: float, end: float, least: float) -> list[Span]:
-    """SynPO's segments: clamp(int(duration // 10) + 1, 2, 16) equal parts (FACTS 2.2), fewer where they would be
-    shorter than ``least`` seconds."""
+    """SynPO's segments: clamp(int(duration // 10) + 1, 2, 16) equal parts (docs/facts.md 2.2), fewer where they would
+    be shorter than ``least`` seconds."""
     duration = end - start
     count = min(max(int(duration // 10) + 1, 2), 16)
     count = max(min(count, int(duration / least)), 1)

@@ -1,7 +1,7 @@
 """What a judging language model is asked, and how its answers are read.
 
-The criteria are SynPO's (FACTS 2.2), the words are ours. A caption is judged alone for factuality and fluency, all
-captions of a clip together for consistency, so 1 + the number of captions are the questions of a clip.
+The criteria are SynPO's (docs/facts.md 2.2), the words are ours. A caption is judged alone for factuality and fluency,
+all captions of a clip together for consistency, so 1 + the number of captions are the questions of a clip.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SHOWN = 60
 
 
 class JudgeError(IntertitleError):
-    """A judge that cannot be reached or whose answer is none. The item fails, the run goes on."""
+    """A judge that cannot be reached or whose answer has no marks. The item fails, the run continues."""
 
 
 def caption_question(instruction: str, segments: Sequence[str], caption: str) -> str:

@@ -27,7 +27,7 @@ from .items import Item, file_item
 from .scorers import MOST, Scorer, Scores
 
 GAP = 4.0
-"""The least difference of the totals of a pair, of 13.5 (FACTS 2.1)."""
+"""The least difference of the totals of a pair, of 13.5 (docs/facts.md 2.1)."""
 #: Clips whose segments are captioned together. A killed run loses the work on so many at most.
 _TOGETHER = 4
 #: Clips that wait for their scores while the captioner goes on.

@@ -1,6 +1,6 @@
 """Scores of captions on SynPO's scale, by ground truth, without any reference, or by a judging language model.
 
-``total = 1.1 * factuality + fluency + consistency``, at most 13.5 (FACTS 2.2).
+``total = 1.1 * factuality + fluency + consistency``, at most 13.5 (docs/facts.md 2.2).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class GroundTruth:
     """Exact, from the facts of a scene and what ``compare`` reads in a caption.
 
     factuality = 5 * max(0, c - v), c the share of the scene's facts that is mentioned, v the share of the statements
-    that is false: video-SALMONN 2's total error (missing and hallucination rate, FACTS 5) taken from 1.
+    that is false: video-SALMONN 2's total error (missing and hallucination rate, docs/facts.md 5) taken from 1.
     fluency = 5 * (1 - u) * d, u the share of words that the grammar of scenes cannot place, d the share of sentences
     that are different from all before. consistency = 3 * the mean overlap (Jaccard) of its statements, true and false,
     with those of each other candidate (3 for a single one); two that state nothing agree on nothing.
@@ -88,7 +88,7 @@ class ReferenceFree:
     together), the F1 of ROUGE. factuality = 5 * the overlap with the captions of the segments, as one text (with the
     other candidates where there are no segments); consistency = 3 * the mean overlap with the other candidates (3 for a
     single one); fluency = 5 * exp(mean token log-likelihood), the geometric mean probability that SynPO's loss compares
-    (FACTS 2.1).
+    (docs/facts.md 2.1).
     """
 
     name = "reference-free"

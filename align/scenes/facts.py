@@ -16,7 +16,7 @@ from .scene import Scene, Thing
 
 
 class Fact(NamedTuple):
-    """Who or what, of which attribute, has which value: ``("red circle", "action", "moves left")``."""
+    """Subject, attribute and value: ``("red circle", "action", "moves left")``."""
 
     subject: str
     attribute: str
@@ -25,7 +25,7 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """A text held against a scene.
+    """The comparison of a text with a scene.
 
     ``mentioned`` and ``missed`` are the scene's facts; ``invented`` are statements of the text that are false, a thing
     that is not there with each thing said of it. ``sound_claims`` is all that the text says of the sound, true or not.
@@ -55,7 +55,7 @@ class Comparison:
 
 
 def facts(scene: Scene) -> frozenset[Fact]:
-    """All that a caption of the scene can say."""
+    """Everything that a caption of the scene can say."""
     found = [
         Fact("background", "kind", scene.background.kind),
         Fact("background", "colors", scene.background.palette),
@@ -78,7 +78,7 @@ def facts(scene: Scene) -> frozenset[Fact]:
 
 
 def compare(scene: Scene, text: str) -> Comparison:
-    """Read the text and hold each of its statements against the scene. Any text can be read; none raises."""
+    """Read the text and compare each of its statements with the scene. No text raises an error."""
     reading = read(text)
     truth = facts(scene)
     matches = _match(scene.things, reading.beings)
@@ -107,7 +107,7 @@ def _against(truth: frozenset[Fact], claims: Iterable[Fact]) -> dict[Fact, bool]
 
 
 def _match(things: Iterable[Thing], beings: Iterable[Being]) -> dict[int, Thing]:
-    """The thing that is meant, by the identity of the being: the closest pair first, each thing once."""
+    """The thing that each being of the text means. The closest pair is matched first, each thing once."""
     scores = [
         (-_agreement(thing, being), order, number, thing, being)
         for order, being in enumerate(beings)

@@ -1,4 +1,4 @@
-"""What no caption speaks of: exact places, speeds, moments, pitches, drawn from a scene's seed.
+"""What captions leave out: exact places, speeds, moments and pitches, drawn from the seed of a scene.
 
 Lengths are parts of the frame's side, times seconds; x goes right and y down from the top left corner.
 """
@@ -18,7 +18,7 @@ from .scene import Scene, Thing, half_of
 SECONDS = 4.0
 HALF = SECONDS / 2
 RADIUS = {"small": 0.09, "large": 0.17}
-"""Of the circle; the other shapes cover about the same area."""
+"""Radii of the circle. The other shapes cover about the same area."""
 
 BOUNCE = 1.5
 """Seconds of a bounce. Frames half a second apart see three phases of it."""
@@ -135,7 +135,7 @@ def _place(rng: random.Random, tracks: list[Track], pan: float) -> tuple[Track, 
         # A pan may begin and end with a part of a thing outside, or two large things would not fit beside each other.
         reach[:, 0] *= 0.6
     low, high = reach - seen.min(axis=1), 1 - reach - seen.max(axis=1)
-    # Where there is no room the way is centred, and its ends lie partly outside.
+    # If there is no room, the way is centred and its ends lie partly outside.
     middle = (low + high) / 2
     low, high = np.minimum(low, middle), np.maximum(high, middle)
     chance = np.array([rng.random() for _ in range(_TRIES * len(tracks) * 2)]).reshape(_TRIES, len(tracks), 2)

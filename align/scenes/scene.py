@@ -32,13 +32,13 @@ CAMERAS: tuple[Camera, ...] = get_args(Camera)
 BACKGROUND_KINDS: tuple[BackgroundKind, ...] = get_args(BackgroundKind)
 SOUND_KINDS: tuple[SoundKind, ...] = get_args(SoundKind)
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
-"""Of things; a background has others, so that the two never meet."""
+"""Colors of things. Backgrounds have other colors, so that a thing is always visible."""
 BACKGROUND_COLORS = ("white", "grey", "black")
 MOVES = ("moves left", "moves right", "moves up", "moves down")
 LASTING = (*MOVES, "grows", "shrinks", "bounces")
 """Actions that take time."""
 MOMENTARY = ("appears", "disappears", "turns")
-"""Actions that are over in a moment; ``turns`` is to another colour."""
+"""Actions that happen in a moment. ``turns`` means: to another colour."""
 ACTIONS = (*LASTING, *MOMENTARY, "stays still")
 
 
@@ -155,7 +155,7 @@ class Scene:
 
     @property
     def tied_thing(self) -> Thing | None:
-        """The thing at whose moment the beep sounds."""
+        """The thing whose action happens at the moment of the beep."""
         return next(iter(self._tied_things), None)
 
     @property
@@ -226,7 +226,7 @@ def _draw(rng: random.Random) -> Scene:
 def _draw_things(rng: random.Random) -> tuple[Thing, ...]:
     count = _weighted(rng, (1, 2, 3), (2, 6, 2))
     deeds = _draw_deeds(rng, count)
-    # A new colour is that of no other thing either, or the two could be taken for each other.
+    # No other thing has the new colour, or the two could be confused.
     colors = rng.sample(COLORS, 2 * count)
     sizes: list[Size] = [rng.choice(SIZES) for _ in range(count)]
     if count == 3:
@@ -267,7 +267,7 @@ def _draw_sounds(rng: random.Random, things: Sequence[Thing]) -> tuple[tuple[Hea
         if thing is tied:
             sounds[half] = Heard("beeps", 1)
         elif sounds[half].count == 1:
-            # A single beep somewhere near the moment would leave open whether it belongs to it.
+            # A single beep near the moment would be ambiguous: it might belong to the action or not.
             sounds[half] = Heard("beeps", rng.choice((2, 3)))
     return (sounds[0], sounds[1]), tied is not None
 

@@ -1,1 +1,1 @@
-"""The forms a graph can take. A dialect says which operators attention, norms and quantized products become."""
+"""The dialects of ONNX. A dialect says which operators attention, norms and quantized matmuls become."""

@@ -1,4 +1,4 @@
-"""What a dialect is to the rest of the exporter: a record of its parts, found by the name that a target gives."""
+"""A record for each dialect of ONNX. The rest of the exporter finds it by the name that a target gives."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from .residuals import fuse_residuals
 
 Rule = Callable[..., Any]
 Rules = Mapping[type[nn.Module], Rule]
-"""What stands in for a module of a type while it is traced."""
+"""The replacement of each type of module while it is traced."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a component's products are written: the format of its weights (``fp32``, ``fp16``, ``int8``, ``int4``), the
-    input channels that share a scale of it, and the type that products take and give, which is the decoder's cache's
-    too."""
+    """How the matmuls of a component are written.
+
+    ``weights``: the format (``fp32``, ``fp16``, ``int8``, ``int4``). ``block_size``: the input channels that share a
+    scale. ``dtype``: the type of the inputs and outputs of matmuls and of the decoder's cache.
+    """
 
     weights: str
     block_size: int
@@ -35,8 +37,11 @@ class Form:
 
 @dataclass(frozen=True)
 class Dialect:
-    """``rules(form)`` and ``attention(dtype)`` say what a component is traced with; ``finish(graph, form, decoder)``
-    runs the dialect's graph passes, in place."""
+    """The parts of a dialect.
+
+    ``rules(form)`` and ``attention(dtype)`` give the replacements for tracing a component. ``finish(graph, form,
+    decoder)`` runs the graph passes of the dialect in place.
+    """
 
     opset: int
     rules: Callable[[Form], Rules]
@@ -45,8 +50,10 @@ class Dialect:
 
 
 def _products(form: Form, quantized: Callable[[nn.Linear], nn.Module]) -> dict[type[nn.Module], Rule]:
-    """Layers in float16 where the form has it, linear ones quantized where it has codes (``calibration.quantize``'s
-    ``quantized`` names the same ones)."""
+    """Rules for layers: float16 or quantized, as the form says.
+
+    ``calibration.quantize.quantized`` names the same layers.
+    """
     plain: Rule = half.Half if form.dtype == torch.float16 else _as_it_is
 
     def product(linear: nn.Linear) -> nn.Module:

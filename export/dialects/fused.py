@@ -1,8 +1,8 @@
-"""Products of one input as one product: query, key and value; gate and up.
+"""Matmuls with the same input become one matmul: query, key and value; gate and up.
 
-A step of one row spends its time on reading weights and on handing work to threads. Fused, the decoder's layer
-quantizes its input once instead of three times, and has four products instead of seven. Rows of a matrix are quantized
-each on its own, so the codes of a fused matrix are those of its parts, one under the other.
+A decode step of one row spends its time on reading weights and on giving work to threads. A fused layer quantizes its
+input once instead of three times and has four matmuls instead of seven. Each row of a matrix is quantized separately,
+so the codes of a fused matrix are the codes of its parts, one below the other.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .ort import OPSET
 #: The parts of each fused layer, in the order of their rows.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
-#: Makes the dialect's product of a linear layer.
+#: Makes the matmul of the dialect from a linear layer.
 Product = Callable[[nn.Linear], nn.Module]
 
 
 def read_fused(tensor: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
-    """Entries of a state dict of unfused layers, by the names of a fused one (``X.qkv_proj.weight``) too."""
+    """Read a state dict of unfused layers by the names of fused ones, too (``X.qkv_proj.weight``)."""
 
     def read(entry: str) -> Tensor:
         owner, _, leaf = entry.rpartition(".")
@@ -45,7 +45,7 @@ def _joined(*layers: nn.Linear) -> nn.Linear:
 
 
 class FusedSelfAttention(nn.Module):
-    """``models.decoder.SelfAttention`` with one product for query, key and value, which the kernel takes packed."""
+    """``models.decoder.SelfAttention`` with one matmul for query, key and value. The kernel takes them packed."""
 
     def __init__(self, original: SelfAttention, product: Product, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class FusedSelfAttention(nn.Module):
 
 
 class FusedMLP(nn.Module):
-    """``models.decoder.MLP`` with one product for gate and up."""
+    """``models.decoder.MLP`` with one matmul for gate and up."""
 
     def __init__(self, original: MLP, product: Product) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class FusedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         both = self.gate_up_proj(x)
         shape = (*x.shape[:-1], self.width)
-        # ``chunk`` would be exported as a sequence, whose elements are copied once more.
+        # ``chunk`` would be exported as a sequence, whose elements are copied again.
         gate, up = ops.symbolic_multi_out(
             "Split",
             (both,),
@@ -94,11 +94,11 @@ class FusedMLP(nn.Module):
 
 
 class HalfMLP(nn.Module):
-    """``models.decoder.MLP`` between float16 products.
+    """``models.decoder.MLP`` between float16 matmuls.
 
-    Gate and up stay apart: the split of a joint product, in float16, is 2.4 ms of a prompt of 1024 tokens at 7 B (an
-    H100; a step of one row takes as long either way). What is between the products is float16 as they are, and cast
-    nowhere: the gate is rounded once more, and nothing gets too large that the product behind could have taken.
+    Gate and up stay separate: splitting a joint float16 result takes 2.4 ms of a prompt of 1024 tokens at 7 B (on an
+    H100; a step of one row takes the same time either way). The activations between the matmuls are float16 without a
+    cast. The gate is rounded once more. No value exceeds float16 that the next matmul could have taken.
     """
 
     def __init__(self, original: MLP, product: Product) -> None:

@@ -1,8 +1,8 @@
-"""Products in float16, everything else in float32, and the graph passes that go with it.
+"""Matmuls in float16, everything else in float32, and the graph passes for this.
 
-The products (linear layers, convolutions, attention) take and give float16; what is between them stays in float32:
-residual sums, norms, rotary embedding, activations. Qwen2's residual stream leaves float16's range. Where nothing fuses
-what lies between two products of an MLP, it is float16 too (``narrow_activations``, ``fused.HalfMLP``).
+Linear layers, convolutions and attention take and give float16. Residual sums, norms, rotary embedding and activations
+stay in float32, because Qwen2's residual stream exceeds float16. If the runtime does not fuse the operators between two
+matmuls of an MLP, they are float16 too (``narrow_activations``, ``fused.HalfMLP``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Half(nn.Module):
         super().__init__()
         self.weight = half_parameter(original.weight)
         self.bias = None if original.bias is None else half_parameter(original.bias)
-        # In a tuple, which hides the module: its own parameters are not of the graph.
+        # The tuple hides the module from torch: its own parameters do not belong to the graph.
         self._original = (original,)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,22 +37,22 @@ class Half(nn.Module):
 
 
 def half_parameter(parameter: Tensor) -> nn.Parameter:
-    """A parameter of the same shape and place in float16."""
+    """A parameter of the same shape on the same device in float16."""
     return nn.Parameter(torch.empty_like(parameter, dtype=torch.float16), requires_grad=False)
 
 
 def finish(graph: TracedGraph) -> None:
     """Graph passes of the dialect, in place.
 
-    What is constant is computed (TensorRT wants axes as constants) except from weights, which are not there yet; int4
-    codes get their type; casts that undo or repeat each other go.
+    Constants are computed (TensorRT needs axes as constants), but not those that depend on weights, which are missing
+    at this point. int4 codes get their type. Casts that undo or repeat each other are removed.
     """
     lacking = set(graph.weights)
 
     def should_fold(node: ir.Node) -> bool | None:
         if lacking & {value.name for value in node.inputs if value is not None}:
             return False
-        # Tables (rotary ones) in the type that they are used in, however large.
+        # Store tables (such as rotary ones) in the type in which they are used, whatever their size.
         return True if node.op_type == "Cast" else None
 
     fold_constants(graph.model, should_fold=should_fold)
@@ -65,15 +65,16 @@ def finish(graph: TracedGraph) -> None:
             initializers[name].type = ir.TensorType(ir.DataType.INT4)
             graph.weights[name] = Weight(weight.entry, ir.DataType.INT4, weight.shape, weight.transposed)
     fold_casts(graph.model)
-    # TensorRT names layers after nodes and values both, and refuses two of one name.
+    # TensorRT names layers after nodes and values, and refuses two layers with the same name.
     for index, node in enumerate(graph.model.graph):
         node.name = f"{node.op_type}.{index}"
 
 
 def fold_casts(model: ir.Model) -> int:
-    """Drop casts that change nothing; returns how many.
+    """Remove casts that change nothing; returns their number.
 
-    Float16 to float32 and back is the same value bit for bit, and a second cast of one value to one type is the first.
+    A cast from float16 to float32 and back gives the same bits. A second cast of a value to the same type repeats the
+    first.
     """
     folded, known = 0, dict[tuple[ir.Value, ir.DataType | None], ir.Value]()
     for node in list(model.graph):
@@ -100,10 +101,10 @@ def fold_casts(model: ir.Model) -> int:
 
 
 def narrow_activations(model: ir.Model) -> int:
-    """GELU between two float16 products in float16, its two casts dropped; returns how many.
+    """Compute GELU between two float16 matmuls in float16, without the two casts; returns the number of changes.
 
-    For a runtime that fuses nothing into a product's end: there, pointwise work costs what it reads and writes. It
-    gives no larger values than it takes, so nothing leaves float16's range.
+    This is for a runtime that fuses nothing into the end of a matmul. There, the cost of a pointwise operator is its
+    memory traffic. GELU gives no larger values than it takes, so float16 does not overflow.
     """
     narrowed = 0
     for node in list(model.graph):

@@ -1,7 +1,7 @@
 """The ``ort`` dialect: ONNX Runtime's fused operators (domain com.microsoft) where they exist.
 
-Each class below stands in for a reference module or function while a component is traced, and emits one operator.
-Nothing here computes: the numbers come out of the runtime's kernels.
+Each class replaces a reference module or function while a component is traced, and emits one operator. The classes
+compute nothing: the runtime's kernels do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...models.attention import CacheState
 from ...models.decoder import RMSNorm
 from .half import half_parameter
 
-#: What ``torch.onnx.ops`` takes as an operator's attribute.
+#: The types of an operator's attribute in ``torch.onnx.ops``.
 Attribute: TypeAlias = "int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]"
 
 #: First opset with RMSNormalization; the rest of the graph needs no more than 21.
@@ -25,8 +25,10 @@ OPSET = 23
 
 
 class OrtAttention:
-    """MultiHeadAttention for the towers, GroupQueryAttention (rotary and cache inside) for the decoder, in ``dtype``
-    between float32 neighbours."""
+    """MultiHeadAttention for the towers, GroupQueryAttention (with rotary and cache inside) for the decoder.
+
+    They compute in ``dtype`` between float32 neighbours.
+    """
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self._dtype = dtype
@@ -84,11 +86,11 @@ class RMSNormalization(nn.Module):
 
 
 class MatMulNBits(nn.Module):
-    """An int4 or int8 product in place of ``nn.Linear``; its two initializers are named ``qweight`` and ``scales``
-    (``qweight8`` and ``scales8``).
+    """An int4 or int8 matmul in place of ``nn.Linear``.
 
-    In float32 the kernel may quantize the activations to int8 block by block (accuracy level 4: about three times as
-    fast on a CPU as level 0, LEADS 13.1). In float16, which is for GPUs, it may not (level 0).
+    Its two initializers are ``qweight`` and ``scales``, or ``qweight8`` and ``scales8``. In float32 the kernel may
+    quantize the activations to int8 block by block (accuracy level 4: about three times as fast on a CPU as level 0,
+    docs/facts.md 6). In float16, which is for GPUs, it may not (level 0).
     """
 
     def __init__(self, linear: nn.Linear, block_size: int, dtype: torch.dtype = torch.float32, bits: int = 4) -> None:
@@ -110,7 +112,7 @@ class MatMulNBits(nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        # On a GPU the kernel of some versions drops a bias without a word.
+        # On a GPU, the kernel of some versions silently ignores a bias.
         inside = self.bias if self.dtype == torch.float32 else None
         y = ops.symbolic(
             "com.microsoft::MatMulNBits",

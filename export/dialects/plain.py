@@ -1,9 +1,9 @@
-"""The ``plain`` dialect: what TensorRT 10.3 (JetPack 6) reads, which knows none of ``standard``'s own operators.
+"""The ``plain`` dialect for TensorRT 10.3 (JetPack 6), which lacks the operators of ``standard``.
 
-The same graph with attention, rotary embedding and norms spelled out in opset 21, the first with int4 and blocks. The
-cache is written by selecting, slot by slot, between what was there and the new token: a scatter would be a layer that
-TensorRT does not fuse, and it is copied either way, since nothing is updated in place before TensorRT 10.15. Products
-are of the same types as in ``standard``; the softmax is in float32.
+The graph is the same, but attention, rotary embedding and norms are spelled out in opset 21, the first one with int4
+and blocks. The cache is written by selecting, for each slot, the old value or the new token. A scatter would be a layer
+that TensorRT does not fuse, and the cache is copied anyway: nothing is updated in place before TensorRT 10.15. Matmuls
+have the same types as in ``standard``; the softmax is in float32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ OPSET = 21
 
 
 class PlainAttention(StandardAttention):
-    """Attention in elementary operators; products in ``dtype``."""
+    """Attention in elementary operators, with matmuls in ``dtype``."""
 
     @staticmethod
     def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ class PlainAttention(StandardAttention):
 
     @staticmethod
     def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """``[B, heads, S, D]``; heads that share keys and values are grouped, which copies neither."""
+        """``[B, heads, S, D]``. Heads that share keys and values are grouped, so that neither is copied."""
         rows, heads, length, width = query.shape
         shared = key.shape[1]
         grouped = query.reshape(rows, shared, heads // shared * length, width)

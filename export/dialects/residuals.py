@@ -1,8 +1,8 @@
-"""A residual sum and the norm of it in one operator: a graph pass of the ``ort`` dialect.
+"""A residual sum and its norm become one operator: a graph pass of the ``ort`` dialect.
 
     Add(x, y) ─▶ RMSNormalization      becomes      SkipSimplifiedLayerNormalization(x, y) ─▶ norm, sum
 
-One row of a decoding step is a few thousand values: what an operator costs there is its start, not its arithmetic.
+One row of a decode step has a few thousand values, so the cost of an operator is its start, not its arithmetic.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import onnx_ir as ir
 
 
 def fuse_residuals(model: ir.Model) -> int:
-    """Fuse every sum whose norm is taken; returns how many.
+    """Fuse every sum that is followed by a norm; returns their number.
 
-    Requires norms over the last axis and sums of two tensors of one shape (which residuals are). Ensures that every
-    other reader of the sum, a second norm too, reads the same values. A sum that the graph returns is left alone.
+    Norms must be over the last axis, and sums must have two tensors of the same shape (residuals do). Every other
+    reader of the sum, such as a second norm, still reads the same values. A sum that is an output of the graph stays.
     """
     fused = 0
     for norm in list(model.graph):
@@ -44,7 +44,7 @@ def _replace(model: ir.Model, add: ir.Node, norm: ir.Node) -> None:
         domain="com.microsoft",
         num_outputs=4,
     )
-    # Outputs 1 and 2 (mean and inverse deviation) are not computed by the kernel for anyone: left unnamed.
+    # The kernel never computes outputs 1 and 2 (mean and inverse deviation), so they have no names.
     for output, old in ((node.outputs[0], normed), (node.outputs[3], total)):
         output.shape, output.type = old.shape, old.type
     node.outputs[1].name = node.outputs[2].name = ""

@@ -1,11 +1,11 @@
-"""The ``standard`` dialect: operators of ONNX itself (opset 24), which is what TensorRT's parser fuses.
+"""The ``standard`` dialect: operators of ONNX itself (opset 24), which TensorRT's parser fuses.
 
-``Attention`` with an explicit boolean mask and one output (TensorRT takes no other form), ``RotaryEmbedding``,
+They are ``Attention`` with an explicit boolean mask and one output (TensorRT takes no other form), ``RotaryEmbedding``,
 ``RMSNormalization``, and ``TensorScatter`` into a static cache, whose output is bound to the memory of its input.
 
-TensorRT is strongly typed, so the types are in the graph (``half.py``); pointwise work is fused into the products'
-ends, where its width costs nothing. TensorRT refuses the attribute ``softmax_precision``: the softmax inside Attention
-is its own.
+TensorRT is strongly typed, so the types are in the graph (``half.py``). It fuses pointwise operators into the end of a
+matmul, where float32 costs nothing. It refuses the attribute ``softmax_precision`` and chooses the type of the softmax
+inside Attention itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OPSET = 24
 
 
 class StandardAttention:
-    """Attention, RotaryEmbedding and TensorScatter; products in ``dtype``."""
+    """Attention, RotaryEmbedding and TensorScatter, with matmuls in ``dtype``."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -46,7 +46,7 @@ class StandardAttention:
         num_heads: int,
         num_kv_heads: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As the protocol says, for rows that hold at least S tokens after the call (S new ones, no padding)."""
+        """See the protocol. Rows must hold at least S tokens after the call (S new ones, no padding)."""
         start, cos, sin, visible = self._positions(state, query.shape[1], past_key.shape[2])
         turned = [
             self._rotate(x.unflatten(-1, (heads, -1)).transpose(1, 2), cos, sin).to(self._dtype)
@@ -57,7 +57,7 @@ class StandardAttention:
         return self._joined(self._attend(turned[0], present_key, present_value, visible)), present_key, present_value
 
     def _positions(self, state: CacheState, length: int, max_length: int) -> tuple[Tensor, ...]:
-        """Where the new tokens go ``[B]``, their rotary rows ``[B, S, D/2]`` and what they see ``[B, 1, S, max]``."""
+        """First slots of the new tokens ``[B]``, their rotary rows ``[B, S, D/2]``, their mask ``[B, 1, S, max]``."""
         if self._shared is None or self._shared[0] is not state:
             start = state.lengths.long() - (length - 1)
             positions = start.unsqueeze(1) + torch.arange(length)
@@ -93,7 +93,7 @@ class StandardAttention:
 
 
 class BlockedProduct(nn.Module):
-    """An int4 product in place of ``nn.Linear``: DequantizeLinear over blocks of input channels, then MatMul.
+    """An int4 matmul in place of ``nn.Linear``: DequantizeLinear over blocks of input channels, then MatMul.
 
     Its initializers are ``codes`` (int4 ``[K, N]``) and ``factors`` (float16 ``[K / block, N]``, all positive): what
     ``quantize_int4_positive`` gives.
@@ -107,7 +107,7 @@ class BlockedProduct(nn.Module):
         self.block_size, self._opset = block_size, opset
         shape = (linear.in_features, linear.out_features)
         with torch.device("meta"):
-            # Traced as int8, since PyTorch has no int4 that can be traced: ``half.finish`` says what it is.
+            # PyTorch cannot trace int4, so the trace has int8 and ``half.finish`` sets the type.
             self.register_buffer("codes", torch.empty(shape, dtype=torch.int8))
             self.register_buffer("factors", torch.empty(shape[0] // block_size, shape[1], dtype=torch.float16))
         self.bias = None if linear.bias is None else half_parameter(linear.bias)
@@ -126,7 +126,7 @@ class BlockedProduct(nn.Module):
 
 
 class ChannelProduct(nn.Module):
-    """An int8 product in place of ``nn.Linear``: DequantizeLinear with a scale for each output channel, then MatMul.
+    """An int8 matmul in place of ``nn.Linear``: DequantizeLinear with a scale per output channel, then MatMul.
 
     Its initializers are ``codes8`` (int8 ``[K, N]``) and ``factors8`` (float16 ``[N]``, all positive): what
     ``quantize_int8_channels`` gives.
@@ -158,7 +158,7 @@ class ChannelProduct(nn.Module):
 
 
 def blocked_product(block_size: int, opset: int = OPSET) -> Callable[[nn.Linear], nn.Module]:
-    """The rule for the linear layers of an int4 component; a width that no block divides stays in float16."""
+    """The rule for the linear layers of an int4 component. A layer stays float16 if blocks do not divide its width."""
 
     def product(linear: nn.Linear) -> nn.Module:
         return Half(linear) if linear.in_features % block_size else BlockedProduct(linear, block_size, opset)

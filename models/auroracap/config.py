@@ -1,4 +1,4 @@
-"""An AuroraCap checkpoint's JSON to ``CaptionerConfig`` (FACTS 2.4)."""
+"""An AuroraCap checkpoint's JSON to ``CaptionerConfig`` (docs/facts.md 2.4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""AuroraCap's prompt: one image block a frame, single spaces between (FACTS 2.4, xtuner ``utils/templates.py``)."""
+"""AuroraCap's prompt: one image block a frame, single spaces between (docs/facts.md 2.4, xtuner
+``utils/templates.py``)."""
 
 from __future__ import annotations
 

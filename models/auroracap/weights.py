@@ -1,4 +1,4 @@
-"""The only translation of AuroraCap's tensor names (FACTS 2.4): no tensor changes its shape."""
+"""The only translation of AuroraCap's tensor names (docs/facts.md 2.4): no tensor changes its shape."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""A VideoLLaMA2 checkpoint's JSON to ``CaptionerConfig`` (FACTS 1.1, 1.2, 1.4, 1.7)."""
+"""A VideoLLaMA2 checkpoint's JSON to ``CaptionerConfig`` (docs/facts.md 1.1, 1.2, 1.4, 1.7)."""
 
 from __future__ import annotations
 
 from ...errors import CheckpointError, OptionError
 from ..checkpoint import Checkpoint
 from ..config import AudioConfig, CaptionerConfig, ConnectorConfig, VisionConfig
-from ..fields import MOST_LAYERS, Fields
+from ..fields import MOST_LAYERS, Fields, shown
 from ..hf_config import builtin_tower, check_heads, read_decoder, read_generation, read_image_processing, read_vision
 from ..sources import mlp_kind
 from . import prompt, weights
@@ -41,7 +41,7 @@ def read_config(checkpoint: Checkpoint, keep: float | None = None) -> CaptionerC
     fields = Fields(checkpoint.config, "config.json")
     kind = fields.text("model_type")
     if kind in UNSUPPORTED:
-        raise CheckpointError(f"config.json: model_type {kind!r} ({UNSUPPORTED[kind]}) is not supported")
+        raise CheckpointError(f"config.json: model_type {shown(kind)} ({UNSUPPORTED[kind]}) is not supported")
     mistral = DECODERS[kind]
     windowed = mistral or fields.flag("use_sliding_window", False)
     window = fields.integer("sliding_window") if windowed and fields.get("sliding_window") is not None else None
@@ -75,17 +75,17 @@ def read_config(checkpoint: Checkpoint, keep: float | None = None) -> CaptionerC
 def _read_vision(checkpoint: Checkpoint, fields: Fields) -> VisionConfig:
     name = fields.text("mm_vision_tower")
     if fields.text("mm_vision_select_feature", "patch") != "patch":
-        raise CheckpointError(f"config.json: mm_vision_select_feature {fields.get('mm_vision_select_feature')!r}")
+        raise CheckpointError(f"config.json: mm_vision_select_feature {shown(fields.get('mm_vision_select_feature'))}")
     select_layer = fields.get("mm_vision_select_layer", -2)
     if isinstance(select_layer, bool) or not isinstance(select_layer, int):
-        raise CheckpointError(f"config.json: mm_vision_select_layer must be a whole number, not {select_layer!r}")
+        raise CheckpointError(f"config.json: mm_vision_select_layer must be a whole number, not {shown(select_layer)}")
     folder = weights.tower_folder(checkpoint)
     local = checkpoint.json(f"{folder}/config.json") if folder else None
     tower = Fields(local, f"{folder}/config.json") if local is not None else builtin_tower(name)
     if tower is None:
         raise CheckpointError(
-            f"config.json: vision tower {name!r} is not known; put its config.json and weights in a folder of that "
-            "name inside the checkpoint"
+            f"config.json: vision tower {shown(name)} is not known; put its config.json and weights in a folder of "
+            "that name inside the checkpoint"
         )
     return read_vision(tower, select_layer)
 
@@ -96,7 +96,7 @@ def _read_audio(checkpoint: Checkpoint, fields: Fields, out_size: int) -> AudioC
     fixed = {"layer_norm_first": False, "deep_norm": True, "gru_rel_pos": True, "relative_position_embedding": True}
     for key, needed in {**fixed, "activation_fn": "gelu", "conv_bias": False}.items():
         if beats.get(key, needed) != needed:
-            raise CheckpointError(f"{beats.where}: {key} {beats.get(key)!r} is not supported, only {needed!r}")
+            raise CheckpointError(f"{beats.where}: {key} {shown(beats.get(key))} is not supported, only {needed!r}")
     config = AudioConfig(
         embed_dim=beats.integer("embed_dim", base.embed_dim),
         hidden_size=beats.integer("encoder_embed_dim", base.hidden_size),

@@ -6,10 +6,8 @@ sentinels), mm_utils.py (text pieces are tokenized on their own, without special
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 from ...errors import CheckpointError
+from ..bounded import run_bounded
 from ..checkpoint import Checkpoint
 from ..config import PromptTemplate
 
@@ -87,31 +85,5 @@ def _chat_template(checkpoint: Checkpoint) -> str:
 
 
 def _render(checkpoint: Checkpoint, messages: list[dict[str, str]]) -> str:
-    """Render the chat template in the sandbox and with the settings that transformers uses (utils/chat_template)."""
-    try:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise CheckpointError("reading a chat template needs jinja2: pip install 'intertitle[compile]'") from None
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(value: Any, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, **options)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    try:
-        return environment.from_string(_chat_template(checkpoint)).render(
-            messages=messages, add_generation_prompt=True, **special_tokens(checkpoint)
-        )
-    except CheckpointError:
-        raise
-    # A template is the checkpoint's own program: it can fail in any way.
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{checkpoint.path}: the chat template cannot be rendered: {reason[0]}") from None
+    request = {"template": _chat_template(checkpoint), "messages": messages, "tokens": special_tokens(checkpoint)}
+    return run_bounded("render", request, f"{checkpoint.path}: the chat template")

@@ -1,4 +1,4 @@
-"""The only translation of VideoLLaMA2's tensor names and shapes (FACTS 1.1 to 1.4)."""
+"""The only translation of VideoLLaMA2's tensor names and shapes (docs/facts.md 1.1 to 1.4)."""
 
 from __future__ import annotations
 

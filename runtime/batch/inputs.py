@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ FILE_COLUMNS = ("file", "video", "path")
 COLUMNS = ("prompt", "start", "end", "id")
 #: Bytes of a manifest and of a line of it, and lines, that are read.
 MOST_BYTES, MOST_LINE_BYTES, MOST_LINES = 1 << 30, 1 << 20, 5_000_000
+#: Objects and lists within each other, in a column that is not ours.
+MOST_DEPTH = 100
 
 
 @dataclass(frozen=True)
@@ -94,15 +97,19 @@ def read_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[Entry | BadLin
     usable line.
     """
     found: list[Entry | BadLine] = []
-    seen: set[tuple[object, ...]] = set()
+    seen: dict[tuple[object, ...], Entry] = {}
     ids: dict[str, Entry] = {}
     for given in inputs:
         for entry in _expand(os.fspath(given)):
             if isinstance(entry, Entry):
                 key = (entry.path, entry.prompt, entry.start, entry.end, entry.own_id)
-                if key in seen:
+                first = seen.setdefault(key, entry)
+                if first is not entry:
+                    if entry.meta and entry.meta != first.meta:
+                        where = f"line {first.line}" if first.manifest == entry.manifest else "an earlier input"
+                        reason = f"asks the same of {entry.file} as {where}, with other columns: add an id"
+                        found.append(BadLine(entry.manifest, entry.line, reason))
                     continue
-                seen.add(key)
                 ids.setdefault(entry.id, entry)
             found.append(entry)
     return [_unless_taken(entry, ids) for entry in found]
@@ -117,11 +124,17 @@ def _unless_taken(entry: Entry | BadLine, ids: dict[str, Entry]) -> Entry | BadL
 
 def _expand(given: str) -> Iterator[Entry | BadLine]:
     path = Path(given)
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        mode = None
+    except OSError as error:
+        raise OptionError(f"{given}: cannot be read: {error.strerror}") from error
+    if mode is not None and stat.S_ISDIR(mode):
         files = list(_walk(given))
         if not files:
             raise OptionError(f"{given}: the folder holds no video, sound or image files")
-    elif path.exists():
+    elif mode is not None:
         if path.suffix.lower() in MANIFESTS:
             yield from _read_manifest(path)
             return
@@ -240,6 +253,8 @@ def _entry(manifest: Path, line: int, values: dict[str, Any]) -> Entry | BadLine
         ours["file"] = values[names[0]]
     row = msgspec.convert(ours, _Row)
     meta = {name: value for name, value in values.items() if name not in COLUMNS and name not in FILE_COLUMNS}
+    if _is_deeper(meta, MOST_DEPTH):
+        return BadLine(str(manifest), line, f"is nested more than {MOST_DEPTH} deep")
     for name, time in (("start", row.start), ("end", row.end)):
         if time is not None and not (math.isfinite(time) and time >= 0):
             return BadLine(str(manifest), line, f"{name} is seconds from 0 on, not {time}")
@@ -251,3 +266,16 @@ def _entry(manifest: Path, line: int, values: dict[str, Any]) -> Entry | BadLine
     if own == "":
         return BadLine(str(manifest), line, "id is empty")
     return Entry(str(manifest.parent / row.file), row.prompt, row.start, row.end, own, str(manifest), line, meta)
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether more than so many objects and lists are within each other: writing them again takes as many calls."""
+    within = [value]
+    for _ in range(levels + 1):
+        within = [
+            inner
+            for outer in within
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(within)

@@ -243,7 +243,7 @@ class Job:
         self._watch(self.tally)
 
     def _record_failed_entry(self, entry: Entry, error: IntertitleError) -> None:
-        """An input of which not even the segments are known."""
+        """An input whose segments are unknown."""
         self._note(entry, entry.id)
         record: Record = {"id": entry.id, "file": entry.file, "start": entry.start, "end": entry.end}
         if entry.prompt is not None:
@@ -270,6 +270,7 @@ class Job:
             record: Record = {"id": bad.id, "file": bad.manifest, "part_of": bad.manifest, "line": bad.line}
             self._records.append(record | {"error": {"kind": "manifest", "reason": f"line {bad.line}: {bad.reason}"}})
             self.tally.failed += 1
+            self.tally.reasons.append(f"{bad.manifest}: line {bad.line}: {bad.reason}")
         self.tally.finished += 1
         self._watch(self.tally)
 

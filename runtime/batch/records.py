@@ -22,6 +22,7 @@ from typing import IO, Annotated, Any, ClassVar
 import msgspec
 
 from ...errors import IntertitleError, OptionError, TransientMediaError
+from ...plain_text import safe_json
 from ..media.segments import MOST_SEGMENTS
 from .content import Identity
 
@@ -245,7 +246,7 @@ class RecordFile:
             pass
         if not line.endswith(b"\n"):
             # Some file systems fill the end of a file with zeros when the power fails.
-            if self._is_output(line) or (number > 1 and not line.strip(b"\0")):
+            if self._is_output(line) or (self._end > 0 and not line.strip(b"\0")):
                 return False
             found = None
         if found is None or not isinstance(record, dict) or not isinstance(record.get(self.KEY), str):
@@ -273,7 +274,7 @@ class RecordFile:
             record.get("sha256"),
             (record.get("prompt"), record.get("start"), record.get("end")),
             key,
-            record.get("segments"),
+            record.get("segments") if isinstance(record.get("segments"), int) else None,
             record.get("part_of") or name,
             "error" in record and bool(record["error"].get("transient")),
         )
@@ -364,7 +365,7 @@ def encode(record: Mapping[str, Any]) -> bytes:
     """A record as a line of JSON in UTF-8; what is no text (odd file names) as escapes, what is no number as null."""
     finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
     try:
-        return (json.dumps(finite, ensure_ascii=False) + "\n").encode()
+        return (safe_json(json.dumps(finite, ensure_ascii=False)) + "\n").encode()
     except UnicodeEncodeError:
         return (json.dumps(finite) + "\n").encode()
 

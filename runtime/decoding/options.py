@@ -20,8 +20,8 @@ RETROSPECTIVE_TEMPLATE = (
     "Remove what is wrong, add what is missing, and answer again with the corrected text only."
 )
 
-#: ``(alpha, beta)`` of each contrast: SynPO's ``generate_cd`` has no cutoff (FACTS 2.3); VCD's evaluation scripts use
-#: alpha 1 and beta 0.1 (FACTS 4).
+#: ``(alpha, beta)`` of each contrast: SynPO's ``generate_cd`` has no cutoff (docs/facts.md 2.3); VCD's evaluation
+#: scripts use alpha 1 and beta 0.1 (docs/facts.md 4).
 CONTRAST_DEFAULTS: dict[ContrastKind, tuple[float, float | None]] = {"temporal": (0.5, None), "noise": (1.0, 0.1)}
 
 

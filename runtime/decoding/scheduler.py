@@ -165,7 +165,7 @@ class Scheduler:
         ticket.turn = turn
 
     def _prefill(self, prompt: Sequence[Segment], ticket: Ticket, progress: Callable[[int], None] | None) -> FloatArray:
-        """The prompt on a free row, of which the ticket then takes hold; logits ``[V]`` after its last token."""
+        """Put the prompt on a free row, which the ticket then owns; logits ``[V]`` after its last token."""
         keys = [(segment.key, len(segment)) for segment in prompt]
         number = self._take(ticket, self._best_free(keys))
         ticket.rows.append(number)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ..inference import FloatArray, Shortlist
 from .options import Settings
 
-#: Scores of which the highest is found first when the few highest of all are wanted.
+#: To find the few highest scores, the highest score of each block of this size is found first.
 _BLOCK = 256
 
 
@@ -60,7 +60,8 @@ def log_beta(beta: float | None) -> float:
 
 class Combination:
     """``(1 + alpha) * full - alpha * other``; with ``beta``, only of tokens at least beta times as likely as the
-    likeliest one of the full stream (the others become -inf). SynPO ``generate_cd`` and VCD ``vcd_sample`` (FACTS)."""
+    likeliest one of the full stream (the others become -inf). SynPO ``generate_cd``, VCD ``vcd_sample`` (docs/facts.md
+    2.3, 4)."""
 
     def __init__(self, alpha: float, beta: float | None) -> None:
         self._alpha, self._log_beta = np.float32(alpha), log_beta(beta)
@@ -106,7 +107,7 @@ def repeated_ngram_tokens(seen: Sequence[int], size: int) -> list[int]:
 def processed(scores: FloatArray, seen: Sequence[int], settings: Settings) -> Iterator[None]:
     """Repetition penalty and n-gram ban on ``scores``, in place, for the length of a ``with`` block.
 
-    A ban of all that a contrast's cutoff has left is none.
+    If the n-gram ban would remove every remaining token, it is ignored.
     """
     with penalty_applied(scores, seen, settings.repetition_penalty):
         banned = repeated_ngram_tokens(seen, settings.no_repeat_ngram)

@@ -1,1 +1,1 @@
-"""TensorRT: engines from a bundle's graphs, where they are kept, and running them."""
+"""TensorRT: build engines from a bundle's graphs, keep them, run them."""

@@ -1,20 +1,20 @@
-"""Giving a named axis of an ONNX graph a size, without onnx: on a board it is one more thing to install.
+"""Give a named axis of an ONNX graph a size without the package onnx, which a board need not have.
 
-TensorRT wants the length of a static cache in the graph itself, where a bundle has the axis ``max_length``. An axis is
-a ``TensorShapeProto.Dimension`` with a name (field 2) or a size (field 1); everything above it on the way down from the
-model is copied with its length made new. Field numbers are those of onnx/onnx.proto.
+TensorRT needs the length of a static cache in the graph itself; a bundle has the axis ``max_length`` there. An axis is
+a ``TensorShapeProto.Dimension`` with a name (field 2) or a size (field 1). The messages around it are copied with their
+new lengths. Field numbers are those of onnx/onnx.proto.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-#: The way from a ModelProto to its dimensions: graph; inputs, outputs and values; type; tensor type; shape; dimension.
+#: The path from a ModelProto to its dimensions: graph; inputs, outputs and values; type; tensor type; shape; dimension.
 _PATH: tuple[tuple[int, ...], ...] = ((7,), (11, 12, 13), (2,), (1,), (2,), (1,))
 
 
 def fix_axis(model: bytes, name: str, size: int) -> bytes:
-    """The serialized model, every axis ``name`` being of size ``size``. ``ValueError`` for what is no model."""
+    """The serialized model in which every axis ``name`` has the size ``size``. ``ValueError`` if it is not a model."""
     return _rewrite(model, 0, name.encode(), size)
 
 
@@ -33,7 +33,7 @@ def _rewrite(message: bytes, depth: int, name: bytes, size: int) -> bytes:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int, int | None, int]]:
-    """Number, start, start of the payload (of a length-delimited field, else ``None``) and end of each field."""
+    """Number, start, start of the payload and end of each field. Only length-delimited fields have a payload."""
     position = 0
     while position < len(message):
         start = position

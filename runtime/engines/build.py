@@ -1,4 +1,4 @@
-"""One graph of a bundle into a serialized engine."""
+"""Build one graph of a bundle into a serialized engine."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """A serialized engine, and the timing cache as its build leaves it (empty where the library keeps none).
+    """A serialized engine and the timing cache after its build (empty if the library has none).
 
-    ``unfused``: attention layers for which there is no kernel of their own, and which run as the products and the
-    softmax that they are made of.
+    ``unfused``: the number of attention layers without a fused kernel. They run as separate matmuls and a softmax.
     """
 
     engine: bytes
@@ -41,10 +40,10 @@ def build_engine(
 ) -> Plan:
     """The engine of a graph.
 
-    ``max_length``: the size of the axis of that name. ``capabilities``: those of ``parse_capabilities``, none for the
-    GPU at hand. ``memory``: bytes of working memory that layers may take. ``progress`` hears of TensorRT's own steps
-    of its outermost phases; an exception in it stops the build and is raised.
-    Raises ``TargetError`` with TensorRT's first complaint where the graph is refused or no engine comes of it.
+    ``max_length``: the size of the axis of that name. ``capabilities``: the result of ``parse_capabilities``; empty
+    for the GPU of this machine. ``memory``: the most bytes of temporary memory of a layer. ``progress`` gets the steps
+    of TensorRT's outermost phases; an exception in it stops the build and is raised.
+    Raises ``TargetError`` with TensorRT's first complaint if it refuses the graph or builds no engine.
     """
     trt, heard = library.module, list[str]()
     logger = library.logger(heard)
@@ -53,7 +52,7 @@ def build_engine(
         raise TargetError(f"{library.target}: {_first(heard, 'no builder')}")
     network = builder.create_network(_strongly_typed(trt))
     parser = trt.OnnxParser(network, logger)
-    # The path is where the parser looks for the weights beside the graph.
+    # The parser looks for the weights beside this path.
     if not parser.parse(fix_axis(graph.read_bytes(), "max_length", max_length), str(graph)):
         complaints = [_complaint(parser.get_error(i)) for i in range(parser.num_errors)]
         raise TargetError(f"{graph.name}: {library.target} {library.version} refuses it: {_first(complaints, '?')}")
@@ -68,9 +67,9 @@ def build_engine(
                 raise TargetError(f"{library.target} {library.version} does not build for compute capability {name}")
     if memory is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, memory)
-    # A library that builds for GPUs that are not there times no kernels.
+    # A library that builds for absent GPUs does not time kernels.
     times = not library.ahead_of_time
-    # Times of another GPU are refused, and new ones taken.
+    # The times of another GPU are refused; the build then measures new ones.
     if times and not config.set_timing_cache(config.create_timing_cache(timing), ignore_mismatch=False):
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     for shapes in profiles:
@@ -82,7 +81,7 @@ def build_engine(
     config.progress_monitor = monitor
     plan, unfused = builder.build_serialized_network(network, config), 0
     if plan is None and monitor.error is None:
-        # Attention is fused or the build fails, unless it may be taken apart.
+        # The build fails if attention cannot be fused, unless we allow its decomposition.
         unfused = _take_apart(trt, network)
         plan = builder.build_serialized_network(network, config) if unfused else None
     if monitor.error is not None:
@@ -94,13 +93,13 @@ def build_engine(
 
 
 def _take_apart(trt: Any, network: Any) -> int:
-    """Let every attention layer be computed by others; returns how many there are."""
+    """Allow the decomposition of every attention layer; returns the number of these layers."""
     found = 0
     kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
     for index in range(network.num_layers if kind is not None else 0):
         layer = network.get_layer(index)
         if layer.type == kind:
-            # How TensorRT's interface wants a layer to be told that it is of its kind.
+            # TensorRT's Python interface has no other way to cast a layer.
             layer.__class__ = trt.IAttentionInputLayer
             layer.attention.decomposable = True
             found += 1
@@ -108,7 +107,7 @@ def _take_apart(trt: Any, network: Any) -> int:
 
 
 def _strongly_typed(trt: Any) -> int:
-    """Types are those of the graph. TensorRT 10 wants to be told, 11 knows nothing else."""
+    """The flag for a network with the types of the graph. TensorRT 10 needs it; 11 has no other networks."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
@@ -128,9 +127,10 @@ def _first(complaints: Sequence[str], otherwise: str) -> str:
 
 
 def _monitor(trt: Any, progress: Progress | None) -> Any:
-    """TensorRT's progress as ``(done, total)`` of the phase that is outermost.
+    """TensorRT's progress as ``(done, total)`` of the outermost phase.
 
-    It calls from its own threads, where an exception would end the process: it is kept, and the build is told to stop.
+    TensorRT calls it from its own threads, where an exception would end the process. So the exception is kept and the
+    build is stopped.
     """
 
     class Monitor(trt.IProgressMonitor):

@@ -1,4 +1,4 @@
-"""A bundle's engines, one component after the other, so that memory peaks with the largest of them."""
+"""Build a bundle's engines, one component after the other: the peak memory is that of the largest one."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .cache import EngineCache, Origin, describe_change
 from .library import Library, check_device
 from .shapes import Limits, profiles
 
-#: ``(what is being done, steps done, steps in all)``.
+#: ``(stage, steps done, steps in all)``.
 Progress = Callable[[str, int, int], None]
-#: Of bundles that engines are built from.
+#: The dialects of bundles that engines are built from.
 DIALECTS = ("standard", "plain")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A graph of the bundle that becomes an engine: ``name`` is the graph's, without its suffix and dialect."""
+    """A graph of the bundle that becomes an engine. ``name``: the file name without suffix and dialect."""
 
     name: str
     component: Component
@@ -33,8 +33,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Built:
-    """An engine that is in the cache now. ``reason``: why it was built, ``None`` where it was there. ``unfused``: as in
-    ``Plan``, of one that was built."""
+    """An engine that is in the cache now.
+
+    ``reason``: why it was built; ``None`` if it was up to date. ``unfused``: see ``Plan``; 0 if it was not built.
+    """
 
     name: str
     path: Path
@@ -45,12 +47,12 @@ class Built:
 
 
 def parts(bundle: Bundle) -> list[Part]:
-    """All graphs of a bundle, one for each ratio of merging included. ``TargetError`` for another dialect's bundle."""
+    """All graphs of a bundle, with one per ratio of merging. ``TargetError`` for a bundle without engines."""
     manifest = bundle.manifest
     if manifest.dialect not in DIALECTS:
         raise TargetError(
-            f"{bundle.path}: the bundle is for {manifest.target}, of which no engines are built; compile the "
-            "checkpoint with --target tensorrt-rtx"
+            f"{bundle.path}: the bundle is for {manifest.target}, which needs no engines; for engines compile "
+            "the checkpoint with --target tensorrt-rtx"
         )
     found = [Part(name, component, bundle.file(component.graph)) for name, component in manifest.components.items()]
     vision = manifest.components["vision"]
@@ -60,9 +62,9 @@ def parts(bundle: Bundle) -> list[Part]:
 
 
 def origin(bundle: Bundle, part: Part, library: Library, capabilities: Sequence[str], limits: Limits) -> Origin:
-    """What the engine of a part depends on. ``capabilities`` are those it will run on, never empty."""
+    """What the engine of a part depends on. ``capabilities``: the compute capabilities it runs on, never empty."""
     files, component = bundle.manifest.files, part.component
-    # A cache's size changes the decoder only, and the encoders with it would be built again for nothing.
+    # The size of the cache concerns the decoder only; a change must not rebuild the encoders.
     options = asdict(limits)
     if part.name != "decoder":
         options = {"rows": limits.rows} if part.name == "selection" else {}
@@ -80,9 +82,9 @@ def origin(bundle: Bundle, part: Part, library: Library, capabilities: Sequence[
 
 
 def find_engines(bundle: Bundle, library: Library, capability: str) -> dict[str, Origin]:
-    """The engines of a bundle that run on a GPU of this compute capability, by name; of the decoder's the largest.
+    """The engines of a bundle that run on a GPU of this compute capability, by name. Of several, the largest counts.
 
-    ``TargetError`` that says what is wrong with those that are there.
+    ``TargetError`` says what is wrong with the engines that exist.
     """
     cache, found = EngineCache.open(), dict[str, Origin]()
     for part in parts(bundle):
@@ -108,7 +110,7 @@ def find_engines(bundle: Bundle, library: Library, capability: str) -> dict[str,
 
 
 def limits_of(decoder: Origin) -> Limits:
-    """What a decoder's engine was built for."""
+    """The sizes that a decoder's engine was built for."""
     return Limits(**decoder.options)
 
 
@@ -122,15 +124,15 @@ def build_bundle(
     memory: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Built]:
-    """Build what is missing of a bundle's engines and give every one as it is there.
+    """Build the engines that are missing, and yield every engine of the bundle as soon as it exists.
 
-    ``current``: build for the GPU at hand, whose capability ``capabilities`` names. ``TargetError`` where the bundle is
-    of another dialect, TensorRT refuses a graph, or the cache cannot be used.
+    ``current``: build for the GPU of this machine, whose capability is in ``capabilities``. ``TargetError`` if the
+    bundle needs no engines, TensorRT refuses a graph, or the cache cannot be used.
     """
     report, cache = progress or (lambda *_: None), EngineCache.open()
     if current:
         library.check_gpu(capabilities[0])
-    # Without a name the engine of a library that knows some is for all of its GPUs, and slower on each.
+    # Without a name, a library that builds ahead of time makes an engine for all GPUs, which is slower on each.
     named = () if current and capabilities[0] not in library.ahead_of_time else capabilities
     with cache.building(lambda: report("waiting for another build", 0, 0)):
         for part in parts(bundle):

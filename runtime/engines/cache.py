@@ -1,7 +1,7 @@
-"""Where engines live: a folder of this user alone, each engine beside a note of what it was built from.
+"""The cache of engines: a folder that belongs to this user alone, with a note beside each engine of its origin.
 
-An engine is an executable: TensorRT runs what is in it. So none is ever read from a bundle, only from a folder that
-this user owns and nobody else can write to, and only if it has the hash that was noted when it was built there.
+An engine is executable code. So it is never read from a bundle, only from a folder that this user owns and nobody else
+can write to, and only if its hash is the one that was noted when it was built there.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _NOTE_BYTES = 1 << 20
 class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All that an engine depends on.
 
-    ``bundle`` is the captioner's name; ``graph`` and ``data`` are hashes of the bundle's files; ``capabilities`` those
-    (compute capabilities) of the GPUs it runs on; ``options`` the sizes it is built for.
+    ``bundle``: the name of the captioner. ``graph``, ``data``: hashes of the bundle's files. ``capabilities``: compute
+    capabilities of the GPUs that it runs on. ``options``: the sizes that it is built for.
     """
 
     bundle: str
@@ -50,7 +50,7 @@ class _Note(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     size: int
 
 
-#: What is said of a field that differs between the engine that is there and the one that is wanted.
+#: The message for a field that differs between the existing engine and the wanted one.
 _CHANGES = {
     "graph": "the bundle's graph changed",
     "data": "the bundle's weights changed",
@@ -58,19 +58,19 @@ _CHANGES = {
     "version": "TensorRT is {new}, it was built with {old}",
     "platform": "it was built for {old}, this is {new}",
     "capabilities": "it is for compute capability {old}, not {new}",
-    "options": "other sizes are asked for ({new}, not {old})",
+    "options": "the sizes differ (wanted {new}, built {old})",
 }
 
 
 class EngineCache:
-    """The engines that this user built, of any bundle."""
+    """The engines that this user built, for any bundle."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @classmethod
     def open(cls) -> EngineCache:
-        """That of the user. ``TargetError`` where there can be no folder of one's own."""
+        """The cache of this user. ``TargetError`` if the user cannot have a private folder."""
         folder = cache_directory("engines")
         if folder is None:
             raise TargetError(
@@ -79,11 +79,11 @@ class EngineCache:
         return cls(folder)
 
     def path(self, origin: Origin) -> Path:
-        """Where the engine of this origin is, if it is there."""
+        """The path of the engine of this origin, whether it exists or not."""
         return self.folder / f"{origin.component}-{origin.key}.engine"
 
     def why_missing(self, origin: Origin) -> str | None:
-        """``None`` where the engine is there and whole; else what is wrong, or how the one that is there differs."""
+        """``None`` if the engine exists and is whole; else what is wrong, or how the existing engine differs."""
         note = self._fitting_note(origin)
         return note if isinstance(note, str) else self._altered(origin, note, _sha256(self.path(origin)))
 
@@ -92,7 +92,7 @@ class EngineCache:
         return [note.origin for note in self._notes(like)]
 
     def load(self, origin: Origin) -> bytes:
-        """The engine's bytes. ``TargetError`` where it is missing, or not what was built here."""
+        """The engine's bytes. ``TargetError`` if it is missing or is not the one that was built here."""
         note, data = self._fitting_note(origin), b""
         if isinstance(note, str):
             fault = note
@@ -107,14 +107,14 @@ class EngineCache:
         """Keep an engine, whole or not at all; other engines of the component stay."""
         note = _Note(origin=origin, sha256=hashlib.sha256(engine).hexdigest(), size=len(engine))
         path = self.path(origin)
-        # The engine without its note is no engine: the note comes last.
+        # An engine without a note does not count, so the note is written last.
         self._note_path(origin).unlink(missing_ok=True)
         self._write(path, engine)
         self._write(self._note_path(origin), msgspec.json.encode(note))
         return path
 
     def timing(self, library: str, version: str) -> bytes:
-        """What earlier builds with a TensorRT learned about its kernels; empty where nothing is known."""
+        """The kernel times that earlier builds with this TensorRT measured; empty if there are none."""
         try:
             path = self._timing_path(library, version)
             _check_private(path, stat.S_ISREG)
@@ -123,13 +123,13 @@ class EngineCache:
             return b""
 
     def keep_timing(self, library: str, version: str, data: bytes) -> None:
-        """Keep it for the next build."""
+        """Keep the kernel times for the next build."""
         if data:
             self._write(self._timing_path(library, version), data)
 
     @contextmanager
     def building(self, waiting: Callable[[], None]) -> Iterator[None]:
-        """One builder at a time: a second one calls ``waiting`` once and waits. What a killed one left is removed."""
+        """Only one build runs at a time: a second one calls ``waiting`` once and waits. Leftovers are removed."""
         path = self.folder / "lock"
         with path.open("w") as file:
             try:
@@ -142,13 +142,13 @@ class EngineCache:
             yield
 
     def _fitting_note(self, origin: Origin) -> _Note | str:
-        """The note of the engine of this origin, or why there is none. The engine itself is not read."""
+        """The note of the engine of this origin, or why it is missing. The engine itself is not read."""
         path, note_path = self.path(origin), self._note_path(origin)
         if not path.exists() and not note_path.exists():
             others = [note.origin for note in self._notes(origin)]
             if not others:
-                return "there is none yet"
-            # The one that differs least.
+                return "there is no engine yet"
+            # Compare with the engine that differs least.
             nearest = min(others, key=lambda other: len(_changed(other, origin)))
             return "; ".join(describe_change(nearest, origin, name) for name in _changed(nearest, origin))
         if not note_path.exists() or not path.exists():
@@ -207,12 +207,12 @@ def _sha256(path: Path) -> str:
 
 
 def _changed(old: Origin, new: Origin) -> list[str]:
-    """The fields that differ."""
+    """The names of the fields that differ."""
     return [name for name in _CHANGES if getattr(old, name) != getattr(new, name)]
 
 
 def describe_change(old: Origin, new: Origin, name: str) -> str:
-    """What the difference in a field means."""
+    """The message about a field that differs."""
     was, now = getattr(old, name), getattr(new, name)
     if isinstance(was, dict):
         names = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
@@ -223,7 +223,7 @@ def describe_change(old: Origin, new: Origin, name: str) -> str:
 
 
 def _check_private(path: Path, kind: Callable[[int], bool]) -> None:
-    """``TargetError`` unless the path is of this kind, this user's, and closed to others' writing."""
+    """``TargetError`` unless the path has this kind, belongs to this user, and nobody else can write to it."""
     status = path.lstat()
     if not kind(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise TargetError(f"{path} belongs to another user or is open to others: remove it, and run intertitle build")

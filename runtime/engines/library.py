@@ -1,5 +1,6 @@
-"""The TensorRT that is installed. TensorRT and TensorRT for RTX are one Python interface under two names; what else
-sets them apart is asked of the module, not of the name.
+"""The installed TensorRT. TensorRT and TensorRT for RTX have the same Python interface under two names.
+
+Other differences are found by looking at the module, not at its name.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _TENSORRT = (
     ("tensorrt",),
     "JetPack brings it (apt install python3-libnvinfer); elsewhere pip install 'intertitle[tensorrt]'",
 )
-#: Modules by target, in the order in which they are tried, and how to get one.
+#: For each target, the modules in the order in which they are tried, and how to install one.
 _MODULES = {
     "tensorrt-rtx": (("tensorrt_rtx", "tensorrt_rtx_bindings"), "pip install 'intertitle[tensorrt-rtx]'"),
     "tensorrt": _TENSORRT,
@@ -27,7 +28,7 @@ TARGETS = tuple(_MODULES)
 
 @dataclass(frozen=True)
 class Library:
-    """One TensorRT: ``target`` is what a bundle calls it, ``module`` its Python interface."""
+    """An installed TensorRT. ``target``: its name in bundles; ``module``: its Python interface."""
 
     target: str
     module: Any
@@ -38,7 +39,7 @@ class Library:
 
     @property
     def ahead_of_time(self) -> tuple[str, ...]:
-        """The compute capabilities (``8.6``) that engines can be built for without such a GPU, or any."""
+        """The compute capabilities (such as ``8.6``) that engines can be built for without a GPU."""
         capabilities = getattr(self.module, "ComputeCapability", None)
         if capabilities is None or not hasattr(self.module.IBuilderConfig, "set_compute_capability"):
             return ()
@@ -46,8 +47,11 @@ class Library:
         return tuple(sorted((f"{name[:-1]}.{name[-1]}" for name in names), key=lambda name: float(name)))
 
     def check_gpu(self, capability: str) -> None:
-        """``TargetError`` where no engine runs on a GPU of this compute capability: one that engines could be built for
-        ahead of time, were it supported. Of newer GPUs nothing is known, and portable engines are for them, too."""
+        """``TargetError`` if no engine runs on a GPU of this compute capability.
+
+        Such a GPU is older than the newest one that the library builds for, and is not in its list. GPUs that are newer
+        than the list may run portable engines.
+        """
         known = self.ahead_of_time
         if known and capability not in known and float(capability) < float(known[-1]):
             raise TargetError(
@@ -56,7 +60,7 @@ class Library:
             )
 
     def logger(self, heard: list[str]) -> Any:
-        """A logger that keeps warnings and errors in ``heard`` instead of printing them."""
+        """A logger that puts errors into ``heard`` instead of printing them."""
         trt = self.module
 
         class Quiet(trt.ILogger):
@@ -71,7 +75,7 @@ class Library:
 
 
 def load_library(target: str) -> Library:
-    """The TensorRT of a target. ``TargetError`` where it is not installed or does not load."""
+    """The TensorRT of a target. ``TargetError`` if it is not installed or does not load."""
     names, remedy = _MODULES[target]
     for name in names:
         try:
@@ -85,13 +89,15 @@ def load_library(target: str) -> Library:
 
 
 def parse_capabilities(text: str, library: Library) -> tuple[str, ...]:
-    """``86,8.9,120`` as ``("8.6", "8.9", "12.0")``, in order and once each.
+    """``86,8.9,120`` as ``("8.6", "8.9", "12.0")``, sorted and without repeats.
 
-    ``TargetError`` for what the library does not build for without having such a GPU.
+    ``TargetError`` for a capability that the library cannot build for ahead of time.
     """
     known, found = library.ahead_of_time, set[str]()
     if not known:
-        raise TargetError(f"{library.target} {library.version} builds for the GPU at hand only: current, not {text}")
+        raise TargetError(
+            f"{library.target} {library.version} builds for the GPU of this machine only: use current, not {text}"
+        )
     for part in text.split(","):
         digits = part.strip().replace(".", "")
         name = f"{digits[:-1]}.{digits[-1:]}"
@@ -105,9 +111,9 @@ def parse_capabilities(text: str, library: Library) -> tuple[str, ...]:
 
 
 def built_for(text: str, library: Library) -> tuple[tuple[str, ...], bool]:
-    """The compute capabilities that ``current`` or a list of them means, and whether it is the GPU at hand.
+    """The compute capabilities of ``current`` or of a list, and whether the GPU of this machine is meant.
 
-    ``TargetError`` for ``current`` without a GPU, with what can be done instead.
+    ``TargetError`` for ``current`` without a GPU; it says what to do instead.
     """
     if text.strip() != "current":
         return parse_capabilities(text, library), False

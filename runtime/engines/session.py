@@ -1,4 +1,4 @@
-"""Engines at work: the encoders as plain functions, the decoder as a ``Program`` of ``device_decoder``."""
+"""Run engines: the encoders as plain functions, the decoder as a ``Program`` of ``device_decoder``."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from .shapes import Limits
 
 
 class Engine:
-    """A deserialized engine, a ``Program``: its profiles, if it has several, are the phases (``shapes.profiles``).
-    ``captured``: whether its steps are."""
+    """A deserialized engine; a ``Program``. If it has several profiles, they are the phases (``shapes.profiles``).
+
+    ``captured``: whether its steps are captured.
+    """
 
     def __init__(self, library: Library, device: Device, plan: bytes, name: str) -> None:
-        """``TargetError`` where TensorRT does not take the plan: another version, another GPU, too little memory."""
+        """``TargetError`` if TensorRT refuses the plan: another version, another GPU, too little memory."""
         self._module, self.device, self.name, self._heard = library.module, device, name, list[str]()
         self.captured = True
         self._runtime = self._module.Runtime(library.logger(self._heard))
@@ -32,11 +34,11 @@ class Engine:
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         given = self._module.TensorIOMode.INPUT
         self.inputs = [name for name in names if self._engine.get_tensor_mode(name) == given]
-        #: Kernels that were compiled for one context, for the next: of libraries that compile them on the GPU.
+        #: Kernels that one context compiled, for the next one. Some libraries compile kernels on the GPU.
         self._compiled: Any = None
 
     def context(self, phase: int = 0) -> EngineContext:
-        """A new execution context. A captured graph is tied to the state of its context, so each needs its own."""
+        """A new execution context. A captured graph depends on the state of its context, so each needs its own."""
         context = self._engine.create_execution_context(self._settings(phase))
         if context is None:
             raise self.error("the GPU has too little memory for the engine's activations")
@@ -47,8 +49,8 @@ class Engine:
         return EngineContext(self, context)
 
     def _settings(self, phase: int) -> Any:
-        """How a context is made, in the form that this library knows."""
-        # Activations for this profile only: a step's are a thousandth of a prompt's.
+        """The settings of a new context, in the form of this library."""
+        # Allocate activations for this profile only: those of a step are a thousandth of those of a prompt.
         strategy = self._module.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         if not hasattr(self._engine, "create_runtime_config"):
             return strategy
@@ -56,8 +58,8 @@ class Engine:
         settings.set_execution_context_allocation_strategy(strategy)
         if hasattr(settings, "dynamic_shapes_kernel_specialization_strategy"):
             if phase == STEP:
-                # By default a first run has kernels for any shape, and better ones are compiled beside it: a graph
-                # captured from it would keep the former. Prompts differ in length, and for them the default is right.
+                # By default the first run uses kernels for any shape while better ones are compiled in the background.
+                # A captured graph would keep the slow ones. For prompts, whose lengths differ, the default is right.
                 eager = self._module.DynamicShapesKernelSpecializationStrategy.EAGER
                 settings.dynamic_shapes_kernel_specialization_strategy = eager
             if self._compiled is None:
@@ -66,18 +68,18 @@ class Engine:
         return settings
 
     def error(self, what: str) -> TargetError:
-        """With TensorRT's own words, where it said any: the last ones."""
+        """An error with TensorRT's last message, if there is one."""
         return TargetError(f"{self.name}: {what}{f' ({self._heard[-1]})' if self._heard else ''}")
 
 
 class EngineContext:
-    """One set of shapes and addresses to run an engine with."""
+    """One set of shapes and addresses with which an engine runs."""
 
     def __init__(self, engine: Engine, context: Any) -> None:
         self._engine, self._context = engine, context
 
     def bind(self, addresses: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Tensors to their addresses, inputs to their shapes (outputs' follow); what is not named stays."""
+        """Bind tensors to addresses and set the shapes of inputs; output shapes follow. Other tensors stay bound."""
         for name in self._engine.inputs:
             if name in shapes and not self._context.set_input_shape(name, shapes[name]):
                 raise self._engine.error(f"{name} cannot have the shape {list(shapes[name])}")
@@ -86,7 +88,7 @@ class EngineContext:
                 raise self._engine.error(f"{name} cannot be bound")
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """An output's shape, which follows from the inputs'."""
+        """The shape of an output, which follows from the shapes of the inputs."""
         return tuple(self._context.get_tensor_shape(name))
 
     def run(self) -> None:
@@ -95,7 +97,7 @@ class EngineContext:
             raise self._engine.error("the engine did not run")
 
     def repeatable(self, work: Callable[[], None]) -> Callable[[], None]:
-        """``work`` as a captured graph, or as it is where TensorRT cannot be captured (``captured`` of its engine)."""
+        """``work`` as a captured graph, or ``work`` itself if it cannot be captured (see the engine's ``captured``)."""
         try:
             return self._engine.device.capture(work)
         except TargetError:
@@ -104,7 +106,7 @@ class EngineContext:
 
 
 class EngineComponent:
-    """An encoder with one input and one output, both float32 on the host."""
+    """An encoder with one input and one output, both float32 in host memory."""
 
     def __init__(self, engine: Engine, component: Component) -> None:
         self._context, self._device = engine.context(), engine.device
@@ -126,7 +128,7 @@ class EngineComponent:
         return result
 
     def _memory(self, name: str, size: int) -> int:
-        """Memory for a tensor, kept for the next clip, which is mostly as large."""
+        """Memory for a tensor. It is kept for the next clip, which mostly has the same size."""
         held = self._held.get(name)
         if held is None or held.size < size:
             self._held.pop(name, None)
@@ -135,7 +137,7 @@ class EngineComponent:
 
 
 class EngineDecoder:
-    """The decoder's engine, and the selection's behind it, from which any number of caches can be opened."""
+    """The engines of the decoder and of the selection. Any number of caches can be opened on them."""
 
     def __init__(
         self,
@@ -153,11 +155,11 @@ class EngineDecoder:
 
     @property
     def longest(self) -> int:
-        """Tokens that a row holds: what the engine was built for."""
+        """The tokens of a row, as the engine was built."""
         return self.limits.max_length
 
     def open(self, rows: int, max_length: int) -> DeviceInference:
-        """A fresh cache, of the engine's length. ``OptionError`` for more than the engine was built for."""
+        """A new cache with the length of the engine. ``OptionError`` for more than the engine was built for."""
         limits = self.limits
         if max_length > limits.max_length:
             raise OptionError(

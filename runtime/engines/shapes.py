@@ -1,4 +1,4 @@
-"""The sizes that engines are built for: of every varying axis of every component the least, the usual and the most."""
+"""The sizes that engines are built for: the least, usual and largest size of every axis that varies."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ from dataclasses import dataclass
 from ...errors import OptionError
 from ..bundle import Component, Manifest
 
-#: Text around and behind the clip's tokens that a prompt is given room for.
+#: Room for the text of a prompt, in tokens.
 _TEXT_TOKENS = 256
-#: Rows are a multiple of so many tokens long: each then begins where TensorRT wants a tensor to (256 bytes).
+#: The length of a row is a multiple of this many tokens, so that each row begins at a multiple of 256 bytes, as
+#: TensorRT needs.
 _ROUND = 64
 
 Range = tuple[int, int, int]
-"""Least, usual and most."""
+"""Least, usual and largest size."""
 Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Least, usual and largest shape of each input that varies."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a decoder's engine has room for. ``max_length``: tokens of a row, prompt and caption; it is the length of
-    the cache, which TensorRT wants fixed. ``rows``: captions or streams of one step. ``chunk``: prompt tokens of one
-    run, and so the size of the activations."""
+    """The sizes of a decoder's engine.
+
+    ``max_length``: tokens of a row, prompt and caption together; the cache has this fixed length. ``rows``: rows of one
+    step. ``chunk``: prompt tokens of one run; the activations grow with it.
+    """
 
     max_length: int
     rows: int
@@ -33,9 +36,9 @@ class Limits:
 def default_limits(
     manifest: Manifest, max_length: int | None = None, rows: int | None = None, chunk: int | None = None
 ) -> Limits:
-    """Room for the family's own prompt over a whole clip and its longest caption, unless something else is asked.
+    """Sizes for a prompt of the family with a whole clip and its longest caption, unless other sizes are given.
 
-    ``OptionError`` for what leaves no room, or more than the decoder was trained for.
+    ``OptionError`` for sizes without room for a token or above the decoder's context.
     """
     context, visual = manifest.decoder.context_length, manifest.visual
     if max_length is None:
@@ -54,8 +57,11 @@ def default_limits(
 
 
 def profiles(name: str, component: Component, manifest: Manifest, limits: Limits) -> list[Profile]:
-    """The optimization profiles of a component: two of the decoder (prompts of one row; one token of every row), one of
-    the others, none of one whose shapes are fixed."""
+    """The optimization profiles of a component.
+
+    The decoder has two (prompts of one row; one token of every row), other components have one, and a component with
+    fixed shapes has no profile.
+    """
     if name == "decoder":
         phases: list[Mapping[str, Range]] = [
             {"rows": (1, 1, 1), "length": (1, limits.chunk, limits.chunk), "asked": (1, 1, limits.chunk)},

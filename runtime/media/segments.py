@@ -47,6 +47,14 @@ def fixed_spans(duration: float, seconds: float) -> list[Span]:
     return list(itertools.pairwise(bounds))
 
 
+def media_duration(path: str | os.PathLike[str]) -> float | None:
+    """Seconds that a video or a sound lasts; ``None`` for an image and where nobody knows."""
+    from . import open_media
+
+    with open_media(path) as media:
+        return None if media.kind == "image" else media.duration or None
+
+
 def media_spans(path: str | os.PathLike[str], segments: float | None) -> list[Span]:
     """The segments of a file: of ``segments`` seconds, or (``None``) its scenes. None where it stays whole.
 

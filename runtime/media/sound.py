@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 import av
 import numpy as np
+import numpy.typing as npt
 from av.error import FFmpegError
 
 from ...errors import MediaError
 from .container import has_jumps, is_measured, opened, read_packets, refuse_encrypted
-from .sound_frames import MAX_CHANNELS, Converter, Cutter, frames_of, kind_of
+from .sound_frames import MAX_CHANNELS, Converter, Cutter, Ranges, frames_of, kind_of
 from .sound_index import PROBED, Piece, SoundIndex, SoundPacket, Stretch, find_stretches
-from .source import Waveform
+from .source import Choice, Waveform
 
 if TYPE_CHECKING:
     from av.audio.frame import AudioFrame
@@ -30,6 +31,11 @@ _RESAMPLER_RUN_IN = 4096
 #: Seconds between a timestamp and the end of the samples before it that count as none (``min_hard_comp`` of FFmpeg's
 #: resampler, with which ``aresample=async=1`` fills gaps). Encoders' delays are shorter.
 _GAP = 0.1
+#: Parts of a sound that lasts no longer than this are chosen when all of it was read.
+_SHORT_SECONDS = 600
+#: How far from the places that a duration suggests the parts of a longer one are still found without a second reading.
+_SPARE_SECONDS = 4
+_FULL_SCALE = np.float32(1 << 15)
 
 
 class _Changed(Exception):
@@ -69,34 +75,71 @@ class ContainerSoundReader:
         self, rate: int | None = None, seconds: float | None = None, start: float = 0.0, *, timed: bool = False
     ) -> Waveform:
         """See ``Media.read_audio``."""
+        self.notes.clear()
+        samples = np.concatenate(list(self._pieces(rate, seconds, start, timed)), axis=1)
+        if rate is not None:
+            return Waveform(samples[0] / _FULL_SCALE, rate)
+        if not np.isfinite(samples).all():
+            raise MediaError(f"{self._path}: its sound holds NaN or infinite samples")
+        return Waveform(samples, self.sample_rate)
+
+    def read_parts(
+        self, rate: int, choose: Choice, seconds: float | None = None, start: float = 0.0, *, timed: bool = False
+    ) -> list[npt.NDArray[np.float32]]:
+        """See ``Media.read_audio_parts``."""
+        lasting = max(self.duration - start, 0.0)
+        guess = choose(round(rate * (lasting if seconds is None else min(lasting, seconds))))
+        # How much comes out is known when all of it has: durations are not exact, and some are wrong.
+        spare = _SPARE_SECONDS * rate
+        ranges = [(0, _SHORT_SECONDS * rate), *((max(first - spare, 0), last + spare) for first, last in guess)]
+        while True:
+            self.notes.clear()
+            kept = Ranges(ranges)
+            for piece in self._pieces(rate, seconds, start, timed):
+                kept.add(piece[0])
+            wanted = choose(kept.total)
+            parts = [kept.part(first, last) for first, last in wanted]
+            if all(len(part) == last - first for part, (first, last) in zip(parts, wanted, strict=True)):
+                return [np.divide(part, _FULL_SCALE, dtype=np.float32) for part in parts]
+            if ranges == wanted:
+                raise MediaError(f"{self._path}: changed while its sound was being read")
+            ranges = wanted
+
+    def _pieces(self, rate: int | None, seconds: float | None, start: float, timed: bool) -> Iterator[np.ndarray]:
+        """``[channels, n]`` one after the other: float32 as stored, int16 with a ``rate``."""
         stretches = self._stretches() if timed else []
         if len(stretches) > 1 or any(stretch.time for stretch in stretches):
             return self._placed(stretches, rate, seconds, start)
-        return self._slice(rate, seconds, start)
+        limit = None if seconds is None else max(round(seconds * (rate or self.sample_rate)), 1)
+        return self._slice(rate, limit, start)
 
-    def _placed(self, stretches: list[Stretch], rate: int | None, seconds: float | None, start: float) -> Waveform:
+    def _placed(
+        self, stretches: list[Stretch], rate: int | None, seconds: float | None, start: float
+    ) -> Iterator[np.ndarray]:
         """What is heard from ``start`` on, silence where the file has no sound."""
         out_rate = rate or self.sample_rate
-        end = None if seconds is None else start + seconds
         if start >= stretches[-1].end:
             raise MediaError(f"{self._path}: its sound ends before {start:g} s")
-        pieces: list[tuple[int, np.ndarray]] = []
-        for number, stretch in enumerate(stretches):
+        length = None if seconds is None else max(round(seconds * out_rate), 1)
+        given = 0
+        for stretch in stretches:
             first = max(start, stretch.time)
+            place = round((first - start) * out_rate)
             # What follows the last packet that was counted belongs to the last stretch.
-            last = end if number == len(stretches) - 1 else min(stretch.end, stretch.end if end is None else end)
-            if (last is not None and first >= last) or (end is not None and stretch.time >= end):
-                continue
-            length = None if last is None else last - first
-            part = self._slice(rate, length, stretch.sample / self.sample_rate + first - stretch.time)
-            pieces.append((round((first - start) * out_rate), np.atleast_2d(part.samples)))
-        length = max((place + part.shape[1] for place, part in pieces), default=0)
-        if seconds is not None and not pieces:
-            length = max(round(seconds * out_rate), 1)
-        heard = np.zeros((1 if rate else self.num_channels, length), np.float32)
-        for place, part in pieces:
-            heard[:, place : place + part.shape[1]] = part
-        return Waveform(heard if rate is None else heard[0], out_rate)
+            last = None if stretch is stretches[-1] else round((stretch.end - start) * out_rate)
+            stop = min((each for each in (last, length) if each is not None), default=None)
+            place = place if length is None else min(place, length)
+            if place > given:
+                yield self._silence(rate, place - given)
+                given = place
+            if stop is None or place < stop:
+                limit = None if stop is None else stop - place
+                for piece in self._slice(rate, limit, stretch.sample / self.sample_rate + first - stretch.time):
+                    yield piece
+                    given += piece.shape[1]
+
+    def _silence(self, rate: int | None, count: int) -> np.ndarray:
+        return np.zeros((1 if rate else self.num_channels, count), np.int16 if rate else np.float32)
 
     def _stretches(self) -> list[Stretch]:
         """Where there is sound, found once."""
@@ -115,45 +158,44 @@ class ContainerSoundReader:
             count = frame.samples * self.sample_rate // frame.sample_rate
             yield Piece(None if frame.time is None else frame.time * self.sample_rate, count, count)
 
-    def _slice(self, rate: int | None, seconds: float | None, start: float) -> Waveform:
-        """The samples of a slice of all that can be decoded, put end to end."""
+    def _slice(self, rate: int | None, limit: int | None, start: float) -> Iterator[np.ndarray]:
+        """Up to ``limit`` samples of all that can be decoded, put end to end, from ``start`` seconds on."""
         self._check_kind()
         out_rate = rate or self.sample_rate
-        limit = None if seconds is None else max(round(seconds * out_rate), 1)
         skip = round(start * out_rate)
         # The resampler's phases come round every `step` samples: begun there it gives what it gives in mid-stream.
         step = self.sample_rate // gcd(self.sample_rate, out_rate)
         first = max(skip * self.sample_rate // out_rate - _RESAMPLER_RUN_IN, 0) // step * step
         entry = self._entry(first) if first else 0
         first = first if entry else 0
-        self.notes.clear()
+        noted = len(self.notes)
+        empty = True
         try:
-            samples = self._collect(rate, entry, first, skip - first * out_rate // self.sample_rate, limit)
+            for piece in self._cut(rate, entry, first, skip - first * out_rate // self.sample_rate, limit):
+                empty = False
+                yield piece
         except _Changed:
-            self.notes.clear()
-            samples = self._collect(rate, 0, 0, skip, limit)
-        if samples.shape[1] == 0:
+            del self.notes[noted:]
+            for piece in self._cut(rate, 0, 0, skip, limit):
+                empty = False
+                yield piece
+        if empty:
             if skip:
                 raise MediaError(f"{self._path}: its sound ends before {start:g} s")
             raise MediaError(f"{self._path}: its sound track holds nothing that can be decoded")
-        if rate is None:
-            if not np.isfinite(samples).all():
-                raise MediaError(f"{self._path}: its sound holds NaN or infinite samples")
-            return Waveform(samples, self.sample_rate)
-        return Waveform(samples[0] / np.float32(1 << 15), rate)
 
-    def _collect(self, rate: int | None, entry: int, first: int, skip: int, limit: int | None) -> np.ndarray:
-        """``[channels, n]``: decoded from packet ``entry``, from sample ``first`` on, less the first ``skip``."""
-        pieces: list[np.ndarray] = [np.zeros((1 if rate else self.num_channels, 0), np.int16 if rate else np.float32)]
-        length = 0
+    def _cut(self, rate: int | None, entry: int, first: int, skip: int, limit: int | None) -> Iterator[np.ndarray]:
+        """Decoded from packet ``entry``, from sample ``first`` on, less the first ``skip``, no more than ``limit``."""
         for piece in self._converted(rate, entry, first):
             kept = piece[:, skip:]
             skip -= piece.shape[1] - kept.shape[1]
-            pieces.append(kept)
-            length += kept.shape[1]
-            if limit is not None and length >= limit:
-                break
-        return np.concatenate(pieces, axis=1)[:, :limit]
+            kept = kept[:, :limit]
+            if kept.shape[1]:
+                yield kept
+            if limit is not None:
+                limit -= kept.shape[1]
+                if limit == 0:
+                    break
 
     def _entry(self, first: int) -> int:
         """The packet to begin with for the samples from ``first`` on."""

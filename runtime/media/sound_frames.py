@@ -6,7 +6,7 @@ of 8 or more channels that hold a plane for each must never be asked for their p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import av
@@ -82,3 +82,34 @@ def _without_start(frame: AudioFrame, count: int) -> AudioFrame:
 def _packed_array(frame: AudioFrame) -> np.ndarray:
     """``[channels, n]`` of packed samples."""
     return frame.to_ndarray().reshape(-1, frame.layout.nb_channels).T
+
+
+class Ranges:
+    """Of samples that go past, those in ``ranges`` (first, last), which may overlap. ``total`` counts all."""
+
+    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self.total = 0
+        self._ranges: list[tuple[int, int]] = []
+        for first, last in sorted(ranges):
+            if self._ranges and first <= self._ranges[-1][1]:
+                self._ranges[-1] = self._ranges[-1][0], max(last, self._ranges[-1][1])
+            else:
+                self._ranges.append((first, last))
+        self._kept: list[list[np.ndarray]] = [[np.zeros(0, np.int16)] for _ in self._ranges]
+
+    def add(self, samples: np.ndarray) -> None:
+        """The next ``samples [n]`` int16."""
+        for (first, last), kept in zip(self._ranges, self._kept, strict=True):
+            found = samples[max(first - self.total, 0) : max(last - self.total, 0)]
+            if len(found):
+                # A copy: a slice would hold all of the samples.
+                kept.append(found if len(found) == len(samples) else found.copy())
+        self.total += len(samples)
+
+    def part(self, first: int, last: int) -> np.ndarray:
+        """Samples ``first:last``, fewer where they were not kept."""
+        for number, (begin, end) in enumerate(self._ranges):
+            if begin <= first and last <= end:
+                self._kept[number] = [np.concatenate(self._kept[number])]
+                return self._kept[number][0][first - begin : last - begin]
+        return np.zeros(0, np.int16)

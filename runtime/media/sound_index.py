@@ -16,6 +16,8 @@ PROBED = 8
 RUN_IN_PACKETS, RUN_IN_SECONDS = 12, 0.5
 #: Seconds; a larger step of the clock is a jump of the clock (FFmpeg's ``dts_delta_threshold``).
 _JUMP = 10.0
+#: Seconds; so long a silence is a damaged timestamp.
+_LONGEST_GAP = 86_400.0
 
 
 class SoundPacket(NamedTuple):
@@ -103,7 +105,7 @@ def find_stretches(pieces: Iterable[Piece], late: float, rate: int, gap: float, 
             origin = stamp if origin is None else origin
             off = float(stamp - origin) - clock
             if abs(off) > gap * rate:
-                if off > 0 and count > first and not (jumps and off > _JUMP * rate):
+                if off > 0 and count > first and off <= (_JUMP if jumps else _LONGEST_GAP) * rate:
                     end = time + (count - first) / rate
                     found.append(Stretch(time, first, end))
                     first, time = count, end + off / rate

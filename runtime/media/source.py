@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,8 @@ import numpy.typing as npt
 from ...errors import MediaError
 
 FrameArray = npt.NDArray[np.uint8]
+#: From a number of samples to parts of them, (first, last) each.
+Choice = Callable[[int], list[tuple[int, int]]]
 
 #: The largest width or height that is taken for real (8K video is 7680 wide).
 MAX_SIDE = 16_384
@@ -82,6 +84,12 @@ class SoundReader(Protocol):
         self, rate: int | None = None, seconds: float | None = None, start: float = 0.0, *, timed: bool = False
     ) -> Waveform:
         """See ``Media.read_audio``."""
+        ...
+
+    def read_parts(
+        self, rate: int, choose: Choice, seconds: float | None = None, start: float = 0.0, *, timed: bool = False
+    ) -> list[npt.NDArray[np.float32]]:
+        """See ``Media.read_audio_parts``."""
         ...
 
 
@@ -160,6 +168,18 @@ class Media:
         if self._sound is None:
             raise MediaError(f"{self.path}: has no sound")
         return self._sound.read(rate, seconds, start, timed=timed)
+
+    def read_audio_parts(
+        self, rate: int, choose: Choice, seconds: float | None = None, start: float = 0.0, *, timed: bool = False
+    ) -> list[npt.NDArray[np.float32]]:
+        """Parts of what ``read_audio`` gives for the same arguments, float32 ``[last - first]`` each.
+
+        ``choose`` is told how many samples there are and says which it wants, as pairs (first, last) in their range.
+        Of a long sound little more than these is held in memory.
+        """
+        if self._sound is None:
+            raise MediaError(f"{self.path}: has no sound")
+        return self._sound.read_parts(rate, choose, seconds, start, timed=timed)
 
     def close(self) -> None:
         if self._frames:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -26,28 +27,37 @@ def video_policy(samples: FloatArray, divisor: Literal[7, 8] = 8) -> FloatArray:
     Eight clips of 2 s, clip i from ``i * max(D - 2, 0) / divisor`` seconds of the D that there are (bounds truncated
     to whole samples), joined and padded with silence to 30 s; less than 2 s are repeated eight times. VideoLLaMA2
     mm_utils.py ``process_audio_from_video`` over pytorchvideo's constant clips: its release 0.1.5 divides by 8, its
-    main branch by 7 (FACTS 1.4).
+    main branch by 7 (docs/facts.md 1.4).
     """
     if samples.ndim != 1:
         raise MediaError(f"the sound of a video must be mono [n], not {list(samples.shape)}")
+    return join_clips([samples[first:last] for first, last in clip_bounds(len(samples), divisor)])
+
+
+def clip_bounds(count: int, divisor: Literal[7, 8] = 8) -> list[tuple[int, int]]:
+    """First and last of the samples in each of the eight clips of ``video_policy``, of ``count`` samples."""
     if divisor not in (7, 8):
         raise OptionError(f"clips of sound are spaced by sevenths or eighths, not by {divisor}")
-    spare = max(len(samples) - _CLIP_SAMPLES, 0)
+    spare = max(count - _CLIP_SAMPLES, 0)
+    starts = [clip * spare // divisor for clip in range(_NUM_CLIPS)]
+    return [(start, min(start + _CLIP_SAMPLES, count)) for start in starts]
+
+
+def join_clips(clips: Sequence[FloatArray]) -> FloatArray:
+    """The clips of ``clip_bounds`` one after the other, then silence: float32 ``[480000]``."""
     out = np.zeros(NUM_SAMPLES, np.float32)
     filled = 0
-    for clip in range(_NUM_CLIPS):
-        start = clip * spare // divisor
-        piece = samples[start : start + _CLIP_SAMPLES]
-        out[filled : filled + len(piece)] = piece
-        filled += len(piece)
+    for clip in clips:
+        out[filled : filled + len(clip)] = clip
+        filled += len(clip)
     return out
 
 
 def audio_policy(samples: FloatArray, sample_rate: int) -> FloatArray:
     """A sound on its own: float32 ``[480000]`` from ``samples [n]`` or the first channel of ``[channels, n]``.
 
-    The first 30 s (the reference crops at random: FACTS 1.4), padded with silence to 30 s, then Fourier-resampled to
-    16 kHz as librosa's ``res_type="fft"`` does. VideoLLaMA2 mm_utils.py ``process_audio_file``.
+    The first 30 s (the reference crops at random: docs/facts.md 1.4), padded with silence to 30 s, then
+    Fourier-resampled to 16 kHz as librosa's ``res_type="fft"`` does. VideoLLaMA2 mm_utils.py ``process_audio_file``.
     """
     _check_rate(sample_rate)
     channel = samples if samples.ndim == 1 else samples[0]

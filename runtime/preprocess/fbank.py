@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import MediaError
+from .products import matmul_alone
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -40,7 +41,9 @@ def kaldi_fbank(samples: FloatArray) -> FloatArray:
     emphasized *= _povey_window()
     spectrum = np.fft.rfft(emphasized, _FFT_SIZE)[:, : _FFT_SIZE // 2]
     power = spectrum.real**2 + spectrum.imag**2
-    energies = np.maximum(power @ _mel_filters(), np.finfo(np.float32).eps)
+    energies = np.empty((len(power), NUM_MEL_BINS))
+    matmul_alone(power, _mel_filters(), energies)
+    np.maximum(energies, np.finfo(np.float32).eps, out=energies)
     return _round_to_bfloat16(np.log(energies).astype(np.float32))
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import MediaError, OptionError
+from .products import matmul_alone
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -28,7 +29,7 @@ _PRECISION_BITS = 22
 _LOW_BITS = 11
 #: With more taps than this, the sums of 255 x a low half could leave the whole numbers of float32.
 _FLOAT32_TAPS = 64
-#: Outputs per block and rows per chunk: few wasted products, chunks that stay in the L2 cache (measured).
+#: Outputs per block and rows per chunk: few wasted multiplications, and chunks that stay in the L2 cache (measured).
 _BLOCK = 16
 _CHUNK = 512
 
@@ -184,13 +185,13 @@ def _resample(frame: npt.NDArray[np.uint8], rows: _BandedWeights, columns: _Band
             plane[:count] = frame[row : row + count, first_column:last_column, channel]
             for block in columns.blocks:
                 inputs = plane[:count, block.first - first_column : block.last - first_column]
-                np.matmul(inputs, block.high, out=high[:count, block.start : block.stop])
-                np.matmul(inputs, block.low, out=low[:count, block.start : block.stop])
+                matmul_alone(inputs, block.high, high[:count, block.start : block.stop])
+                matmul_alone(inputs, block.low, low[:count, block.start : block.stop])
             _round(high[:count], low[:count], middle[row - first_row : row - first_row + count])
         for block in rows.blocks:
-            inputs = middle[block.first - first_row : block.last - first_row]
-            np.matmul(block.high.T, inputs, out=high_out[block.start : block.stop])
-            np.matmul(block.low.T, inputs, out=low_out[block.start : block.stop])
+            inputs = middle[block.first - first_row : block.last - first_row].T
+            matmul_alone(inputs, block.high, high_out[block.start : block.stop].T)
+            matmul_alone(inputs, block.low, low_out[block.start : block.stop].T)
         _round(high_out, low_out, out[channel])
 
 

@@ -39,6 +39,11 @@ def test_every_step_is_taken(compiled, tmp_path, monkeypatch):
     assert caption["text"] == staged["text"]
     assert caption["new_tokens"] == 4
     assert {"vision", "prefill", "decode"} <= set(caption["stages"])
+    # The clip is captioned twice, and the second caption computes its whole prompt, as the first one did.
+    assert caption["prompt_tokens_reused"] == staged["prompt_tokens_reused"] == 0
+    assert caption["time_to_first_token"] >= caption["stages"]["vision"] + caption["stages"]["prefill"]
+    for each in (caption, staged):
+        assert each["peak_resident_bytes"] > 40 << 20
     assert steps["frames by pyav"]["result"]["notes"] == []
 
 

@@ -106,7 +106,7 @@ def test_layout_by_hand():
 
 
 def test_error_on_gaussian_weights():
-    """8.6 %, the figure of LEADS 13.7 for this rule (9.7 % is that of a positive absmax / 7)."""
+    """8.6 %, the figure of docs/facts.md 6 for this rule (9.7 % is that of a positive absmax / 7)."""
     weight = torch.randn(512, 4096, generator=torch.Generator().manual_seed(0))
     rounded = dequantize_int4(*quantize_int4(weight), 4096)
     assert float((rounded - weight).norm() / weight.norm()) == pytest.approx(0.086, abs=5e-4)
@@ -178,7 +178,7 @@ def test_positive_scales(weight):
 
 
 def test_positive_scales_on_gaussian_weights():
-    """Better than m / 7 (9.7 %) and m / 7.5 (9.5 %), as LEADS 13.7 measured them."""
+    """Better than m / 7 (9.7 %) and m / 7.5 (9.5 %), as docs/facts.md 6 measured them."""
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
     rounded = dequantize_int4_positive(*quantize_int4_positive(weight, 32))
     assert 0.07 < float((rounded - weight).norm() / weight.norm()) < 0.093

@@ -105,12 +105,12 @@ def test_manifest_of_a_captioner_that_listens(compiled, data_dir):
     assert (decoder.vocab_size, decoder.context_length) == (config["vocab_size"], config["max_position_embeddings"])
     audio = manifest.preprocessing.audio
     assert audio is not None
-    # FACTS 1.4: 30 s at 16 kHz, 2998 frames of 128 bins, patches of 16 x 16.
+    # docs/facts.md 1.4: 30 s at 16 kHz, 2998 frames of 128 bins, patches of 16 x 16.
     assert (audio.sample_rate, audio.num_samples) == (16_000, 480_000)
     assert (audio.num_frames, audio.num_mel_bins, audio.num_tokens) == (2998, 128, 187 * 8)
     assert manifest.preprocessing.num_frames == config["num_frames"]
     assert manifest_of(compiled("clip-mistral")).preprocessing.audio is None
-    # No generation_config.json: transformers' defaults, and the reference's own (FACTS 1.7).
+    # No generation_config.json: transformers' defaults, and the reference's own (docs/facts.md 1.7).
     assert manifest.generation.eos_token_ids == [config["eos_token_id"]]
     assert (manifest.generation.repetition_penalty, manifest.generation.top_k) == (1.0, 50)
     made = manifest.provenance
@@ -169,7 +169,7 @@ def test_what_is_said_while_and_after_compiling(tmp_path):
     assert manifest.generation.eos_token_ids == generation["eos_token_id"]
     assert manifest.generation.repetition_penalty == generation["repetition_penalty"] == 1.05
     assert manifest.generation.top_k == generation["top_k"] == 20
-    # The reference's own, whatever the file says (FACTS 1.7).
+    # The reference's own, whatever the file says (docs/facts.md 1.7).
     assert (manifest.generation.temperature, manifest.generation.top_p) == (0.2, 0.9)
     assert manifest.embedding.dtype == "bfloat16"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from intertitle.errors import CheckpointError
-from intertitle.models import open_checkpoint
+from intertitle.models import bounded, open_checkpoint
 from intertitle.models.adapters import Adapter
 from safetensors.torch import load_file, save_file
 
@@ -217,3 +217,51 @@ def test_fixture_adapter_has_what_its_readme_says(data_dir):
     assert {name.rpartition(".")[0] for name in adapter.replaced} == {f"model.mm_projector.readout.{i}" for i in (0, 2)}
     files = load_file(data_dir / "clip-mistral-lora" / "adapter_model.safetensors")
     assert set(files) <= set(adapter.tensors)
+
+
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_without_end_is_stopped(option, tmp_path, monkeypatch):
+    monkeypatch.setattr(bounded, "SECONDS", 1)
+    with pytest.raises(CheckpointError, match=f"{option} takes more than 1 s or"):
+        Adapter.open(write(tmp_path / "adapter", pair(), {option: {"(([a-z0-9_.])+)+!": 2}}))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, -1, 0, 1e300, True])
+@pytest.mark.parametrize("place", ["lora_alpha", "alpha_pattern"])
+def test_absurd_numbers_are_refused(place, value, tmp_path):
+    settings = {"lora_alpha": value} if place == "lora_alpha" else {"alpha_pattern": {"q_proj": value}}
+    with pytest.raises(CheckpointError, match=place) as caught:
+        Adapter.open(write(tmp_path / "adapter", pair(), settings))
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "lora_ga", "some_new_one", 3])
+def test_adapters_that_changed_their_base_are_refused(kind, tmp_path):
+    with pytest.raises(CheckpointError, match=rf"init_lora_weights is '?{kind}"):
+        Adapter.open(write(tmp_path / "adapter", pair(), {"init_lora_weights": kind}))
+
+
+@pytest.mark.parametrize("kind", [True, False, None, "gaussian", "eva", "orthogonal"])
+def test_adapters_that_left_their_base_alone_are_merged(kind, tmp_path):
+    assert Adapter.open(write(tmp_path / "adapter", pair(), {"init_lora_weights": kind})).low_rank
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "orthogonal", "pissa", "olora"])
+def test_what_peft_does_to_the_base(kind, tmp_path, copied):
+    """Untrained, an adapter is the base itself: merging a refused kind into the released weights would be wrong."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    copy = copied("auroracap")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(copy.path))
+    model.load_state_dict(copy.tensors())
+    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=kind)
+    adapted = peft.get_peft_model(model, lora)
+    adapted.save_pretrained(tmp_path / "adapter")
+    if kind in ("pissa", "olora"):
+        with pytest.raises(CheckpointError, match=f"init_lora_weights is '{kind}'"):
+            open_checkpoint(copy.path, adapter=tmp_path / "adapter")
+        return
+    merged = open_checkpoint(copy.path, adapter=tmp_path / "adapter")
+    entry = "layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(
+        merged.tensor("decoder", entry), adapted.merge_and_unload().state_dict()[f"model.{entry}"]
+    )

@@ -24,7 +24,8 @@ def test_bias_is_toeplitz_with_keys_minus_queries():
 
 
 def test_parameters_of_the_released_tower():
-    """FACTS 1.4: 90.717 M, of which the unused predictor is 768 * 527 + 527; the gain and the gate are folded here."""
+    """docs/facts.md 1.4: 90.717 M, of which the unused predictor is 768 * 527 + 527; the gain and the gate are folded
+    here."""
     with torch.device("meta"):
         branch = AudioBranch(AudioConfig())
     count = sum(p.numel() for p in branch.tower.parameters())

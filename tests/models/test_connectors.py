@@ -18,7 +18,7 @@ def connector(kind: str, grid: int = 4, frames: int = 4, in_size: int = 8, out_s
     [(24, 8, 845, 576), (24, 16, 1521, 1152), (27, 8, 980, 676), (27, 16, 1764, 1352)],
 )
 def test_token_counts_of_released_checkpoints(grid, frames, padded, unpadded):
-    """FACTS 1.3, measured end to end on the reference."""
+    """docs/facts.md 1.3, measured end to end on the reference."""
     with torch.device("meta"):
         features = torch.zeros(frames, grid * grid, 8)
         counts = {
@@ -71,7 +71,7 @@ def test_pool_sampler_is_avg_pool3d(kernel):
 
 
 def test_bottleneck_is_the_channels_first_regnet_block():
-    """The block written channels-first with plain convolutions, from the formula in FACTS 1.3."""
+    """The block written channels-first with plain convolutions, from the formula in docs/facts.md 1.3."""
     torch.manual_seed(0)
     block, x = Bottleneck(8, 12), torch.randn(2, 5, 5, 8)
     shapes = {
@@ -103,7 +103,7 @@ def test_bottleneck_is_the_channels_first_regnet_block():
 
 
 def test_v35_mixes_time_only_within_pairs():
-    """The windows of an even number of frames can be computed pair by pair (FACTS 1.3)."""
+    """The windows of an even number of frames can be computed pair by pair (docs/facts.md 1.3)."""
     module, features = connector("stc_connector_v35", grid=4, frames=6), torch.randn(6, 16, 8)
     pairs = torch.cat([module(pair) for pair in features.split(2)], dim=1)
     torch.testing.assert_close(module(features), pairs, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from intertitle.errors import CheckpointError
-from intertitle.models import FAMILIES, open_checkpoint
+from intertitle.models import FAMILIES, bounded, open_checkpoint
 from intertitle.models.captioner import CaptionerCheckpoint
 from intertitle.models.checkpoint import Checkpoint
 from intertitle.models.config import ImageProcessing
@@ -30,7 +30,7 @@ def read(path):
 
 @pytest.mark.parametrize(("name", "patches"), list(zip(BUILTIN_TOWERS, (576, 729, 729), strict=True)))
 def test_builtin_towers(name, patches):
-    """FACTS 1.2 and 2.4."""
+    """docs/facts.md 1.2 and 2.4."""
     tower = builtin_tower(name)
     assert tower is not None
     config = read_vision(tower)
@@ -145,6 +145,10 @@ def test_linear_rope_scaling_and_no_other(spelling, copied):
         ({"num_attention_heads": 3}, "3 heads"),
         ({"num_key_value_heads": 3}, "3 key/value heads"),
         ({"rms_norm_eps": 0}, "rms_norm_eps"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a number from"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rope_theta": 10**400}, "rope_theta must be a number from"),
+        ({"rope_theta": float("inf")}, "rope_theta"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_scaling": "linear"}, "rope_scaling must be an object"),
         ({"quantization_config": {"bits": 4}}, "already quantized"),
@@ -214,7 +218,7 @@ def test_every_connector_kind_is_read_from_its_released_names(kind, copied, data
 
 
 def test_audio_projector_kind_is_told_from_its_tensors(copied, opened):
-    """A derivative's config says linear where the weights are an MLP (FACTS 1.1)."""
+    """A derivative's config says linear where the weights are an MLP (docs/facts.md 1.1)."""
     copy = copied("av-qwen2")
     copy.edit_json("config.json", mm_projector_a_type="linear")
     config = read(copy.path)
@@ -351,6 +355,43 @@ def test_chat_templates_that_cannot_be_used_are_refused(template, message, copie
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'a' * 10 ** 10 }}",
+        "{{ [1] | tojson(indent=1000000000) }}",
+        "{{ messages[-1].content }}{{ 'a' * 70000 }}",
+    ],
+)
+def test_chat_templates_without_end_are_stopped(template, copied, monkeypatch):
+    monkeypatch.setattr(bounded, "SECONDS", 1)
+    copy = copied("clip-mistral")
+    copy.edit_json("tokenizer_config.json", chat_template=template)
+    with pytest.raises(CheckpointError, match=r"takes (more than|too much)|gives \d+ characters"):
+        open_checkpoint(copy.path)
+
+
+def test_a_chat_template_cannot_load_code_beside_it(copied, monkeypatch):
+    """A checkpoint may be the current folder."""
+    copy = copied("clip-mistral")
+    (copy.path / "jinja2.py").write_text("raise SystemExit('ran')")
+    (copy.path / "json.py").write_text("raise SystemExit('ran')")
+    monkeypatch.chdir(copy.path)
+    bounded._answer.cache_clear()
+    assert "[INST]" in open_checkpoint(copy.path).config.prompts["video"].prefix
+
+
+def test_absurd_statistics_are_refused(opened):
+    clip = opened("clip-mistral").config.vision
+    for key in ("image_mean", "image_std"):
+        for value in (float("nan"), float("inf"), 10**400, True, None, [1]):
+            with pytest.raises(CheckpointError, match=key):
+                read_image_processing({"size": 56, "crop_size": 56, key: [0.5, value, 0.5]}, "p", clip)
+    with pytest.raises(CheckpointError, match="image_std must be above 0"):
+        read_image_processing({"size": 56, "crop_size": 56, "image_std": [0.5, -0.5, 0.5]}, "p", clip)
+
+
 def test_image_processor_files(opened):
     clip = opened("clip-mistral").config.vision
     values = {"size": 56, "crop_size": 56, "resample": 3}
@@ -366,7 +407,7 @@ def test_image_processor_files(opened):
         ({"resample": 2}, "resample 2"),
         ({"size": 40, "crop_size": 40}, "56 x 56"),
         ({"do_center_crop": False, "size": {"height": 56, "width": 64}}, "not square"),
-        ({"image_std": [0.0, 1, 1]}, "image_std has a zero"),
+        ({"image_std": [0.0, 1, 1]}, "image_std must be above 0"),
         ({"image_mean": "x"}, "image_mean"),
         ({"do_normalize": False}, "do_normalize"),
     ]:
@@ -401,7 +442,8 @@ def test_every_family_opens_through_the_registry(opened):
 
 
 def test_released_size_is_accepted_from_its_headers(copied):
-    """Names and shapes of VideoLLaMA2.1-7B-AV, written down from FACTS for the benchmark's random checkpoint."""
+    """Names and shapes of VideoLLaMA2.1-7B-AV, written down from docs/facts.md for the benchmark's random
+    checkpoint."""
     from intertitle.models.random_layout import SIZES, layout
 
     copy = copied("av-qwen2")

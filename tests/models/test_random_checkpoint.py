@@ -1,4 +1,5 @@
-"""The random checkpoint against the fixture's layout, FACTS' shapes, transformers' modules and our own reader."""
+"""The random checkpoint against the fixture's layout, the shapes of docs/facts.md, transformers' modules and our own
+reader."""
 
 from __future__ import annotations
 
@@ -143,7 +144,7 @@ def test_the_real_size_has_the_released_shapes_and_counts() -> None:
     tensors, pickles = layout(SIZES["7b"])
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     stage = "model.mm_projector.s1."
-    # FACTS 1.3 and 1.4.
+    # docs/facts.md 1.3 and 1.4.
     for name, shape in {
         f"{stage}b1.conv1.conv.weight": (3584, 1152, 1, 1),
         f"{stage}b1.se.fc1.weight": (288, 3584, 1, 1),

@@ -63,7 +63,7 @@ def test_only_layers_that_are_read_are_built():
     [(1.0, 729), (0.8, 605), (0.5, 388), (0.4, 326), (0.3, 264), (0.2, 171), (0.1, 109), (0.05, 78), (0.01, 47)],
 )
 def test_merging_schedule_of_auroracap(keep, tokens):
-    """FACTS 2.4, measured on the reference. 0.2 is 18 a layer there (729 * 0.8 / 32 = 18.2)."""
+    """docs/facts.md 2.4, measured on the reference. 0.2 is 18 a layer there (729 * 0.8 / 32 = 18.2)."""
     assert 729 - sum(merge_counts(dfn5b(keep))) == tokens
 
 

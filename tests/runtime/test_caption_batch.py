@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -205,3 +206,28 @@ def test_steps_are_shared(captioner, clips, monkeypatch):
     assert sum(steps) == 7 * (lengths.pop() - 1)
     assert max(steps) == 4
     assert steps.count(4) >= len(steps) // 3
+
+
+def test_closing_does_not_wait_for_files_that_are_read(captioner, clips, tmp_path: Path, faults: None):
+    """Reading this one would take 1,000 seconds."""
+    hangs = tmp_path / "hang.mp4"
+    hangs.write_bytes(Path(clips[0].source).read_bytes())
+    results = captioner.caption_batch([clips[0], hangs, hangs], decoding=intertitle.Decoding(max_new_tokens=3))
+    assert next(results).caption is not None
+    began = time.monotonic()
+    results.close()
+    assert time.monotonic() - began < 20
+
+
+def test_files_are_read_in_this_process_when_asked(captioner, clips, tmp_path: Path, faults: None, monkeypatch):
+    """``isolate=False``; and where this program is one file that cannot start Python again."""
+    crash = tmp_path / "crash.mp4"
+    crash.write_bytes(Path(clips[0].source).read_bytes())
+    how = intertitle.Decoding(max_new_tokens=3)
+    (isolated,) = captioner.caption_batch([crash], decoding=how)
+    assert "a decoder crashed on it" in str(isolated.error)
+    (here,) = captioner.caption_batch([crash], decoding=how, isolate=False)
+    assert here.caption is not None  # only workers have the fault
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    (frozen,) = captioner.caption_batch([crash], decoding=how)
+    assert frozen.caption.token_ids == here.caption.token_ids

@@ -13,7 +13,7 @@ from intertitle.runtime.contrast import Contrast, diffuse, noise_levels, sparse_
     [(100, 0.998, 0.058), (250, 0.989, 0.147), (500, 0.863, 0.505), (700, 0.593, 0.805), (999, 0.285, 0.959)],
 )
 def test_noise_levels_are_those_measured_on_the_reference(step, signal, noise):
-    """FACTS 4."""
+    """docs/facts.md 4."""
     assert noise_levels(step) == (pytest.approx(signal, abs=5e-4), pytest.approx(noise, abs=5e-4))
 
 

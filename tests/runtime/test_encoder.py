@@ -85,7 +85,7 @@ def test_windows_of_time():
 
 @pytest.mark.parametrize(("variant", "windows"), [("av-qwen2", 1), ("clip-mistral", 3)])
 def test_an_image_goes_through_everything_once(variant, windows, counted, clip_of):
-    """v35 sees one pair; v1 also one with nothing before and one with nothing behind (FACTS 1.3)."""
+    """v35 sees one pair; v1 also one with nothing before and one with nothing behind (docs/facts.md 1.3)."""
     encoder, items = counted(variant)
     image = encoder.encode(clip_of(variant, [2]), Stages())
     assert items == {"vision": 1, "frame_connector": 1, "connector": windows}

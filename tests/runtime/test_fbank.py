@@ -69,7 +69,7 @@ def test_values_are_bfloat16_rounded_to_even() -> None:
 
 
 def test_silence_is_the_floor() -> None:
-    # log of float32 epsilon is -15.9424 (FACTS 1.4), between -16 and -15.9375 in bfloat16.
+    # log of float32 epsilon is -15.9424 (docs/facts.md 1.4), between -16 and -15.9375 in bfloat16.
     fbank = kaldi_fbank(np.zeros(480_000, np.float32))
     assert fbank.shape == (2998, 128)
     assert (fbank == np.float32(-15.9375)).all()

@@ -1,4 +1,4 @@
-"""Frame sampling against the fixtures' indices and FACTS' examples."""
+"""Frame sampling against the fixtures' indices and the examples of docs/facts.md."""
 
 from __future__ import annotations
 

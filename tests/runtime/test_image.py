@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from intertitle.errors import MediaError, OptionError
 from intertitle.runtime.preprocess.image import ImageSpec, _banded_weights, preprocess_frames
+from intertitle.runtime.preprocess.products import matmul_alone
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -117,3 +121,34 @@ def test_refusals() -> None:
         preprocess_frames(frames.astype(np.float32), ImageSpec("exact", 8, 8, **PLAIN))
     with pytest.raises(MediaError, match=r"\[1, 4, 4\]"):
         preprocess_frames(frames[..., 0], ImageSpec("exact", 8, 8, **PLAIN))
+
+
+def test_no_other_thread_is_waited_for() -> None:
+    code = (
+        "import time\n"
+        "import numpy as np\n"
+        "from intertitle.runtime.preprocess.fbank import kaldi_fbank\n"
+        "from intertitle.runtime.preprocess.image import ImageSpec, preprocess_frames\n"
+        "spec = ImageSpec('shortest_edge', 336, 336, (0.5,) * 3, (0.5,) * 3)\n"
+        "frames, sound = np.zeros((2, 2160, 3840, 3), np.uint8), np.zeros(480_000, np.float32)\n"
+        "preprocess_frames(frames, spec), kaldi_fbank(sound)\n"
+        "all_threads, this_thread = time.process_time(), time.thread_time()\n"
+        "preprocess_frames(frames, spec), kaldi_fbank(sound)\n"
+        "print(time.process_time() - all_threads, time.thread_time() - this_thread)\n"
+    )
+    many = {**os.environ, "OPENBLAS_NUM_THREADS": "4"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=many)
+    all_threads, this_thread = map(float, done.stdout.split())
+    assert all_threads < 1.1 * this_thread
+
+
+@pytest.mark.parametrize(("count", "inner", "columns"), [(0, 5, 3), (1, 1, 1), (130, 4096, 16), (7, 300_000, 2)])
+def test_products_in_parts_are_the_product(count: int, inner: int, columns: int) -> None:
+    rng = np.random.default_rng(0)
+    # Whole numbers: their sums are exact in any order.
+    left = rng.integers(-8, 8, (count, inner)).astype(np.float32)
+    right = rng.integers(-8, 8, (inner, columns)).astype(np.float32)
+    wanted = left.astype(np.int64) @ right.astype(np.int64)
+    for out in (np.empty((count, columns), np.float32), np.empty((columns, count), np.float32).T):
+        matmul_alone(left, right, out)
+        np.testing.assert_array_equal(out, wanted)

@@ -22,49 +22,6 @@ from intertitle.runtime.media.segments import media_spans
 from intertitle.runtime.reading import Readers
 from intertitle.runtime.timing import Stages
 
-#: Loaded by every Python that starts with its folder in PYTHONPATH: what a file is called happens when it is opened.
-FAULTS = """
-import ctypes, os, sys, time
-
-def act(event, arguments):
-    if event != "open" or not isinstance(arguments[0], (str, bytes)):
-        return
-    name = os.fsdecode(arguments[0])
-    if not name.endswith(".mp4"):
-        return
-    name = os.path.basename(name)
-    if "crash" in name:
-        ctypes.string_at(0)
-    elif "abort" in name:
-        os.abort()
-    elif "leave" in name:
-        os._exit(7)
-    elif "hang" in name:
-        time.sleep(1000)
-    elif "print" in name:
-        os.write(1, b"no answer" * 100)
-        print("no answer", flush=True)
-        sys.__stdout__.write("no answer")
-        os.write(2, b"no answer" * 10_000)
-    elif "memory" in name:
-        raise MemoryError
-    elif "disk" in name:
-        raise OSError(5, os.strerror(5))
-    elif "bug" in name:
-        raise RuntimeError("of our own")
-
-sys.addaudithook(act)
-"""
-
-
-@pytest.fixture
-def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers that do what the name of their file says: die of a real SIGSEGV, hang, print."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(FAULTS)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *sys.path]))
-
 
 @pytest.fixture(scope="module")
 def spec(compiled: Callable[..., Path]) -> Preprocessing:

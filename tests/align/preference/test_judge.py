@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 from intertitle.align.preference import Candidate, Endpoint, Judge, JudgeError, Material, Scores
@@ -121,3 +125,74 @@ def test_what_else_is_refused():
     with pytest.raises(OptionError, match="no name"):
         Endpoint("http://host/v1", "")
     assert json.dumps(Endpoint("https://host", "stub").url) == '"https://host/chat/completions"'
+
+
+def raw_server(*pieces: bytes, drip: bytes = b"") -> tuple[str, Callable[[], None]]:
+    """A server that says what no HTTP library would: ``pieces``, then ``drip`` ten times a second without end."""
+    listener, over = socket.create_server(("127.0.0.1", 0)), threading.Event()
+
+    def speak(client: socket.socket) -> None:
+        with client, suppress(OSError):
+            client.recv(1 << 16)
+            for piece in pieces:
+                client.sendall(piece)
+            while drip and not over.wait(0.1):
+                client.sendall(drip)
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=speak, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+
+    def close() -> None:
+        over.set()
+        listener.close()
+
+    return f"http://127.0.0.1:{listener.getsockname()[1]}/v1", close
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+ENDLESS: dict[str, tuple[list[bytes], bytes]] = {
+    "a status line byte by byte": ([], b"H"),
+    "a body byte by byte": ([HEAD + b"Content-Length: 100000\r\n\r\n"], b"{"),
+    "a body without a length": ([HEAD + b"\r\n"], b" "),
+    "chunks": ([CHUNKED], b"1\r\n \r\n"),
+    "100 Continue": ([], b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "headers": ([HEAD], b"X-A: b\r\n"),
+    "trailers": ([CHUNKED, b"2\r\n{}\r\n0\r\n"], b"X-A: b\r\n"),
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_an_answer_that_never_ends(kind: str):
+    """Each byte comes well within the timeout of a socket."""
+    pieces, drip = ENDLESS[kind]
+    url, close = raw_server(*pieces, drip=drip)
+    began = time.monotonic()
+    with pytest.raises(JudgeError, match="gave no answer in 1 tries: "):
+        Endpoint(url, "stub", timeout=0.5, retries=0).ask("", "?")
+    close()
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        CHUNKED + b"-5\r\nabcde\r\n",
+        CHUNKED + b"zz\r\n",
+        HEAD + b"Content-Length: -7\r\n\r\n{}",
+        b"\x1b[2J\x07" + b"evil\x85" * 9000 + b"\r\n",
+        b"HTTP/1.1 9999999 \x1b]0;title\x07\r\n\r\n",
+        b"",
+    ],
+)
+def test_an_answer_that_is_no_http(answer: bytes):
+    url, close = raw_server(answer)
+    with pytest.raises(JudgeError) as raised:
+        Endpoint(url, "stub", timeout=5, retries=0).ask("", "?")
+    close()
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 300

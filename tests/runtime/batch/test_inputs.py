@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from intertitle.errors import OptionError
-from intertitle.runtime.batch import BadLine, Entry, inputs, read_inputs
+from intertitle.runtime.batch import BadLine, Entry, read_inputs
 
 Tree = Callable[..., Path]
 
@@ -37,6 +38,20 @@ def test_folders_are_searched_in_order(tree: Tree):
     )
     assert files("d.mkv", "c") == ["d.mkv", "c/a.wav", "c/b.MP4", "c/z/1.jpg"]
     assert files("c/notes.txt") == ["c/notes.txt"]  # asked for by name: its content decides
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ELOOP])
+def test_an_input_that_cannot_be_looked_at(number: int, tree: Tree, monkeypatch: pytest.MonkeyPatch):
+    tree("c/a.mp4")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", fail)
+        with pytest.raises(OptionError) as caught:
+            read_inputs(["c/a.mp4"])
+    assert str(caught.value) == f"c/a.mp4: cannot be read: {os.strerror(number)}"
 
 
 def test_links_that_go_round(tree: Tree):
@@ -133,6 +148,8 @@ def test_a_csv_manifest(tree: Tree):
         ("nothing.jsonl", "holds no usable line"),
         ("bad.jsonl", "holds no usable line: line 1: "),
         ("header.csv", "the first line names the columns: file or video or path, prompt, start, end, id"),
+        ("twice.csv", "no name twice"),
+        ("both.csv", "the first line names the columns"),
         ("latin.csv", "is not a CSV file in UTF-8"),
         ("only-header.csv", "holds no usable line"),
     ],
@@ -141,6 +158,8 @@ def test_what_is_refused(given: str, reason: str, tree: Tree):
     tree("c/a.txt", "empty/.hidden.mp4", "nothing.jsonl")
     Path("bad.jsonl").write_text("what\n")
     Path("header.csv").write_text("name\na.mp4\n")
+    Path("twice.csv").write_text("file,note,note\na.mp4,1,2\n")
+    Path("both.csv").write_text("file,path\na.mp4,b.mp4\n")
     Path("latin.csv").write_bytes("file\né.mp4\n".encode("latin-1"))
     Path("only-header.csv").write_text("file\n")
     with pytest.raises(OptionError) as caught:
@@ -149,28 +168,50 @@ def test_what_is_refused(given: str, reason: str, tree: Tree):
     assert str(caught.value).isprintable()
 
 
-def test_other_columns_are_kept(tree: Tree):
+@pytest.mark.parametrize("column", ["file", "video", "path"])
+def test_columns_that_are_not_ours_come_along(column: str, tree: Tree):
     tree("m/x")
-    Path("m/list.jsonl").write_text('{"video": "a.mp4", "scene": {"n": [1]}, "split": "train"}\n{"path": "b.mp4"}\n')
-    Path("m/list.csv").write_text("path,split,prompt\nc.mp4,test,\n")
-    found = read_inputs(["m/list.jsonl", "m/list.csv"])
-    assert [(entry.file, entry.meta) for entry in found if isinstance(entry, Entry)] == [
-        ("m/a.mp4", {"scene": {"n": [1]}, "split": "train"}),
-        ("m/b.mp4", {}),
-        ("m/c.mp4", {"split": "test"}),
+    Path("m/a.csv").write_text(f"split,{column},prompt,label\ntrain,a.mp4,What?,\n,b.mp4,,犬\n", encoding="utf-8")
+    Path("m/b.jsonl").write_text(f'{{"{column}": "c.mp4", "label": {{"boxes": [[1, 2.5, null]]}}, "settings": 5}}\n')
+    found = read_inputs(["m/a.csv", "m/b.jsonl"])
+    assert [(entry.file, dict(entry.meta)) for entry in found if isinstance(entry, Entry)] == [
+        ("m/a.mp4", {"split": "train"}),
+        ("m/b.mp4", {"label": "犬"}),
+        ("m/c.mp4", {"label": {"boxes": [[1, 2.5, None]]}, "settings": 5}),
     ]
 
 
-def test_a_manifest_is_bounded(tree: Tree, monkeypatch: pytest.MonkeyPatch):
-    tree("m/x")
-    Path("m/list.jsonl").write_text(
-        '{"file": "a.mp4"}\n' + '{"file": "' + "b" * (1 << 20) + '"}\n' + "[" * 100_000 + "\n"
+def test_the_same_with_other_columns_is_told(tree: Tree):
+    """Its columns would be lost, were it taken for a repetition."""
+    tree("x")
+    Path("a.csv").write_text("file,split,id\na.mp4,train,\na.mp4,test,\na.mp4,train,\na.mp4,test,7\n")
+    found = read_inputs(["a.csv"])
+    assert [entry.line for entry in found] == [2, 3, 5]  # line 4 repeats line 2
+    assert [(bad.line, bad.reason) for bad in found if isinstance(bad, BadLine)] == [
+        (3, "asks the same of a.mp4 as line 2, with other columns: add an id")
+    ]
+
+
+def test_manifests_are_bounded(tree: Tree, monkeypatch: pytest.MonkeyPatch):
+    tree("x")
+    nested = "[" * 101 + "]" * 101
+    Path("long.jsonl").write_text(
+        '{"file": "a.mp4"}\n'
+        f'{{"file": "b.mp4", "text": "{"x" * (1 << 20)}"}}\n'
+        f'{{"file": "c.mp4", "deep": {nested}}}\n'
+        f'{{"file": "d.mp4", "deep": {"[" * 100_000}}}\n'
+        f'{{"file": "e.mp4", "deep": {nested[1:-1]}}}\n'
+        '{"file": "f.mp4", "number": 1e999}\n'
     )
-    good, long, deep = read_inputs(["m/list.jsonl"])
-    assert isinstance(good, Entry)
-    assert isinstance(long, BadLine)
-    assert "longer than 1 MiB" in long.reason
-    assert isinstance(deep, BadLine)
-    monkeypatch.setattr(inputs, "MOST_BYTES", 1 << 20)
-    with pytest.raises(OptionError, match="split the manifest"):
-        read_inputs(["m/list.jsonl"])
+    found = read_inputs(["long.jsonl"])
+    assert [entry.file for entry in found if isinstance(entry, Entry)] == ["a.mp4", "e.mp4"]
+    bad = {entry.line: entry.reason for entry in found if isinstance(entry, BadLine)}
+    assert (bad[2], bad[3]) == ("is longer than 1 MiB", "is nested more than 100 deep")
+    assert all(len(reason) < 300 for reason in bad.values())
+    Path("huge.jsonl").touch()
+    os.truncate("huge.jsonl", 1 << 40)  # no disk is used
+    with pytest.raises(OptionError, match=r"huge\.jsonl: is larger than 1 GiB: split the manifest"):
+        read_inputs(["huge.jsonl"])
+    monkeypatch.setattr("intertitle.runtime.batch.inputs.MOST_LINES", 3)
+    with pytest.raises(OptionError, match=r"long\.jsonl: has more than 3 lines: split the manifest"):
+        read_inputs(["long.jsonl"])

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -252,3 +253,78 @@ def test_subtitles_of_files_that_share_a_name(tmp_path: Path):
     assert names("x/a.mp4", "y/b.mp4", directory=tmp_path) == {"a.srt", "b.srt"}
     with pytest.raises(Exception, match="would have the same subtitle file"):
         names("x/a.mp4", "y/a.mp4", directory=tmp_path)
+
+
+def test_columns_of_a_manifest_go_into_the_records(run: Run):
+    """Whatever they are called, they replace no field of ours, of captions, failures and copies alike."""
+    write(a="A", b="bad")
+    Path("copy.mp4").write_text("A")
+    rows = [
+        {"video": "a.mp4", "text": "ground truth", "settings": {"x": 1}, "scene": 7},
+        {"video": "b.mp4", "error": "none", "scene": 8},
+        {"video": "copy.mp4", "scene": 9},
+        {"video": "gone.mp4", "scene": 10},
+    ]
+    Path("list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, records, _ = run("list.jsonl")
+    assert [record["meta"] for record in records] == [
+        {"text": "ground truth", "settings": {"x": 1}, "scene": 7},
+        {"error": "none", "scene": 8},
+        {"scene": 9},
+        {"scene": 10},
+    ]
+    assert records[0]["text"] == "A|None|None|None"
+    assert records[0]["settings"] == {"bundle": "b"}
+    assert records[1]["error"]["reason"] == "b.mp4: cannot be read"
+    assert records[2]["copied_from"] == records[0]["id"]
+    assert run("list.jsonl")[1] == records
+
+
+def test_reasons_of_failures_are_told(run: Run):
+    write(a="A", b="bad")
+    Path("list.jsonl").write_text('{"file": "a.mp4"}\n{"file": 5}\n{"file": "b.mp4"}\n{"file": "gone.mp4"}\n')
+    tally, _, _ = run("list.jsonl")
+    assert sorted(tally.reasons) == [
+        "b.mp4: cannot be read",
+        "gone.mp4: no such file",
+        "list.jsonl: line 2: Expected `str`, got `int` - at `$.file`",
+    ]
+    assert len(tally.reasons) == tally.failed == 3
+
+
+@pytest.mark.parametrize("function", ["stat", "read"])
+def test_a_disk_that_fails_is_asked_again(function: str, run: Run, monkeypatch: pytest.MonkeyPatch):
+    """An error of the system while the file is looked at or read for its hash says nothing of the file."""
+    write(a="A", b="B")
+    module = "intertitle.runtime.batch.content"
+    with pytest.MonkeyPatch.context() as patch:
+        original = os.stat if function == "stat" else open
+
+        def fail(path: Any, *arguments: Any, **options: Any) -> Any:
+            if str(path) == "b.mp4":
+                raise OSError(5, os.strerror(5))
+            return original(path, *arguments, **options)
+
+        if function == "stat":
+            patch.setattr(f"{module}.os", SimpleNamespace(stat=fail, path=os.path))
+        else:
+            patch.setattr(f"{module}.open", fail, raising=False)
+        tally, records, asked = run("a.mp4", "b.mp4")
+    assert (tally.captioned, tally.failed, asked) == (1, 1, ["a.mp4"])
+    assert records[1]["error"] == {
+        "kind": "media",
+        "reason": "b.mp4: cannot be read (Input/output error)",
+        "transient": True,
+    }
+    tally, records, asked = run("a.mp4", "b.mp4")
+    assert (tally.captioned, tally.failed, asked) == (1, 0, ["b.mp4"])
+    assert records[1]["text"].startswith("B|")
+
+
+def test_a_file_that_crashes_while_it_is_cut(run: Run, faults: None):
+    """Files are cut in processes of their own, too."""
+    write(crash="C", text="no video")
+    tally, records, asked = run("crash.mp4", "text.mp4", segments=1.0)
+    assert (tally.finished, tally.failed, asked) == (2, 2, [])
+    assert records[0]["error"]["reason"] == "crash.mp4: a decoder crashed on it (SIGSEGV)"
+    assert "not a video" in records[1]["error"]["reason"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import tempfile
@@ -12,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from intertitle.errors import OptionError
+from intertitle.errors import ItemError, MediaError, OptionError, TransientMediaError
 from intertitle.runtime.batch import RecordFile, Settings
+from intertitle.runtime.batch.records import encode, error_record
 
 SETTINGS = Settings({"bundle": "b" * 64, "max_new_tokens": 8})
 
@@ -203,3 +206,156 @@ def test_names_that_are_no_text(path: Path):
     with RecordFile(path, SETTINGS) as records:
         found = records.read("a")
     assert (found["file"], found["text"], found["mean_logprob"]) == (odd, "犬", None)
+
+
+WRONG = {
+    "settings": [[], "x", None, 5],
+    "file": [5, [], {}],
+    "sha256": [[], 5, {"a": 1}],
+    "size": ["1", -0.5, []],
+    "mtime_ns": ["1", []],
+    "prompt": [5, []],
+    "start": ["0", -1, float("nan"), float("inf"), 10**400],
+    "end": [[], float("nan")],
+    "seconds": ["4", -1, {}],
+    "segments": [0, -1, 10**12, "3", [1], {}],
+    "part_of": [5, []],
+    "text": [None, 5, []],
+    "error": [None, "no", [], {"transient": "yes"}, {"kind": 5}],
+    "id": [None, 5, []],
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(name, value) for name, values in WRONG.items() for value in values],
+    ids=lambda value: str(value)[:9],
+)
+def test_fields_of_a_wrong_type_are_told(field: str, value: Any, path: Path):
+    """Bit rot and hand edits: nothing hangs, nothing is lost, and the line is named."""
+    with RecordFile(path, SETTINGS) as records:
+        records.append(record("a"))
+        records.append(record("b"))
+    first, second = path.read_bytes().splitlines(keepends=True)
+    try:
+        changed = json.dumps(json.loads(second) | {field: value}).encode() + b"\n"
+    except ValueError:  # more digits than Python writes
+        changed = (
+            json.dumps(json.loads(second) | {field: "DIGITS"}).replace('"DIGITS"', "1" + "0" * 9999) + "\n"
+        ).encode()
+    path.write_bytes(first + changed)
+    for again in ({}, {"retry_failed": True}):
+        with pytest.raises(OptionError, match=r"captions\.jsonl: line 2 is not a record of batch"):
+            RecordFile(path, SETTINGS, **again)
+        assert path.read_bytes() == first + changed
+
+
+def test_nesting_is_told(path: Path):
+    with RecordFile(path, SETTINGS) as records:
+        records.append(record("a"))
+    before = path.read_bytes() + b'{"id": "b", "meta": ' + b"[" * 200_000 + b"\n"
+    path.write_bytes(before)
+    with pytest.raises(OptionError, match="line 2 is not a record"):
+        RecordFile(path, SETTINGS)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("zeros", [1, 511, 70_000])
+def test_zeros_at_the_end_are_a_torn_line(zeros: int, path: Path):
+    """What some file systems leave of a record when the power fails."""
+    with RecordFile(path, SETTINGS) as records:
+        records.append(record("a"))
+        whole = path.read_bytes()
+        records.append(record("b"))
+    for kept in (whole, path.read_bytes()[:-20]):
+        path.write_bytes(kept + bytes(zeros))
+        with RecordFile(path, SETTINGS) as records:
+            assert list(records.known) == ["a"]
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"id": "a", "caption": "of another program"}',
+        b'{"id": "a", "settings": {}}',
+        b'{"id": "a", "text": "no dog", "run": 1}\n',
+        b'{"id": "a"}\n{"id": "b"',
+        bytes(4096),
+    ],
+)
+def test_files_that_begin_alike_are_not_ours(content: bytes, path: Path):
+    """A file of one line without an end is whole if it can be read: only a record that broke off is removed."""
+    path.write_bytes(content)
+    for how in ({}, {"overwrite": True}, {"retry_failed": True}):
+        with pytest.raises(OptionError):
+            RecordFile(path, SETTINGS, **how)
+        assert path.read_bytes() == content
+
+
+def test_files_beside_the_output_are_not_touched(path: Path):
+    beside = [path.with_name(name) for name in (".captions.jsonl.partial", "captions.jsonl.partial", "captions.jsonl~")]
+    for each in beside:
+        each.write_text("mine")
+    with RecordFile(path, SETTINGS) as records:
+        for name in "ba":
+            records.append(record(name))
+        records.finish(["a", "b"])
+    assert names(path) == ["a", "b"]
+    assert all(each.read_text() == "mine" for each in beside)
+
+
+def test_what_may_pass_is_tried_again_unasked(path: Path):
+    errors = {
+        "disk": TransientMediaError("disk.mp4: cannot be read (Input/output error)"),
+        "broken": MediaError("broken.mp4: not a video"),
+        "bug": ItemError("bug.mp4: ZeroDivisionError"),
+    }
+    with RecordFile(path, SETTINGS) as records:
+        records.append(record("a"))
+        for name, error in errors.items():
+            made = {key: value for key, value in record(name).items() if key != "text"}
+            records.append(made | error_record(error, str(error), debug=False))
+    found = {each["id"]: each.get("error") for each in map(json.loads, path.read_bytes().splitlines())}
+    assert found == {
+        "a": None,
+        "disk": {"kind": "media", "reason": "disk.mp4: cannot be read (Input/output error)", "transient": True},
+        "broken": {"kind": "media", "reason": "broken.mp4: not a video"},
+        "bug": {"kind": "item", "reason": "bug.mp4: ZeroDivisionError"},
+    }
+    with RecordFile(path, SETTINGS) as records:
+        assert list(records.known) == ["a", "broken", "bug"]
+    with RecordFile(path, SETTINGS, retry_failed=True) as records:
+        assert list(records.known) == ["a"]
+
+
+def test_the_traceback_of_a_failure_is_kept_when_asked(path: Path):
+    try:
+        raise ItemError("a.mp4: ZeroDivisionError") from ZeroDivisionError("by zero")
+    except ItemError as error:
+        found = error_record(error, str(error), debug=True)["error"]
+    assert "ZeroDivisionError: by zero" in found["traceback"]
+    assert "in test_the_traceback_of_a_failure_is_kept_when_asked" in found["traceback"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_file_systems_without_locks(number: int, path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with RecordFile(path, SETTINGS) as records:
+        for name in "ba":
+            records.append(record(name))
+        records.finish(["a", "b"])
+    assert names(path) == ["a", "b"]
+
+
+def test_a_record_holds_no_character_that_a_terminal_obeys():
+    """``batch -o -`` writes to a terminal, and readers that know U+2028 would see two lines."""
+    said = {"id": "a", "text": "\x1b]0;t\x07\x9b2J \u202ex\u2028y\x85 é 犬", "file": "odd\udcff.mp4"}
+    line = encode(said).decode()
+    assert json.loads(line) == said
+    assert line.splitlines() == [line[:-1]]
+    assert not set(line) & set("\x1b\x07\x9b\u202e")
+    assert "é 犬" in line

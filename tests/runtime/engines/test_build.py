@@ -52,7 +52,7 @@ def test_every_component_builds(variant, compiled, library):
         graphs = {name for name in bundle.manifest.files if name.endswith(".onnx")}
         assert len(built) == len(graphs) == len(parts(bundle))
         if weights == "fp16":
-            assert {(each.reason, each.unfused) for each in built} == {("there is none yet", 0)}
+            assert {(each.reason, each.unfused) for each in built} == {("there is no engine yet", 0)}
         else:
             reasons = {each.name: each.reason for each in built}
             assert reasons.pop("decoder") == "the bundle's graph changed; the bundle's weights changed"
@@ -77,7 +77,7 @@ def test_int8_encoders_build(target, library, data_dir, tmp_path):
     bundle = Bundle.open(tmp_path / "bundle")
     limits = default_limits(bundle.manifest, max_length=256)
     built = list(build_bundle(bundle, library, CAPABILITIES, limits))
-    assert [(each.reason, each.unfused) for each in built] == [("there is none yet", 0)] * 6
+    assert [(each.reason, each.unfused) for each in built] == [("there is no engine yet", 0)] * 6
 
 
 def test_the_shipped_captioner_builds(library, tmp_path):
@@ -97,7 +97,7 @@ def test_only_what_depends_on_it_is_built_again(compiled, library):
     reasons = {each.name: each.reason for each in longer}
     decoder = reasons.pop("decoder")
     assert decoder is not None
-    assert decoder.startswith("other sizes are asked for (chunk 512, max_length 512, not chunk 256, max_length 256")
+    assert decoder.startswith("the sizes differ (wanted chunk 512, max_length 512, built chunk 256, max_length 256")
     assert set(reasons.values()) == {None}
 
 
@@ -220,7 +220,7 @@ def test_an_interrupted_build_stops_and_leaves_nothing(compiled, library):
     with pytest.raises(KeyboardInterrupt):
         list(build_bundle(bundle, library, CAPABILITIES, limits, progress=interrupt))
     reasons = {each.name: each.reason for each in build_bundle(bundle, library, CAPABILITIES, limits)}
-    assert (reasons.pop("decoder"), reasons.pop("selection")) == ("there is none yet", "there is none yet")
+    assert (reasons.pop("decoder"), reasons.pop("selection")) == ("there is no engine yet", "there is no engine yet")
     assert set(reasons.values()) == {None}
 
 

@@ -30,7 +30,7 @@ def changed(**fields) -> Origin:
 
 def test_an_engine_is_found_again():
     cache = EngineCache.open()
-    assert cache.why_missing(ORIGIN) == "there is none yet"
+    assert cache.why_missing(ORIGIN) == "there is no engine yet"
     path = cache.store(ORIGIN, b"engine")
     assert path.read_bytes() == b"engine"
     assert path.stat().st_mode & 0o777 == 0o600
@@ -48,9 +48,9 @@ def test_an_engine_is_found_again():
         ({"library": "tensorrt"}, "it was built with tensorrt-rtx, not tensorrt"),
         ({"platform": "linux-aarch64"}, "it was built for linux-x86_64, this is linux-aarch64"),
         ({"capabilities": ("8.9", "12.0")}, "it is for compute capability 8.6, not 8.9, 12.0"),
-        ({"options": {"max_length": 128}}, "other sizes are asked for (max_length 128, not max_length 64)"),
-        ({"bundle": "another"}, "there is none yet"),
-        ({"component": "vision"}, "there is none yet"),
+        ({"options": {"max_length": 128}}, "the sizes differ (wanted max_length 128, built max_length 64)"),
+        ({"bundle": "another"}, "there is no engine yet"),
+        ({"component": "vision"}, "there is no engine yet"),
     ],
 )
 def test_why_it_is_built_again(fields, said):
@@ -119,7 +119,7 @@ def test_half_an_engine_is_none():
     path.with_suffix(".json").unlink()
     assert cache.why_missing(ORIGIN) == "its build was interrupted"
     path.unlink()
-    assert cache.why_missing(ORIGIN) == "there is none yet"
+    assert cache.why_missing(ORIGIN) == "there is no engine yet"
 
 
 def test_what_a_killed_builder_left_goes():
