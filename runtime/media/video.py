@@ -195,9 +195,9 @@ class ContainerFrameReader:
         order = getattr(decoder, "field_order", 0)
         if order or decoder.name != "h264":
             return order >= _INTERLACED
-        # MP4 keeps no order of fields, and has a rate of packets where H.264 states that of frames.
-        stated, packets = decoder.framerate, self._stream.average_rate
-        return bool(stated and packets and packets >= 1.5 * stated)
+        # MP4 keeps no order of fields, PyAV 15 tells none: there is a rate of packets where H.264 states that of frames.
+        packets = max(self._stream.average_rate or 0, self._stream.base_rate or 0)
+        return bool(decoder.framerate and packets >= 1.5 * decoder.framerate)
 
     def _packets_from(self, index: PacketIndex, start: int) -> Iterator[Packet[VideoStream]]:
         """The packets from number ``start`` on. Where a seek lands is checked; failing that, all are read through."""

@@ -40,11 +40,14 @@ def refused(source: Any) -> str:
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_an_unknown_colour_matrix(matrix: str, clips: Any) -> None:
     """As on the ffmpeg command line, the colours are those of the same samples without a matrix."""
-    plain = clips.decode(clips.encode("plain.mp4", 8))
-    path = clips.encode("clip.mp4", 8, options={"x264-params": f"colormatrix={matrix}"})
+    lossless = {"qp": "0", "preset": "ultrafast"}
+    plain = clips.decode(clips.encode("plain.mp4", 8, options=lossless))
+    path = clips.encode("clip.mp4", 8, options={**lossless, "x264-params": f"colormatrix={matrix}"})
     clip = read(path)
     np.testing.assert_array_equal(clip.frames[clip.order], plain)
-    assert "its colours are in a matrix that is not known here: they were taken for BT.601" in clip.notes
+    # FFmpeg 7 takes them for BT.601 by itself, and tells nobody.
+    if int(av.__version__.split(".")[0]) >= 18:
+        assert "its colours are in a matrix that is not known here: they were taken for BT.601" in clip.notes
     pytest.importorskip("scenedetect")
     assert scene_spans(path) == [(0.0, pytest.approx(0.32))]
 
@@ -56,6 +59,7 @@ def test_bt_709_and_deep_colours(pix_fmt: str, clips: Any) -> None:
     clips.assert_exact(path)
 
 
+@pytest.mark.skipif(not hasattr(av.Packet, "has_sidedata"), reason="PyAV 15 does not show it")
 @pytest.mark.parametrize("track", ["video", "audio"])
 def test_encrypted(track: str, clips: Any) -> None:
     path = clips.encode("plain.mp4", 30, tone=1.0)
