@@ -195,7 +195,8 @@ class ContainerFrameReader:
         order = getattr(decoder, "field_order", 0)
         if order or decoder.name != "h264":
             return order >= _INTERLACED
-        # MP4 keeps no order of fields, PyAV 15 tells none: there is a rate of packets where H.264 states that of frames.
+        # MP4 keeps no order of fields, and PyAV 15 tells none. The rate is then that of packets; H.264 states that of
+        # frames.
         packets = max(self._stream.average_rate or 0, self._stream.base_rate or 0)
         return bool(decoder.framerate and packets >= 1.5 * decoder.framerate)
 
