@@ -58,14 +58,16 @@ def media_duration(path: str | os.PathLike[str]) -> float | None:
 def media_spans(path: str | os.PathLike[str], segments: float | None) -> list[Span]:
     """The segments of a file: of ``segments`` seconds, or (``None``) its scenes. None where it stays whole.
 
-    An image stays whole, and so does a sound that was to be cut into scenes. ``MediaError`` for a file that would give
-    more segments than it has frames or, without pictures, than ``MOST_SEGMENTS``: its duration cannot be real.
+    An image stays whole, and so does a sound or an animated WebP that was to be cut into scenes. ``MediaError`` for a
+    file that would give more segments than it has frames or, without pictures, than ``MOST_SEGMENTS``: its duration
+    cannot be real.
     """
     from . import open_media
 
     with open_media(path) as media:
         kind, duration, frames = media.kind, media.duration, media.num_frames
-    if kind == "image" or (kind == "audio" and segments is None):
+        has_scenes = isinstance(media._frames, ContainerFrameReader)
+    if kind == "image" or (segments is None and not has_scenes and Path(path).is_file()):
         return []
     if segments is None:
         return scene_spans(path)

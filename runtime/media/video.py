@@ -198,9 +198,10 @@ class ContainerFrameReader:
         order = getattr(decoder, "field_order", 0)
         if order or decoder.name != "h264":
             return order >= _INTERLACED
-        # MP4 keeps no order of fields, and has a rate of packets where H.264 states that of frames.
-        stated, packets = decoder.framerate, self._stream.average_rate
-        return bool(stated and packets and packets >= 1.5 * stated)
+        # MP4 keeps no order of fields, and PyAV 15 tells none. The rate is then that of packets; H.264 states that of
+        # frames.
+        packets = max(self._stream.average_rate or 0, self._stream.base_rate or 0)
+        return bool(decoder.framerate and packets >= 1.5 * decoder.framerate)
 
     def _packets_from(self, index: PacketIndex, start: int) -> Iterator[Packet[VideoStream]]:
         """The packets from number ``start`` on. Where a seek lands is checked; failing that, all are read through."""
@@ -317,7 +318,13 @@ class ContainerFrameReader:
 
 def _decode(stream: VideoStream, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
     """The frames that are ready after ``packet`` (None: all that are left)."""
-    return stream.codec_context.decode(packet)
+    try:
+        return stream.codec_context.decode(packet)
+    except FFmpegError as error:
+        if isinstance(error, MemoryError):
+            # Else this would pass for damage of the file.
+            raise MemoryError from error
+        raise
 
 
 def _oriented(image: FrameArray, frame: VideoFrame) -> FrameArray:
