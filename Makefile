@@ -26,6 +26,7 @@ endif
 .PHONY: help install test test-slow demo check-install lint format clean
 
 help:
+	@echo 'make fuzz       mutants of media files through the runtime (ARGS=... goes to the fuzzer)'
 	@echo 'make demo           caption the shipped clip with the shipped captioner'
 	@echo 'make test           the tests (WORKERS=2 processes; ARGS=... goes to pytest)'
 	@echo 'make test-slow      the heavier tests'

@@ -94,7 +94,7 @@ class WebpReader:
             raise MediaError(f"{path}: the image {error}") from None
         check_size(str(path), width, height)
         check_total(str(path), width, height, count * 4 / 3)
-        cv2 = _opencv()
+        cv2 = load_opencv()
         with _silent(cv2):
             try:
                 done, animation = cv2.imdecodeanimation(np.frombuffer(content, np.uint8))
@@ -145,7 +145,7 @@ def _decode(path: Path) -> FrameArray:
             content = still_png(content)
         except ValueError as error:
             raise MediaError(f"{path}: the image {error}") from None
-    cv2 = _opencv()
+    cv2 = load_opencv()
     with _silent(cv2):
         try:
             bgr = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
@@ -171,7 +171,8 @@ def _silent(cv2: ModuleType) -> Iterator[None]:
         logging.setLogLevel(level)
 
 
-def _opencv() -> ModuleType:
+def load_opencv() -> ModuleType:
+    """OpenCV with a limit for images, which holds only if nobody loaded it before. ``MediaError`` without it."""
     # Read when OpenCV is loaded: it then refuses larger images by their headers.
     os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
     try:

@@ -14,6 +14,7 @@ import numpy as np
 from ...errors import MediaError, OptionError
 from .container import close_input, open_input, video_stream
 from .doors import media_errors
+from .images import load_opencv
 from .rgb import RgbConverter
 from .video import ContainerFrameReader
 
@@ -101,12 +102,15 @@ def scene_spans(path: str | os.PathLike[str], threshold: float = 27.0, min_secon
             cuts += [cut.seconds for cut in detector.process_frame(timecode(time), image)]
     if not end:
         raise MediaError(f"{path}: no frame of the video can be decoded")
-    bounds = [0.0, *cuts, end]
+    # Times of millions of years are so far apart that a cut may fall on the end.
+    bounds = [0.0, *(cut for cut in cuts if 0 < cut < end), end]
     return list(itertools.pairwise(bounds))
 
 
 def _detector(threshold: float, min_seconds: float) -> tuple[Any, Any]:
     """A ``ContentDetector``, and what makes its time of a number of seconds."""
+    # PySceneDetect loads OpenCV too.
+    load_opencv()
     try:
         from scenedetect import FrameTimecode
         from scenedetect.detectors import ContentDetector
