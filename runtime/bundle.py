@@ -23,6 +23,7 @@ from ..errors import BundleError
 from . import integrity
 from .graph_check import MOST_GRAPH_BYTES, check_graph
 from .integrity import FileState, Progress
+from .manifest_check import signature_problem, size_problem
 from .preprocess.image import ImageSpec
 from .text import PromptSpec
 
@@ -392,7 +393,7 @@ def _inconsistency(manifest: Manifest) -> str | None:
     bos = [prompt.bos_token_id for prompt in manifest.prompts.values() if prompt.bos_token_id is not None]
     if not all(0 <= token < decoder.vocab_size for token in (*bos, *manifest.generation.eos_token_ids)):
         return f"a BOS or EOS token id is outside the vocabulary of {decoder.vocab_size}"
-    return None
+    return size_problem(manifest) or signature_problem(manifest)
 
 
 def _visual_inconsistency(manifest: Manifest) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
 from ..errors import DeadlineError, OptionError
 from .backends import Backend, Decoder, Options, OrtBackend, open_backend
@@ -28,7 +26,7 @@ from .prepared import MediaOptions, PreparedClip, Source
 from .reading import TIME_LIMIT, Readers, can_start_workers
 from .runner import Runner
 from .task import CaptionTask, Model
-from .text import check_text
+from .text import check_text, load_tokenizer
 from .timing import Progress, Stages, deadline_at
 
 if TYPE_CHECKING:
@@ -60,7 +58,7 @@ class Captioner:
     ) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
-        self.tokenizer = Tokenizer.from_file(os.fspath(bundle.file("tokenizer.json")))
+        self.tokenizer = load_tokenizer(bundle.file("tokenizer.json"))
         self._backend: Backend | None = OrtBackend(bundle) if backend is None else backend
         self.encoder = Encoder(bundle, self.tokenizer, self._backend, staged)
         self._staged, self.device_notes = staged, tuple(notes)
@@ -128,7 +126,8 @@ class Captioner:
         """
         with self._guard.close() as was_open:
             if was_open:
-                self.device  # noqa: B018 - the backend's last word, for those who ask later
+                # What ``device`` says from now on.
+                self._device = self.device
                 self.encoder.close()
                 self._scheduler = self._decoder = self._backend = None
                 if self.readers is not None:
@@ -297,9 +296,10 @@ class Captioner:
         A caption is the same as alone, token by token, whatever else is under way. Items are taken as they are needed;
         one that cannot be captioned gives a result with an ``error`` and does not stop the others. ``rows``: captions
         generated together (8, or as many as fit into ``memory``: bytes of cache). ``OptionError`` when not even one
-        fits. ``progress`` hears ``("captions", done, 0)``. Beside the cache, what is held at once are the clips of
-        the rows and ``batching.READ_AHEAD`` more. ``isolate``: files are read in processes of their own, so that one
-        that crashes a decoder, or takes more than ``item_timeout`` seconds to read, costs only its own caption.
+        fits. ``progress`` hears ``("captions", done, 0)``. Beside the cache, what is held at once are the tokens of
+        the clips of the rows and ``batching.READ_AHEAD`` clips with their frames. ``isolate``: files are read in
+        processes of their own, so that one that crashes a decoder, or takes more than ``item_timeout`` seconds to read,
+        costs only its own caption.
         """
         how = decoding or Decoding()
         if rows is not None and rows < 1:

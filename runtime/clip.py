@@ -178,7 +178,9 @@ def _span_seconds(media: Media, span: _Span) -> float | None:
 
 def _take_frames(clip: Clip, media: Media, spec: Preprocessing, per_frame: bool, span: _Span) -> None:
     try:
-        first, last = span_frames(media.num_frames, media.fps, span.start, span.end, spec.frame_rule, media.times)
+        first, last = span_frames(
+            media.num_frames, media.fps, span.start, span.end, spec.frame_rule, media.times, media.duration
+        )
     except MediaError as error:
         raise MediaError(f"{media.path}: {error}") from None
     total = last - first + 1

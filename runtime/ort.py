@@ -51,17 +51,24 @@ def open_session(graph: Path, threads: int | None = None, providers: Sequence[Pr
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return leave_to_parent(ort.InferenceSession(os.fspath(graph), options, providers=list(providers)))
+        # The fallback prints to stdout, and would only try the same again.
+        session = ort.InferenceSession(os.fspath(graph), options, providers=list(providers), enable_fallback=0)
+        return leave_to_parent(session)
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
         reason = " ".join(str(error).split())
         raise BundleError(f"{graph.name}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from error
+
+
+def cannot_run(graph: str, error: Exception) -> BundleError:
+    """What ONNX Runtime's error for a graph that fails on its inputs becomes."""
+    return BundleError(f"{graph}: ONNX Runtime cannot run it: {' '.join(str(error).split())}")
 
 
 class OrtComponent:
     """An encoder with one input and one output."""
 
     def __init__(self, graph: Path, threads: int | None = None) -> None:
-        self._session = open_session(graph, threads)
+        self._session, self._name = open_session(graph, threads), graph.name
         self._input = self._session.get_inputs()[0].name
         self._run_options = load_onnxruntime().RunOptions()
         # Activations of the encoders are large and needed once a clip: hand them back after each run.
@@ -69,7 +76,10 @@ class OrtComponent:
 
     def __call__(self, value: FloatArray) -> FloatArray:
         """Run on one float32 array; shapes are those of the bundle's component."""
-        return self._session.run(None, {self._input: np.ascontiguousarray(value)}, self._run_options)[0]
+        try:
+            return self._session.run(None, {self._input: np.ascontiguousarray(value)}, self._run_options)[0]
+        except Exception as error:  # onnxruntime raises a dozen unrelated classes
+            raise cannot_run(self._name, error) from error
 
 
 class OrtDecoder:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 from tokenizers import Tokenizer
@@ -17,6 +20,9 @@ from ..errors import BundleError, OptionError
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """How sentencepiece spells the 256 tokens of its byte fallback."""
+
+#: Normalizers of released captioners replace a space by one character and put one in front.
+_MOST_GROWTH = 256
 
 
 class PromptSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,6 +50,33 @@ def check_text(name: str, value: str) -> str:
     except UnicodeEncodeError as error:
         raise OptionError(f"{name} is not valid Unicode text: character {error.start + 1} is half a pair") from None
     return value
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """A bundle's tokenizer. ``BundleError`` for a file that is none, or that makes much of little.
+
+    Whatever the file says, nothing is cut off or padded.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(os.fspath(path))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        growth = 1 if tokenizer.normalizer is None else _growth(json.loads(tokenizer.normalizer.__getstate__()))
+    except BaseException as error:
+        # tokenizers raises bare Exceptions, and pyo3's PanicException, which is none.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise BundleError(f"{path}: not a tokenizer: {str(error)[:200]}") from None
+    if growth > _MOST_GROWTH:
+        raise BundleError(f"{path}: its normalizer makes texts {growth} times as long")
+    return tokenizer
+
+
+def _growth(step: dict) -> int:
+    """How much longer a normalizer can make a text of one character."""
+    if step["type"] == "Sequence":
+        return math.prod(_growth(inner) for inner in step["normalizers"])
+    return max(1, len(step.get("content") or "")) + len(step.get("prepend") or "")
 
 
 def build_prompt(tokenizer: Tokenizer, spec: PromptSpec, instruction: str, num_blocks: int) -> list[list[int]]:

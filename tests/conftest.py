@@ -53,11 +53,29 @@ def faults(repo_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def manifest_json() -> dict[str, Any]:
     """A ``bundle.json`` written by hand, still without files."""
 
+    def tensor(name: str, *shape: int | str) -> dict[str, Any]:
+        return {"name": name, "dtype": "float32", "shape": list(shape)}
+
+    def caches(side: str) -> list[dict[str, Any]]:
+        return [tensor(f"{side}.0.{part}", "rows", 1, "max_length", 2) for part in ("key", "value")]
+
     def component(graph: str, **more: Any) -> dict[str, Any]:
-        tensors = {
-            "inputs": [{"name": "x", "dtype": "float32", "shape": ["frames", 3, 8, 8]}],
-            "outputs": [{"name": "y", "dtype": "float32", "shape": [1, 5, WIDTH]}],
-        }
+        tensors: dict[str, Any] = {}
+        tensors["inputs"], tensors["outputs"] = {
+            "vision": (
+                [tensor("pixel_values", "frames", 3, 8, 8)],
+                [tensor("features", "frames", 5, WIDTH)],
+            ),
+            "connector": (
+                [tensor("windows", "slots", 1, 5, WIDTH)],
+                [tensor("visual_tokens", "slots", 5, WIDTH)],
+            ),
+            "audio": ([tensor("fbank", 1, 2998, 128)], [tensor("audio_tokens", 1, 1496, WIDTH)]),
+            "decoder": (
+                [tensor("inputs_embeds", "rows", "length", WIDTH), *caches("past")],
+                [tensor("logits", "rows", "asked", VOCAB), *caches("present")],
+            ),
+        }[graph.split(".")[0]]
         return {
             "graph": graph,
             "data": None,
@@ -138,10 +156,18 @@ def empty_graph(component: dict[str, Any]) -> bytes:
     return onnx.helper.make_model(onnx.helper.make_graph([], "empty", *sides)).SerializeToString()
 
 
+@pytest.fixture(scope="session")
+def empty_graphs() -> Callable[[dict[str, Any]], dict[str, bytes]]:
+    """``empty_graphs(manifest)``: the graphs that it names, with its inputs and outputs, but no nodes."""
+    return lambda manifest: {part["graph"]: empty_graph(part) for part in manifest["components"].values()}
+
+
 @pytest.fixture
-def bundle_files(manifest_json: dict[str, Any]) -> dict[str, bytes]:
+def bundle_files(
+    manifest_json: dict[str, Any], empty_graphs: Callable[[dict[str, Any]], dict[str, bytes]]
+) -> dict[str, bytes]:
     """Contents for every file that ``manifest_json`` names; the graphs have inputs and outputs, but no nodes."""
-    graphs = {component["graph"]: empty_graph(component) for component in manifest_json["components"].values()}
+    graphs = empty_graphs(manifest_json)
     table = np.arange(VOCAB * WIDTH, dtype=np.float32).reshape(VOCAB, WIDTH) - 9
     return {
         **graphs,

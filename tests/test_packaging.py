@@ -186,6 +186,29 @@ def test_the_sdist_holds_the_repository(built: dict[str, Path], repo_dir: Path):
     assert missing == set()
 
 
+def test_the_tests_run_from_the_sdist(built: dict[str, Path], tmp_path: Path):
+    with tarfile.open(built["sdist"]) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (folder,) = tmp_path.iterdir()
+    (tmp_path / "intertitle").symlink_to(folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_console.py"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_readme_has_no_link_that_only_a_checkout_has(repo_dir: Path):
+    """A package index shows it away from the repository's other files."""
+    text = (repo_dir / "README.md").read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)\s]+)", text) + re.findall(r"^\[[^]]+\]:\s*(\S+)", text, re.MULTILINE)
+    targets += re.findall(r"(?:src|href)=[\"']([^\"']+)", text)
+    assert [target for target in targets if not target.startswith(("https://", "#"))] == []
+
+
 def test_the_package_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "intertitle", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"intertitle, version {intertitle.__version__}\n"

@@ -48,10 +48,13 @@ class _File(io.FileIO):
 
     def read(self, size: int | None = -1, /) -> bytes:  # type: ignore[override]
         try:
-            return super().read(size) or b""
+            return self._read(size)
         except OSError as error:
             self.failed = error
             return b""
+
+    def _read(self, size: int | None) -> bytes:
+        return super().read(size) or b""
 
     def __del__(self) -> None:
         self.close()

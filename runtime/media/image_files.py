@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,3 +82,64 @@ def webp_animation(content: bytes) -> tuple[int, int, int]:
         frames += name == b"ANMF"
         place += 8 + length + length % 2
     return width, height, frames
+
+
+def image_size(content: bytes) -> tuple[int, int] | None:
+    """Width and height that a still image states; None where it does not, which decoders then find out."""
+    try:
+        if content.startswith(PNG):
+            return struct.unpack_from(">II", content, 16)
+        if content.startswith(b"\xff\xd8"):
+            return _jpeg_size(content)
+        if content.startswith(b"BM"):
+            width, height = struct.unpack_from("<ii", content, 18)
+            return abs(width), abs(height)
+        if content.startswith((b"II*\0", b"MM\0*")):
+            return _tiff_size(content)
+        if content[4:12] == b"ftypavif":
+            # The largest of the images that the file holds: ISO 23008-12, 6.5.3.
+            places = [found.end() + 4 for found in re.finditer(b"ispe", content[: 1 << 16])]
+            return max((struct.unpack_from(">II", content, place) for place in places), default=None)
+        return _webp_size(content)
+    except struct.error:
+        return None
+
+
+def _jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """Of the frame header (ITU-T T.81, B.2.2), before which only segments with a length stand."""
+    place = 2
+    while place + 9 <= len(content) and content[place] == 0xFF:
+        marker = content[place + 1]
+        # Of the markers from SOF0 to SOF15 three are something else: DHT, JPG and DAC.
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", content, place + 5)
+            return width, height
+        place += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", content, place + 2)[0]
+    return None
+
+
+def _tiff_size(content: bytes) -> tuple[int, int] | None:
+    """Of the first directory: the entries ImageWidth and ImageLength (TIFF 6.0, 2)."""
+    order = "<" if content.startswith(b"II") else ">"
+    (place,) = struct.unpack_from(f"{order}I", content, 4)
+    (count,) = struct.unpack_from(f"{order}H", content, place)
+    sides = {}
+    for entry in range(place + 2, place + 2 + 12 * count, 12):
+        tag, form = struct.unpack_from(f"{order}HH", content, entry)
+        if tag in (256, 257):
+            (sides[tag],) = struct.unpack_from(order + ("H" if form == 3 else "I"), content, entry + 8)
+    return (sides[256], sides[257]) if len(sides) == 2 else None
+
+
+def _webp_size(content: bytes) -> tuple[int, int] | None:
+    """Of the first chunk (RFC 9649, 2.5 to 2.7): lossy, lossless or extended."""
+    kind = content[12:16]
+    if kind == b"VP8 ":
+        width, height = struct.unpack_from("<HH", content, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    if kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", content, 21)
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8X":
+        return webp_animation(content)[:2]
+    return None

@@ -17,7 +17,7 @@ from types import ModuleType
 import numpy as np
 
 from ...errors import MediaError
-from .image_files import PNG, read_image_file, still_png, webp_animation
+from .image_files import PNG, image_size, read_image_file, still_png, webp_animation
 from .source import MAX_PIXELS, FrameArray, Media, check_size, check_total
 
 #: VideoLLaMA2 mm_utils.py: a folder of images is a video of 3 frames a second.
@@ -145,7 +145,14 @@ def _decode(path: Path) -> FrameArray:
             content = still_png(content)
         except ValueError as error:
             raise MediaError(f"{path}: the image {error}") from None
+<<<<<<< HEAD
     cv2 = load_opencv()
+=======
+    stated = image_size(content)
+    if stated is not None:
+        check_size(str(path), *stated)
+    cv2 = _opencv()
+>>>>>>> main
     with _silent(cv2):
         try:
             bgr = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)

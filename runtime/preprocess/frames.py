@@ -38,6 +38,7 @@ def span_frames(
     end: float | None,
     rule: FrameRule,
     times: npt.NDArray[np.float64] | None = None,
+    duration: float | None = None,
 ) -> tuple[int, int]:
     """The first and the last of ``total`` frames in the span from ``start`` to ``end`` (seconds, checked before).
 
@@ -45,14 +46,15 @@ def span_frames(
     ``min(int(end fps) - 1, total - 1)``, so that a span begins with the frame before its start. AuroraCap has none; the
     first place of its ``"linspace"`` is always the first frame, so there the span holds the frames that are shown first
     at ``start`` or later and before ``end``. Both suppose a constant rate. Where ``times`` ``[total]`` (seconds from
-    the first frame on) are not those of the rate, the frames shown at these times take the place of ``int(time fps)``.
-    Never less than one frame. ``MediaError`` for a clip without times and without a frame rate, or when it ends before
-    ``start``.
+    the first frame on) are not those of the rate, the frames shown at these times take the place of ``int(time fps)``;
+    a span up to ``duration`` (seconds) then has the last frame. Never less than one frame. ``MediaError`` for a clip
+    without times and without a frame rate, or when it ends before ``start``.
     """
     if start is None and end is None:
         return 0, total - 1
     if times is not None and not _is_constant(times, fps):
-        return _timed_span(times, start, end, rule)
+        whole = end is not None and duration is not None and end >= duration - 0.0005
+        return _timed_span(times, start, None if whole else end, rule)
     if not fps > 0:
         raise MediaError("the video has no frame rate: no span of seconds can be taken from it")
     if rule == "centered":

@@ -106,12 +106,17 @@ def test_embed_widens_every_16_bit_value_exactly(
     write_bundle: WriteBundle,
     manifest_json: dict[str, Any],
     bundle_files: dict[str, bytes],
+    empty_graphs: Callable[[dict[str, Any]], dict[str, bytes]],
     name: str,
     torch_dtype: torch.dtype,
 ):
     bits = np.arange(65536, dtype="<u2").reshape(256, 256)
     manifest_json["embedding"] = {"file": "embedding.bin", "dtype": name, "shape": [256, 256]}
     manifest_json["decoder"].update(vocab_size=256, hidden_size=256)
+    for component in manifest_json["components"].values():
+        for tensor in (*component["inputs"], *component["outputs"]):
+            tensor["shape"] = [256 if size in (4, 7) else size for size in tensor["shape"]]
+    bundle_files |= empty_graphs(manifest_json)
     bundle_files["embedding.bin"] = bits.tobytes()
     opened = Bundle.open(write_bundle(tmp_path / "b"))
     expected = torch.from_numpy(bits.view(np.int16)).view(torch_dtype).float().numpy()
@@ -383,6 +388,29 @@ CONTRADICTIONS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
         "expected 'vision.keep0.5.onnx'",
     ),
     "frame rule": (("preprocessing", "frame_rule"), "random", "random"),
+    "many layers": (("decoder", "num_layers"), 1 << 40, "num_layers 1099511627776 is above 1024"),
+    "a layer without a cache": (("decoder", "num_layers"), 2, "'past.1.key' is not there"),
+    "other heads": (("decoder", "num_kv_heads"), 2, "'past.0.key' is ['rows', 1, 'max_length', 2]"),
+    "other head size": (("decoder", "head_dim"), 4, "'past.0.key'"),
+    "endless context": (("decoder", "context_length"), 1 << 60, "context_length"),
+    "endless caption": (("generation", "max_new_tokens"), 1 << 60, "max_new_tokens"),
+    "many frames": (("preprocessing", "num_frames"), 1 << 50, "frames are more than 4096"),
+    "a large image": (("preprocessing", "image", "size"), 9000, "9000 x 9000 pixels are too many"),
+    "another image": (("preprocessing", "image", "size"), 16, "'pixel_values' is ['frames', 3, 8, 8]"),
+    "std of a negative": (("preprocessing", "image", "std"), [1, -1, 1], "std [1.0, -1.0, 1.0]"),
+    "huge mean": (("preprocessing", "image", "mean"), [1e300, 0, 0], "mean [1e+300, 0.0, 0.0]"),
+    "other sound": (("preprocessing", "audio", "num_frames"), 2999, "'fbank' is [1, 2998, 128]"),
+    "other rate": (("preprocessing", "audio", "sample_rate"), 1, "480000 samples at 1 Hz"),
+    "long windows": (("visual", "time_padding"), 1 << 40, "frames of padding"),
+    "many blocks": (("visual", "blocks"), 1 << 40, "more than a context holds"),
+    "a long prompt": (("prompts", "video", "prefix"), "x" * 70000, "a text of 70000 characters"),
+    "a far sentinel": (("prompts", "video", "sentinel"), -(1 << 62), "sentinel"),
+    "a hot temperature": (("generation", "temperature"), 1e30, "temperature 1e+30"),
+    "two inputs of a tower": (
+        ("components", "vision", "inputs"),
+        [{"name": n, "dtype": "float32", "shape": ["frames", 3, 8, 8]} for n in ("pixel_values", "more")],
+        "one input and one output",
+    ),
 }
 
 
