@@ -94,7 +94,7 @@ class WebpReader:
             raise MediaError(f"{path}: the image {error}") from None
         check_size(str(path), width, height)
         check_total(str(path), width, height, count * 4 / 3)
-        cv2 = load_opencv()
+        cv2 = _opencv()
         with _silent(cv2):
             try:
                 done, animation = cv2.imdecodeanimation(np.frombuffer(content, np.uint8))
@@ -145,14 +145,10 @@ def _decode(path: Path) -> FrameArray:
             content = still_png(content)
         except ValueError as error:
             raise MediaError(f"{path}: the image {error}") from None
-<<<<<<< HEAD
-    cv2 = load_opencv()
-=======
     stated = image_size(content)
     if stated is not None:
         check_size(str(path), *stated)
     cv2 = _opencv()
->>>>>>> main
     with _silent(cv2):
         try:
             bgr = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
@@ -178,8 +174,7 @@ def _silent(cv2: ModuleType) -> Iterator[None]:
         logging.setLogLevel(level)
 
 
-def load_opencv() -> ModuleType:
-    """OpenCV with a limit for images, which holds only if nobody loaded it before. ``MediaError`` without it."""
+def _opencv() -> ModuleType:
     # Read when OpenCV is loaded: it then refuses larger images by their headers.
     os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
     try:

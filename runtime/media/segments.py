@@ -14,7 +14,6 @@ import numpy as np
 from ...errors import MediaError, OptionError
 from .container import close_input, open_input, video_stream
 from .doors import media_errors
-from .images import load_opencv
 from .rgb import RgbConverter
 from .video import ContainerFrameReader
 
@@ -109,8 +108,6 @@ def scene_spans(path: str | os.PathLike[str], threshold: float = 27.0, min_secon
 
 def _detector(threshold: float, min_seconds: float) -> tuple[Any, Any]:
     """A ``ContentDetector``, and what makes its time of a number of seconds."""
-    # PySceneDetect loads OpenCV too.
-    load_opencv()
     try:
         from scenedetect import FrameTimecode
         from scenedetect.detectors import ContentDetector
