@@ -23,12 +23,13 @@ ifneq ($(INSTALLED),$(CURDIR))
 $(shell rm -f $(LIGHT) $(STAMP))
 endif
 
-.PHONY: help install test test-slow demo check-install lint format clean
+.PHONY: help install test test-slow fuzz demo check-install lint format clean
 
 help:
 	@echo 'make demo           caption the shipped clip with the shipped captioner'
 	@echo 'make test           the tests (WORKERS=2 processes; ARGS=... goes to pytest)'
 	@echo 'make test-slow      the heavier tests'
+	@echo 'make fuzz           mutants of media files through the runtime (ARGS=... goes to the fuzzer)'
 	@echo 'make check-install  the wheel in clean environments, on every Python that is there'
 	@echo 'make lint           ruff and pyright'
 	@echo 'make format         let ruff rewrite'
@@ -70,6 +71,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(VENV)/bin/python -m pytest -q -m slow $(ARGS)
+
+# ARGS='structured --count 50000 --keep finds' and so on; ARGS=--help tells.
+fuzz: $(STAMP)
+	$(VENV)/bin/python -m intertitle.tests.fuzz $(or $(ARGS),media)
 
 demo: $(LIGHT)
 	$(VENV)/bin/intertitle demo

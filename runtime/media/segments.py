@@ -103,7 +103,8 @@ def scene_spans(path: str | os.PathLike[str], threshold: float = 27.0, min_secon
             cuts += [cut.seconds for cut in detector.process_frame(timecode(time), image)]
     if not end:
         raise MediaError(f"{path}: no frame of the video can be decoded")
-    bounds = [0.0, *cuts, end]
+    # Times of millions of years are so far apart that a cut may fall on the end.
+    bounds = [0.0, *(cut for cut in cuts if 0 < cut < end), end]
     return list(itertools.pairwise(bounds))
 
 

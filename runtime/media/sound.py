@@ -336,6 +336,7 @@ class ContainerSoundReader:
 
 
 def _duration(container: InputContainer, stream: AudioStream) -> float:
-    if stream.duration and stream.time_base:
+    # Damaged headers state less than nothing: then the packets tell.
+    if stream.duration and stream.duration > 0 and stream.time_base:
         return float(stream.duration * stream.time_base)
-    return container.duration / av.time_base if container.duration else 0.0
+    return max(container.duration or 0, 0) / av.time_base

@@ -86,8 +86,7 @@ class Worker:
 
     def __init__(self, kind: str, folder: Path) -> None:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
-        root = Path(__file__).parents[3]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "intertitle.tests.fuzz.worker", kind, str(folder)],
             stdin=subprocess.PIPE,

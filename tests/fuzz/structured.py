@@ -40,6 +40,7 @@ class StructuredTarget:
         if not (self._bundle / "bundle.json").is_file():
             from intertitle.export.compile import compile_bundle
 
+            folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self._bundle, ignore_errors=True)
             compile_bundle(_BASE, self._bundle, weights="int4")
         self._doors: list[tuple[int, str, Callable[[random.Random], tuple[str, bytes]], Callable[..., None]]] = [

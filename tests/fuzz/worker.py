@@ -21,6 +21,7 @@ from intertitle.errors import IntertitleError
 
 from .pool import MOST_MEMORY
 
+_PACKAGE = str(Path(__file__).parents[2])
 #: Bytes of address space after which the system refuses, so that a bomb does not take the machine.
 MOST_ADDRESSES = 6 << 30
 
@@ -42,7 +43,7 @@ def _place(error: BaseException) -> str:
     """Where in intertitle: the innermost line of it, of a whole traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     # Helpers of the fuzzer are no part of it.
-    ours = [each for each in frames if "/intertitle/" in each.filename and "/tests/" not in each.filename]
+    ours = [each for each in frames if each.filename.startswith(_PACKAGE) and "/tests/" not in each.filename]
     if not ours:
         ours = list(frames)
     last = ours[-1]

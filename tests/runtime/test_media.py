@@ -385,3 +385,24 @@ def test_waveforms_from_arrays() -> None:
 def test_waveforms_that_are_refused(array: Any, rate: Any, reason: str) -> None:
     with pytest.raises(MediaError, match=reason):
         as_waveform(array, rate)
+
+
+def test_a_stated_duration_below_zero_is_not_believed(tmp_path: Path):
+    path = tmp_path / "tone.wma"
+    with av.open(str(path), "w", format="asf") as container:
+        stream: Any = container.add_stream("wmav2", rate=22_050, layout="mono", options={"flags": "+bitexact"})
+        stream.bit_rate = 32_000
+        samples = (np.sin(np.arange(22_050) / 9) / 2).astype(np.float32)[np.newaxis]
+        stream.codec_context.open()
+        for start in range(0, 22_050, stream.frame_size):
+            frame = av.AudioFrame.from_ndarray(samples[:, start : start + stream.frame_size].copy(), "fltp", "mono")
+            frame.sample_rate, frame.pts = 22_050, start
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    content = bytearray(path.read_bytes())
+    # ASF 3.2, File Properties Object: the preroll (ms) is taken from the play duration.
+    place = content.index(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")) + 80
+    content[place : place + 8] = (30_000).to_bytes(8, "little")
+    path.write_bytes(content)
+    with open_media(path) as media:
+        assert media.duration == pytest.approx(1.0, abs=0.1)
