@@ -66,7 +66,7 @@ def open_input(path: Path) -> InputContainer:
     ``MediaError`` for what cannot be read, ``TransientMediaError`` where the system is the reason.
     """
     with media_errors(str(path)):
-        file = _File(path)
+        file = _File(os.fspath(path.absolute()))
     try:
         container = av.open(file, "r", container_options=dict(_OPTIONS), **_METADATA)
     except (FFmpegError, OSError, ValueError, LookupError) as error:
