@@ -93,7 +93,7 @@ class WebpReader:
         except ValueError as error:
             raise MediaError(f"{path}: the image {error}") from None
         check_size(str(path), width, height)
-        check_total(str(path), width, height, count * 4 / 3)
+        check_total(str(path), width, height, count * 4 / 3, len(content))
         cv2 = _opencv()
         with _silent(cv2):
             try:

@@ -23,6 +23,11 @@ MAX_SIDE = 16_384
 MAX_PIXELS = 1 << 27
 #: Bytes that the frames of a clip may take together: 16 frames of 8K are 1.6 GB.
 MAX_FRAME_BYTES = 1 << 31
+#: What the frames of any file may take: 8 frames of 8K, 16 of 5.3K.
+_ALWAYS = 3 << 28
+#: Bytes of frames beyond that for each byte of the file. Video of 8K has some megabytes a second; a damaged header of a
+#: few kilobytes may state any size.
+_PER_BYTE = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +154,8 @@ class Media:
         frames: FrameArray | None = None
         for index, frame in reader.read(unique.tolist()):
             if frames is None:
-                check_total(str(self.path), frame.shape[1], frame.shape[0], len(wanted))
+                held = self.path.stat().st_size if self.path.is_file() else None
+                check_total(str(self.path), frame.shape[1], frame.shape[0], len(wanted), held)
                 frames = np.empty((len(wanted), *frame.shape), np.uint8)
             frames[places == np.searchsorted(unique, index)] = frame
         return np.empty((0, self.height, self.width, 3), np.uint8) if frames is None else frames
@@ -217,9 +223,11 @@ def check_size(name: str, width: int, height: int) -> None:
         raise MediaError(f"{name}: frames of {width}x{height} pixels (up to {MAX_PIXELS / 1e6:.0f} million are read)")
 
 
-def check_total(name: str, width: int, height: int, count: float) -> None:
-    """``MediaError`` for more pictures of this size than are held at once."""
-    if width * height * 3 * count > MAX_FRAME_BYTES:
+def check_total(name: str, width: int, height: int, count: float, held: int | None = None) -> None:
+    """``MediaError`` for more pictures of this size than are held at once, or than a file of ``held`` bytes has."""
+    limit = MAX_FRAME_BYTES if held is None else min(MAX_FRAME_BYTES, max(_ALWAYS, held * _PER_BYTE))
+    if width * height * 3 * count > limit:
         raise MediaError(
-            f"{name}: {count:.0f} frames of {width}x{height} pixels take more than {MAX_FRAME_BYTES >> 30} GiB together"
+            f"{name}: {count:.0f} frames of {width}x{height} pixels take {width * height * 3 * count / 2**30:.1f} GiB; "
+            f"of {'arrays' if held is None else 'a file of this size'} up to {limit / 2**30:.3g} GiB are held"
         )

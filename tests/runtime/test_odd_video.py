@@ -18,6 +18,7 @@ from intertitle.errors import MediaError, TransientMediaError
 from intertitle.runtime.media import container, open_media
 from intertitle.runtime.media.doors import media_errors
 from intertitle.runtime.media.segments import scene_spans
+from intertitle.runtime.media.source import check_total
 
 from .test_clip import read
 
@@ -138,7 +139,18 @@ def test_pixels_are_bounded(tmp_path: Path) -> None:
         assert (media.num_frames, media.width, media.height) == (16, 64, 32)
     assert "frames of 16000x16000 pixels" in refused(gif(tmp_path / "a.gif", 16_000, 16_000, 16))
     # One such frame is fine, but not sixteen.
-    assert "8 frames of 12000x8000 pixels take more than 2 GiB" in refused(gif(tmp_path / "b.gif", 12_000, 8_000, 16))
+    line = refused(gif(tmp_path / "b.gif", 12_000, 8_000, 16))
+    assert line.endswith("8 frames of 12000x8000 pixels take 2.1 GiB; of a file of this size up to 0.75 GiB are held")
+
+
+def test_what_a_file_may_hold_depends_on_its_size() -> None:
+    check_total("eight of 8K", 7680, 4320, 8, 1000)
+    check_total("sixteen of 5.3K", 5312, 2988, 16, 1000)
+    check_total("sixteen of 8K in half a megabyte", 7680, 4320, 16, 500_000)
+    check_total("sixteen of 8K in an array", 7680, 4320, 16)
+    for count, held in ((16, 100_000), (22, 1 << 40), (22, None)):
+        with pytest.raises(MediaError, match="frames of 7680x4320 pixels take"):
+            check_total("too much", 7680, 4320, count, held)
 
 
 def test_a_size_that_grows_midway(clips: Any) -> None:
