@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 
-#: How a Git LFS pointer begins (git-lfs/docs/spec.md).
+#: How a Git LFS pointer begins (git-lfs, spec.md).
 _POINTER = b"version https://git-lfs"
 
 _SAFETENSORS_DTYPES = {

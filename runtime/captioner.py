@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
 from ..errors import DeadlineError, OptionError
 from .backends import Backend, Decoder, Options, OrtBackend, open_backend
@@ -28,7 +26,7 @@ from .prepared import MediaOptions, PreparedClip, Source
 from .reading import TIME_LIMIT, Readers, start_readers
 from .runner import Runner
 from .task import CaptionTask, Model
-from .text import check_text
+from .text import check_text, load_tokenizer
 from .timing import Progress, Stages, deadline_at
 
 if TYPE_CHECKING:
@@ -60,7 +58,7 @@ class Captioner:
     ) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
-        self.tokenizer = Tokenizer.from_file(os.fspath(bundle.file("tokenizer.json")))
+        self.tokenizer = load_tokenizer(bundle.file("tokenizer.json"))
         self._backend: Backend | None = OrtBackend(bundle) if backend is None else backend
         self.encoder = Encoder(bundle, self.tokenizer, self._backend, staged)
         self._staged, self.device_notes = staged, tuple(notes)

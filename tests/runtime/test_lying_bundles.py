@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,9 @@ from .bundle_mutations import outcome, write_mutant
 
 
 def test_mutants(compiled: Callable[..., Path], tmp_path: Path):
-    bundle, found, wrong = compiled("clip-mistral"), Counter[str](), []
+    # A copy: mutants are links to its files, and a bundle that other tests use at the same time must not change.
+    bundle = shutil.copytree(compiled("clip-mistral"), tmp_path / "bundle")
+    found, wrong = Counter[str](), []
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for seed in range(120):
         said = write_mutant(bundle, tmp_path / "mutant", seed)
@@ -79,7 +82,7 @@ def test_a_normalizer_that_makes_much_of_little(data_dir: Path, tmp_path: Path):
 def test_a_bundle_that_changes_while_it_is_used(compiled: Callable[..., Path], tmp_path: Path):
     """Graphs are opened when they are first needed, long after they were verified."""
     bundle = tmp_path / "bundle"
-    write_mutant(compiled("clip-mistral"), bundle, 0)
+    write_mutant(shutil.copytree(compiled("clip-mistral"), tmp_path / "copy"), bundle, 0)
     for file in compiled("clip-mistral").iterdir():
         (bundle / file.name).unlink(missing_ok=True)
         (bundle / file.name).write_bytes(file.read_bytes())
