@@ -36,6 +36,8 @@ from intertitle.errors import IntertitleError
 from intertitle.export.writer import BundleFile, BundleWriter
 from intertitle.runtime.bundle import Manifest
 
+# Tests that run under nohup are deaf to it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 target, source = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
 manifest = msgspec.json.decode((source / "manifest").read_bytes(), type=Manifest)
 files = {path.name: path.read_bytes() for path in (source / "files").iterdir()}
