@@ -23,8 +23,8 @@ MAX_SIDE = 16_384
 MAX_PIXELS = 1 << 27
 #: Bytes that the frames of a clip may take together: 16 frames of 8K are 1.6 GB.
 MAX_FRAME_BYTES = 1 << 31
-#: What the frames of any file may take: 8 frames of 8K, 16 of 5.3K.
-_ALWAYS = 3 << 28
+#: What the frames of any file may take: 16 frames of 4K are 0.4 GB. A decoder holds some frames besides.
+_ALWAYS = 1 << 29
 #: Bytes of frames beyond that for each byte of the file. Video of 8K has some megabytes a second; a damaged header of a
 #: few kilobytes may state any size.
 _PER_BYTE = 4096

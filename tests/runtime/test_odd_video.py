@@ -140,15 +140,15 @@ def test_pixels_are_bounded(tmp_path: Path) -> None:
     assert "frames of 16000x16000 pixels" in refused(gif(tmp_path / "a.gif", 16_000, 16_000, 16))
     # One such frame is fine, but not sixteen.
     line = refused(gif(tmp_path / "b.gif", 12_000, 8_000, 16))
-    assert line.endswith("8 frames of 12000x8000 pixels take 2.1 GiB; of a file of this size up to 0.75 GiB are held")
+    assert line.endswith("8 frames of 12000x8000 pixels take 2.1 GiB; of a file of this size up to 0.5 GiB are held")
 
 
 def test_what_a_file_may_hold_depends_on_its_size() -> None:
-    check_total("eight of 8K", 7680, 4320, 8, 1000)
-    check_total("sixteen of 5.3K", 5312, 2988, 16, 1000)
+    check_total("sixteen of 4K", 3840, 2160, 16, 1000)
+    check_total("eight of 8K in a fifth of a megabyte", 7680, 4320, 8, 200_000)
     check_total("sixteen of 8K in half a megabyte", 7680, 4320, 16, 500_000)
     check_total("sixteen of 8K in an array", 7680, 4320, 16)
-    for count, held in ((16, 100_000), (22, 1 << 40), (22, None)):
+    for count, held in ((8, 100_000), (16, 300_000), (22, 1 << 40), (22, None)):
         with pytest.raises(MediaError, match="frames of 7680x4320 pixels take"):
             check_total("too much", 7680, 4320, count, held)
 
