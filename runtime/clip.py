@@ -222,7 +222,10 @@ def _take_sound(clip: Clip, media: Media, spec: AudioSpec, span: _Span) -> None:
         limit = spec.num_samples / spec.sample_rate
         seconds = limit if span.length is None else min(limit, span.length)
         sound = media.read_audio(seconds=seconds, start=span.offset, timed=not span.whole)
-        clip.sound = audio_policy(sound.samples, sound.sample_rate)
+        try:
+            clip.sound = audio_policy(sound.samples, sound.sample_rate)
+        except MediaError as error:
+            raise MediaError(f"{media.path}: {error}") from None
         return
     try:
         clips = media.read_audio_parts(spec.sample_rate, clip_bounds, span.length, span.offset, timed=not span.whole)

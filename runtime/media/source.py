@@ -157,6 +157,8 @@ class Media:
                 held = self.path.stat().st_size if self.path.is_file() else None
                 check_total(str(self.path), frame.shape[1], frame.shape[0], len(wanted), held)
                 frames = np.empty((len(wanted), *frame.shape), np.uint8)
+            if frame.shape != frames.shape[1:]:
+                raise MediaError(f"{self.path}: its frames are turned by 90 degrees midway, which is not read")
             frames[places == np.searchsorted(unique, index)] = frame
         return np.empty((0, self.height, self.width, 3), np.uint8) if frames is None else frames
 

@@ -15,6 +15,8 @@ FloatArray = npt.NDArray[np.float32]
 SAMPLE_RATE = 16_000
 SECONDS = 30
 NUM_SAMPLES = SECONDS * SAMPLE_RATE
+#: Hz; above the first the primes of a rate matter, above the second it is too fast.
+_FAST, _FASTEST = 192_000, 400_000
 _NUM_CLIPS = 8
 _CLIP_SAMPLES = 2 * SAMPLE_RATE
 #: FFmpeg's default speaker layouts by number of channels, in which it mixes an unlabelled sound down.
@@ -60,6 +62,7 @@ def audio_policy(samples: FloatArray, sample_rate: int) -> FloatArray:
     Fourier-resampled to 16 kHz as librosa's ``res_type="fft"`` does. VideoLLaMA2 mm_utils.py ``process_audio_file``.
     """
     _check_rate(sample_rate)
+    _check_transform(sample_rate)
     channel = samples if samples.ndim == 1 else samples[0]
     padded = np.zeros(SECONDS * sample_rate)
     kept = channel[: len(padded)]
@@ -95,6 +98,19 @@ def resample(samples: FloatArray, from_rate: int, to_rate: int) -> FloatArray:
         raise MediaError(f"cannot resample from {from_rate} to {to_rate} Hz: {error}") from error
     pcm = np.concatenate([np.zeros(0, np.int16), *parts])
     return (pcm / np.float32(1 << 15)).astype(np.float32)
+
+
+def _check_transform(rate: int) -> None:
+    """``MediaError`` for a rate at which the Fourier transform of 30 s takes gigabytes: fast, or with a large prime in
+    it, which no sound has that is that fast (176.4, 192, 352.8 and 384 kHz have none beyond 7)."""
+    left = rate
+    for prime in (2, 3, 5, 7):
+        while left % prime == 0:
+            left //= prime
+    if rate > _FAST and (left > 1 or rate > _FASTEST):
+        raise MediaError(
+            f"a sample rate of {rate} Hz is not read: above {_FAST} Hz only those in use, such as 384000 Hz"
+        )
 
 
 def _check_rate(rate: int) -> None:

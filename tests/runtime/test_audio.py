@@ -120,3 +120,15 @@ def test_refusals() -> None:
             audio_policy(np.zeros(10, np.float32), rate)
     with pytest.raises(MediaError, match="9 channels"):
         resample(np.zeros((9, 10), np.float32), 44_100, 16_000)
+
+
+@pytest.mark.parametrize("rate", [47_999, 192_000, 352_800, 384_000])
+def test_rates_of_real_sounds_are_read(rate: int) -> None:
+    assert audio_policy(np.zeros(rate, np.float32), rate).shape == (480_000,)
+
+
+@pytest.mark.parametrize("rate", [192_001, 532_288, 800_000])
+def test_rates_whose_transform_takes_gigabytes_are_told(rate: int) -> None:
+    """532,288 = 2**6 * 8317: its transform took 2.4 GB."""
+    with pytest.raises(MediaError, match=f"a sample rate of {rate} Hz is not read"):
+        audio_policy(np.zeros(1000, np.float32), rate)

@@ -8,6 +8,7 @@ import resource
 import shutil
 import struct
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from intertitle.errors import MediaError, TransientMediaError
 from intertitle.runtime.media import container, open_media
 from intertitle.runtime.media.doors import media_errors
 from intertitle.runtime.media.segments import scene_spans
-from intertitle.runtime.media.source import check_total
+from intertitle.runtime.media.source import Media, check_total
 
 from .test_clip import read
 
@@ -296,3 +297,21 @@ def test_a_read_that_fails_is_not_the_end_of_the_file(
         read(path)
     assert len(failed) == 1
     assert read(path).frames is not None
+
+
+def test_frames_that_turn_midway(tmp_path: Path) -> None:
+    """H.264 may say of any frame how it is to be turned."""
+
+    class Turning:
+        num_frames, fps, duration, times, notes, size = 2, 1.0, 2.0, None, [], (48, 32)
+
+        def read(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+            for index in indices:
+                yield index, np.zeros((32, 48, 3) if index == 0 else (48, 32, 3), np.uint8)
+
+        def close(self) -> None: ...
+
+    media = Media(tmp_path / "turning.h264", "video", Turning())
+    assert media.read_frames([0, 0]).shape == (2, 32, 48, 3)
+    with pytest.raises(MediaError, match="turned by 90 degrees midway"):
+        media.read_frames([0, 1])
