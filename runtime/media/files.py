@@ -9,11 +9,15 @@ from ...errors import MediaError, OptionError
 from .container import audio_stream, close_input, has_unknown_video, open_input, video_stream
 from .mp4 import check_samples
 from .sound import ContainerSoundReader
-from .source import Media, check_size
+from .source import Media, check_size, check_total
 from .video import ContainerFrameReader
 
 #: Who decodes video: ``pyav`` or ``gstreamer``. A setting of the machine, so it is in its environment.
 DECODER_VARIABLE = "INTERTITLE_VIDEO_DECODER"
+
+
+#: Frames that a decoder and the conversion to RGB hold at once, about.
+_DECODING = 8
 
 
 def _frame_reader() -> type[ContainerFrameReader]:
@@ -45,7 +49,9 @@ def open_container(path: Path, threads: int | None = None) -> Media:
             notes = ["its pictures are in a codec that cannot be decoded here"] if has_unknown_video(container) else []
             close_input(container)
             return Media(path, "audio", sound=sound, notes=notes)
-        check_size(str(path), video.codec_context.width, video.codec_context.height)
+        size = video.codec_context.width, video.codec_context.height
+        check_size(str(path), *size)
+        check_total(str(path), *size, _DECODING, path.stat().st_size)
         notes = []
         if sound is None and container.streams.audio:
             notes.append("its sound is in a codec that cannot be decoded here")

@@ -145,7 +145,10 @@ def _decode(path: Path) -> FrameArray:
             content = still_png(content)
         except ValueError as error:
             raise MediaError(f"{path}: the image {error}") from None
-    stated = image_size(content)
+    try:
+        stated = image_size(content)
+    except ValueError as error:
+        raise MediaError(f"{path}: the image {error}") from None
     if stated is not None:
         check_size(str(path), *stated)
     cv2 = _opencv()
