@@ -38,10 +38,9 @@ def media_errors(name: str) -> Iterator[None]:
     except MemoryError as error:
         raise TransientMediaError(f"{name}: there is not enough memory to read it") from error
     except (OSError, ArithmeticError, ValueError, LookupError, AssertionError) as error:
+        kind, said = MediaError, reason(error)
         # FFmpeg's EPERM and EIO also stand for broken data; only the system's own errors are taken at their word.
-        transient = is_transient(error) and not type(error).__module__.startswith("av.")
-        kind = TransientMediaError if transient else MediaError
-        said = reason(error)
-        if isinstance(error, OSError) and error.strerror and not type(error).__module__.startswith("av."):
-            said = error.strerror
+        if isinstance(error, OSError) and not type(error).__module__.startswith("av."):
+            kind = TransientMediaError if is_transient(error) else MediaError
+            said = error.strerror or said
         raise kind(f"{name}: cannot be read ({said})") from error

@@ -63,7 +63,8 @@ class PacketIndex:
             return 0
         fields = 2 if self.paired else 1
         first, last = self.packets[self.order[0]], self.packets[self.order[-1]]
-        return self.times[-1] + fields * (last.duration or first.duration)
+        shown = self.clock[self.order[-1]] - self.clock[self.order[0]]
+        return shown + fields * (last.duration or first.duration)
 
     def last(self, number: int) -> int:
         """The last packet that is needed for the frame of packet ``number``."""
