@@ -84,8 +84,16 @@ def test_a_strict_type_checker_sees_the_types(tmp_path):
     pytest.importorskip("pyright")
     (tmp_path / "user.py").write_text(USER)
     (tmp_path / "wrong.py").write_text(WRONG)
-    found = Path(intertitle.__file__).parent.parent
-    config = {"typeCheckingMode": "strict", "pythonVersion": "3.10", "extraPaths": [str(found)]}
+    # A checkout's folder may have any name: the type checker finds the package by a link of the right one.
+    found = tmp_path / "found"
+    found.mkdir()
+    (found / "intertitle").symlink_to(Path(intertitle.__file__).parent)
+    config = {
+        "typeCheckingMode": "strict",
+        "pythonVersion": "3.10",
+        "extraPaths": [str(found)],
+        "include": ["user.py", "wrong.py"],
+    }
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(config))
     assert (found / "intertitle" / "py.typed").exists()
     command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, "-p", str(tmp_path)]
