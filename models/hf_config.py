@@ -157,9 +157,7 @@ def _triple(fields: Fields, key: str, default: tuple[float, float, float]) -> tu
     return float(value[0]), float(value[1]), float(value[2])
 
 
-def read_decoder(
-    fields: Fields, *, qkv_bias: bool, sliding_window: int | None, sparse: bool = False
-) -> DecoderConfig:
+def read_decoder(fields: Fields, *, qkv_bias: bool, sliding_window: int | None, sparse: bool = False) -> DecoderConfig:
     """A Llama, Mistral, Mixtral (``sparse``) or Qwen2 config.json.
 
     ``sliding_window``: the window, where the checkpoint has one on.

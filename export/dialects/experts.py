@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.onnx import ops
 
@@ -64,7 +65,8 @@ class GroupedExperts(nn.Module):
         # The place in the key makes the order one and the same on every runtime.
         order = _order(pairs * count + torch.arange(count))
         sizes = (pairs.unsqueeze(1) == torch.arange(len(self.experts))).sum(0)
-        grouped = tokens[order // each].unsqueeze(0)
+        token = ops.symbolic("Div", (order, torch.tensor(each)), dtype=order.dtype, shape=order.shape, version=14)
+        grouped = F.embedding(token, tokens).unsqueeze(0)
         # For the trace, the sizes are numbers that are not known yet.
         groups = ops.symbolic_multi_out(
             "Split",
@@ -76,7 +78,7 @@ class GroupedExperts(nn.Module):
         )
         made = [expert(group) for expert, group in zip(self.experts, groups, strict=True)]
         joined = ops.symbolic("Concat", made, attrs={"axis": 1}, dtype=x.dtype, shape=grouped.shape, version=13)
-        outputs = joined[0, _order(order)].unflatten(0, (-1, each))
+        outputs = F.embedding(_order(order), joined.squeeze(0)).unflatten(0, (-1, each))
         return (outputs * weights.unsqueeze(-1)).sum(1).reshape(x.shape)
 
 
