@@ -281,3 +281,8 @@ class Pipeline(Record, frozen=True, kw_only=True):
 def stages_of(pieces: list[Piece]) -> list[str]:
     """The stages whose tokens stand in a prompt, in order."""
     return [piece.stage for piece in pieces if isinstance(piece, (Tokens, EachOf))]
+
+
+def variant_graph(stage: str, keep: float, place: int) -> str:
+    """The file of a variant's graph; ``place`` 0 is the default one, which is the component's own graph."""
+    return f"{stage}.keep{keep}.onnx" if place else f"{stage}.onnx"
