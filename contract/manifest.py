@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from msgspec import Meta
+from msgspec import Meta, field
 
 from .pipeline import Pipeline
 from .records import DecoderShape, Generation, Name, NonNegative, Positive, Record, Sha256, TensorSpec
@@ -75,7 +75,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     default_instruction: str
     generation: Generation
     provenance: Provenance
-    files: dict[str, FileRecord] = {}
+    files: dict[str, FileRecord] = field(default_factory=dict)
 
     @property
     def shortlist(self) -> int:
@@ -95,7 +95,3 @@ class Manifest(Record, frozen=True, kw_only=True):
         """Bytes of keys and values for one token."""
         decoder, size = self.decoder, 4 if self.cache_dtype == "float32" else 2
         return 2 * size * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim
-
-    def stage_of(self, component: str) -> bool:
-        """Whether a component is a stage of the pipeline."""
-        return any(stage.name == component for stage in self.pipeline.stages)

@@ -25,11 +25,7 @@ def from_version_2(old: Json) -> Json:
         )
         sound = {key: value for key, value in sound.items() if key != "num_tokens"}
     new["pipeline"] = {
-        "sampling": {
-            "rule": spec["frame_rule"],
-            "count": spec["num_frames"],
-            "single_image": visual.get("per_frame", False),
-        },
+        "sampling": {"rule": spec["frame_rule"], "count": spec["num_frames"]},
         "image": spec["image"],
         "sound": sound,
         "stages": stages,

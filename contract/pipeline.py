@@ -10,9 +10,9 @@ of a stage stand between the texts.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta
 
 from .records import Name, NonNegative, Positive, Record
@@ -31,14 +31,12 @@ class Sampling(Record, frozen=True, kw_only=True):
     steps: AuroraCap), ``strided`` (from the first in equal steps without the last: LLaVA-NeXT-Video), ``segments`` (the
     middle of each of ``count`` segments: InternVL2), ``rate`` (``fps`` frames of each second, at most ``count``, and
     ``linspace`` beyond or where ``forced``: LLaVA-Video). ``count``: the places of a clip, for ``rate`` the most.
-    ``single_image``: an image is one place; otherwise it stands at all of them.
     """
 
     rule: Literal["centered", "linspace", "strided", "segments", "rate"]
     count: Positive
     fps: Annotated[float, Meta(gt=0)] | None = None
     forced: bool = False
-    single_image: bool = False
 
 
 class ImagePlan(Record, frozen=True):
@@ -163,10 +161,10 @@ class Stage(Record, frozen=True, kw_only=True):
 
     name: Name
     unit: Unit
-    inputs: Annotated[list[StageInput], Meta(min_length=1)]
+    inputs: Annotated[tuple[StageInput, ...], Meta(min_length=1)]
     output: Name
     tokens: Positive | None = None
-    variants: list[Variant] = []
+    variants: tuple[Variant, ...] = ()
 
 
 class Text(Record, frozen=True, tag="text"):
@@ -182,7 +180,7 @@ class Ids(Record, frozen=True, tag="ids"):
     Texts on its two sides are tokenized apart, also if ``ids`` is empty.
     """
 
-    ids: list[NonNegative]
+    ids: tuple[NonNegative, ...]
 
 
 class Tokens(Record, frozen=True, tag="tokens"):
@@ -214,8 +212,8 @@ class PromptLayout(Record, frozen=True):
     """The pieces of a prompt in order. ``untimed``: those for a clip whose times are not known (an image, arrays), if
     ``pieces`` speak of time."""
 
-    pieces: Annotated[list[Piece], Meta(min_length=1)]
-    untimed: list[Piece] = []
+    pieces: Annotated[tuple[Piece, ...], Meta(min_length=1)]
+    untimed: tuple[Piece, ...] = ()
 
 
 class Pipeline(Record, frozen=True, kw_only=True):
@@ -224,7 +222,7 @@ class Pipeline(Record, frozen=True, kw_only=True):
     sampling: Sampling
     image: ImagePlan
     sound: SoundPlan | None = None
-    stages: Annotated[list[Stage], Meta(min_length=1)]
+    stages: Annotated[tuple[Stage, ...], Meta(min_length=1)]
     prompts: dict[Mode, PromptLayout]
 
     def stage(self, name: str) -> Stage:
@@ -273,12 +271,18 @@ class Pipeline(Record, frozen=True, kw_only=True):
         return max(stage.unit.least for stage in self.visual())
 
     @property
+    def framewise(self) -> bool:
+        """Whether no stage looks at more than one place. A clip may then have any number of them: an image is one, and
+        a place that shows nothing new can be left out."""
+        return all(isinstance(stage.unit, EachUnit) for stage in self.visual())
+
+    @property
     def merging(self) -> Stage | None:
         """The stage that has variants, if there is one."""
         return next((stage for stage in self.stages if stage.variants), None)
 
 
-def stages_of(pieces: list[Piece]) -> list[str]:
+def stages_of(pieces: Iterable[Piece]) -> list[str]:
     """The stages whose tokens stand in a prompt, in order."""
     return [piece.stage for piece in pieces if isinstance(piece, (Tokens, EachOf))]
 

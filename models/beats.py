@@ -171,5 +171,5 @@ def sound_plan(config: AudioConfig) -> SoundPlan:
 
 def audio_part(config: AudioConfig) -> Part:
     """The stage ``audio``: ``fbank [1, frames, mels]`` to ``audio_tokens [1, tokens, H]``."""
-    inputs = [StageInput("fbank", SOUND)]
+    inputs = (StageInput("fbank", SOUND),)
     return Part(Stage(name="audio", unit=OneSound(), inputs=inputs, output="audio_tokens"), AudioBranch, config)

@@ -172,7 +172,8 @@ class CaptionerConfig:
         if self.merging is None:
             if keep != 1:
                 raise OptionError(
-                    f"a captioner of the family {self.family} has no token merging: leave the ratio of visual tokens out"
+                    f"a captioner of the family {self.family} has no token merging: leave the ratio of visual tokens "
+                    "out"
                 )
             return self
         parts = tuple(
@@ -187,6 +188,6 @@ class CaptionerConfig:
             sampling=self.sampling,
             image=self.image,
             sound=self.sound,
-            stages=[part.stage for part in self.parts],
+            stages=tuple(part.stage for part in self.parts),
             prompts=self.prompts,
         )

@@ -257,4 +257,4 @@ def mlp_part(config: ConnectorConfig, source: str = "vision") -> Part:
 
 
 def _stage(name: str, unit: Unit, takes: str, source: str, output: str = "visual_tokens") -> Stage:
-    return Stage(name=name, unit=unit, inputs=[StageInput(takes, source)], output=output)
+    return Stage(name=name, unit=unit, inputs=(StageInput(takes, source),), output=output)

@@ -5,7 +5,7 @@ What ``runtime.encoder`` does with graphs, without its shortcuts: equal frames a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 import torch
@@ -34,7 +34,7 @@ def run_stage(stage: Stage, module: nn.Module, values: Mapping[str, Tensor]) -> 
 
 
 def run_stages(
-    stages: list[Stage], module: Callable[[str], nn.Module], values: Mapping[str, Tensor]
+    stages: Iterable[Stage], module: Callable[[str], nn.Module], values: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """``values`` with what each of the stages gives; ``module(name)`` is that of a stage."""
     found = dict(values)
@@ -56,17 +56,17 @@ def measured(config: CaptionerConfig, keeps: tuple[float, ...] = ()) -> Pipeline
     for part in config.parts:
         stage = part.stage
         tokens: int | None = base[stage.name]
-        variants: list[Variant] = []
+        variants: tuple[Variant, ...] = ()
         if part is merging:
-            variants = [
+            variants = tuple(
                 Variant(keep=keep, graph=variant_graph(stage.name, keep, place), tokens=form[stage.name])
                 for place, (keep, form) in enumerate(zip(keeps, forms, strict=True))
-            ]
+            )
             tokens = variants[0].tokens if variants else tokens
         elif any(form[stage.name] != tokens for form in forms):
             tokens = None
         stages.append(msgspec.structs.replace(stage, tokens=tokens, variants=variants))
-    return msgspec.structs.replace(config.pipeline, stages=stages)
+    return msgspec.structs.replace(config.pipeline, stages=tuple(stages))
 
 
 def build_on_meta(part: Part) -> nn.Module:

@@ -134,7 +134,7 @@ class VisionTower(nn.Module):
 def tower_part(config: VisionConfig, merges: bool = False) -> Part:
     """The stage ``vision``: pixels ``[N, 3, S, S]`` to ``features [N, P, D]``, frame by frame. ``merges``: its share of
     tokens may be chosen."""
-    stage = Stage(name="vision", unit=EachUnit(), inputs=[StageInput("pixel_values", PIXELS)], output="features")
+    stage = Stage(name="vision", unit=EachUnit(), inputs=(StageInput("pixel_values", PIXELS),), output="features")
     return Part(stage, VisionTower, config, _keeping if merges else None)
 
 

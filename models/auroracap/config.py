@@ -57,7 +57,7 @@ def read_config(checkpoint: Checkpoint) -> CaptionerConfig:
     )
     return CaptionerConfig(
         family="auroracap",
-        sampling=Sampling(rule="linspace", count=NUM_FRAMES, single_image=True),
+        sampling=Sampling(rule="linspace", count=NUM_FRAMES),
         image=read_image_processing(checkpoint.json(processor), processor, vision),
         parts=(tower_part(vision, merges=True), mlp_part(connector)),
         decoder=decoder,

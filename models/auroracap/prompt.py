@@ -12,4 +12,4 @@ def layouts(checkpoint: Checkpoint) -> dict[Mode, PromptLayout]:
     """The prompts by mode. The space between two frames is a token of the prompt; bos comes once, at the start."""
     bos = Fields(checkpoint.config, "config.json").integer("bos_token_id", 1, minimum=0)
     frames = EachOf("connector", separator=" ")
-    return {"video": PromptLayout([Ids([bos]), Text("USER: "), frames, Text("\n{instruction}\n ASSISTANT:")])}
+    return {"video": PromptLayout((Ids((bos,)), Text("USER: "), frames, Text("\n{instruction}\n ASSISTANT:")))}

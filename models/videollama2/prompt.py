@@ -69,7 +69,7 @@ def _layout(checkpoint: Checkpoint, tag: str, tokens: list[Piece], *, system_tur
     if text.count(tag) != 1 or text.count(_INSTRUCTION) != 1:
         raise CheckpointError(f"{checkpoint.path}: the chat template does not keep the user's turn as it is")
     before, after = (Text(part.replace(_INSTRUCTION, "{instruction}")) for part in text.split(tag))
-    return PromptLayout([before, *tokens, after])
+    return PromptLayout((before, *tokens, after))
 
 
 def _chat_template(checkpoint: Checkpoint) -> str:
