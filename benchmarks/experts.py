@@ -26,7 +26,6 @@ from ..export.graph_writer import WeightReader, serialize, write_weights
 from ..export.targets import get_target
 from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
-from ..runtime.bundle import DecoderSpec
 from ..runtime.ort import OrtDecoder
 from .harness import alternate, paired_ratio, write_result
 
@@ -71,9 +70,8 @@ def write_decoder(config: DecoderConfig, weights: str, folder: Path) -> OrtDecod
         for _ in write_weights(graph, file, "decoder.data", reader):
             pass
     (folder / "decoder.onnx").write_bytes(serialize(graph))
-    sizes = {name: getattr(config, name) for name in DecoderSpec.__struct_fields__ if hasattr(config, name)}
     table = np.random.default_rng(0).standard_normal((1024, config.hidden_size)).astype(np.float32)
-    return OrtDecoder(folder / "decoder.onnx", DecoderSpec(**sizes), lambda ids: table[ids % len(table)])
+    return OrtDecoder(folder / "decoder.onnx", config.shape, lambda ids: table[ids % len(table)])
 
 
 def seconds_per_token(decoder: OrtDecoder, prompt: int, tokens: int) -> float:
