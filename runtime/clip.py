@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, field
 
@@ -16,9 +15,10 @@ from .media import Media, as_frames, as_waveform, open_media
 from .media.doors import media_errors
 from .media.source import check_total
 from .preprocess.audio import audio_policy, clip_bounds, join_clips, resample, video_policy
-from .preprocess.duplicates import check_threshold, distinct_frames
+from .preprocess.duplicates import distinct_frames
 from .preprocess.frames import sample_indices, span_frames
 from .timing import Stages
+from .viewing import Viewing
 
 
 @dataclass
@@ -66,41 +66,25 @@ class _Span:
     def length(self) -> float | None:
         return None if self.end is None else self.end - self.offset
 
-    def check(self) -> None:
-        """``OptionError`` for times that make no span."""
-        for name, time in (("start", self.start), ("end", self.end)):
-            if time is not None and not (math.isfinite(time) and time >= 0):
-                raise OptionError(f"{name} of a span is seconds from 0 on, not {time}")
-        if self.end is not None and self.end <= self.offset:
-            raise OptionError(f"a span ends after it starts, not at {self.end:g} s when it starts at {self.offset:g} s")
-
 
 def read_clip(
     source: str | os.PathLike[str],
     spec: Preprocessing,
     per_frame: bool,
-    audio: bool,
+    viewing: Viewing,
     stages: Stages,
     *,
-    start: float | None = None,
-    end: float | None = None,
-    duplicates: float | None = None,
     threads: int | None = None,
 ) -> Clip:
     """Open a file or folder and keep what the model needs of it.
 
     ``per_frame``: one block of tokens a frame (an image is then one frame; else it is repeated ``num_frames`` times,
-    as VideoLLaMA2's ``process_image`` does). ``audio=False`` leaves the sound out. ``start`` and ``end`` (seconds) take
-    only that span of the pictures and the sound, as if it were the whole source. ``duplicates`` drops sampled frames
-    that differ by no more than so many grey levels from the last kept one (``distinct_frames``): their places show the
-    kept one, or with ``per_frame`` are dropped too. ``threads`` decode video (``open_media``). ``MediaError`` when
-    nothing is left or the source ends before ``start``, ``OptionError`` for a span of images and for times or a
-    threshold that cannot be.
+    as VideoLLaMA2's ``process_image`` does). ``viewing``: which span of the pictures and the sound, with the sound or
+    without; the places of near-duplicate frames (``distinct_frames``) show the kept one, or with ``per_frame`` are
+    dropped too. ``threads`` decode video (``open_media``). ``MediaError`` when nothing is left or the source ends
+    before the span, ``OptionError`` for a span of images.
     """
-    span = _Span(start, end)
-    span.check()
-    if duplicates is not None:
-        check_threshold(duplicates)
+    span = _Span(viewing.start, viewing.end)
     with stages.measure("open"):
         media = open_media(source, threads)
     name = os.fspath(source)
@@ -111,7 +95,7 @@ def read_clip(
         if media.has_video:
             with stages.measure("read_frames"):
                 _take_frames(clip, media, spec, per_frame, span)
-        listens = spec.audio is not None and audio
+        listens = spec.audio is not None and viewing.audio
         if media.has_audio and listens:
             assert spec.audio is not None
             with stages.measure("read_audio"):
@@ -124,8 +108,8 @@ def read_clip(
             why = "sound was switched off" if spec.audio is not None else "this captioner has no audio branch"
             raise MediaError(f"{name}: holds only sound, and {why}")
         clip.notes.extend(media.notes)
-    if duplicates is not None:
-        _drop_duplicates(clip, duplicates, per_frame)
+    if viewing.duplicates is not None:
+        _drop_duplicates(clip, viewing.duplicates, per_frame)
     return clip
 
 
@@ -136,18 +120,22 @@ def array_clip(
     spec: Preprocessing,
     per_frame: bool,
     *,
+    frame_times: npt.ArrayLike | None = None,
+    seconds: float | None = None,
     duplicates: float | None = None,
 ) -> Clip:
     """The same from arrays: frames ``[T, H, W, 3]`` uint8, waveform float or int16 mono or with channels.
 
-    Exactly ``num_frames`` frames are taken as already sampled; otherwise the sampling rule picks from them.
+    Exactly ``num_frames`` frames, and those of ``frame_times`` (seconds of each), are taken as already sampled;
+    otherwise the sampling rule picks from them. ``seconds``: how long the clip lasts.
     """
-    clip = Clip()
+    clip = Clip(seconds=seconds)
     if frames is not None:
         array = as_frames(frames)
         count = len(array)
         image = count == 1
-        order = np.arange(count) if count == spec.num_frames else _order(count, spec, image and per_frame)
+        sampled = count == spec.num_frames or frame_times is not None
+        order = np.arange(count) if sampled else _order(count, spec, image and per_frame)
         unique, clip.order = np.unique(order, return_inverse=True)
         check_total("frames", array.shape[2], array.shape[1], len(unique))
         clip.frames = array[unique]

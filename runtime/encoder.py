@@ -19,13 +19,14 @@ from ..errors import ClosedError, OptionError
 from .backends import Backend, OrtBackend
 from .bundle import Bundle, MergingRatio
 from .clip import Clip
-from .compression import check_visual_tokens, merge_tokens, wanted_tokens
+from .compression import merge_tokens
 from .contrast import Contrast, diffuse, sparse_places
 from .inference import FloatArray
 from .preprocess.fbank import kaldi_fbank
 from .preprocess.image import preprocess_frames
 from .text import build_prompt
 from .timing import Stages
+from .viewing import Share, TokenBudget
 
 _log = logging.getLogger(__name__)
 
@@ -40,14 +41,14 @@ class EncodedClip:
     """The tokens of a clip, ready for any number of prompts.
 
     ``blocks``: float32 ``[tokens, H]`` each, one for every place that the prompt template leaves for the clip.
-    ``notes``: what was done other than asked, in words. ``visual_tokens``: the setting it was encoded with.
+    ``notes``: what was done other than asked, in words. ``visual_tokens``: the budget it was encoded with.
     ``features``: per distinct frame ``[U, P, C]``, where they were kept for a contrast.
     """
 
     mode: str
     blocks: list[FloatArray]
     notes: list[str] = field(default_factory=list)
-    visual_tokens: int | float | None = None
+    visual_tokens: TokenBudget | None = None
     features: FloatArray | None = None
 
 
@@ -70,17 +71,16 @@ class Encoder:
         clip: Clip,
         stages: Stages,
         *,
-        visual_tokens: int | float | None = None,
+        visual_tokens: TokenBudget | None = None,
         keep_features: bool = False,
     ) -> EncodedClip:
         """Run the encoders that the clip's mode needs, once for each distinct frame.
 
-        ``visual_tokens``: how many visual tokens the decoder gets, as a ratio (float, above 0, at most 1) or as a
-        number for the whole clip (int); ``None`` is what the model was made for. A tower that merges tokens takes a
-        compiled ratio, for other families ``compression`` merges what leaves the connector. ``keep_features``: keep
-        the features of the frames for ``contrast``. ``OptionError`` for a setting that cannot be.
+        ``visual_tokens``: how many visual tokens the decoder gets; ``None`` is what the model was made for. A tower
+        that merges tokens takes a compiled ratio, for other families ``compression`` merges what leaves the connector.
+        ``keep_features``: keep the features of the frames for ``contrast``. ``OptionError`` for a budget that no
+        compiled ratio keeps.
         """
-        check_visual_tokens(visual_tokens)
         visual = audio = features = None
         notes: list[str] = []
         if clip.frames is not None:
@@ -95,9 +95,8 @@ class Encoder:
         blocks = splice_blocks(visual, audio)
         return EncodedClip(clip.mode, blocks, notes, visual_tokens, features if keep_features else None)
 
-    def block_lengths(self, clip: Clip, visual_tokens: int | float | None = None) -> list[int]:
+    def block_lengths(self, clip: Clip, visual_tokens: TokenBudget | None = None) -> list[int]:
         """Tokens of each block that ``encode`` would give for a clip, without running an encoder."""
-        check_visual_tokens(visual_tokens)
         lengths: list[int] = []
         if clip.frames is not None:
             assert clip.order is not None
@@ -121,7 +120,7 @@ class Encoder:
     def contrast(self, clip: Clip, encoded: EncodedClip, contrast: Contrast, stages: Stages) -> EncodedClip:
         """The contrasted view of a clip that ``encode`` gave ``encoded`` for, its sound taken over.
 
-        Temporal views use the features that ``encoded`` kept. The setting of visual tokens is the same, a number of
+        Temporal views use the features that ``encoded`` kept. The budget of visual tokens is the same, a number of
         them being that number's share for the places that are left. ``OptionError`` for a clip without pictures.
         """
         if clip.order is None:
@@ -138,8 +137,8 @@ class Encoder:
             order = clip.order[sparse_places(len(clip.order), least)]
             if len(order) == len(clip.order):
                 notes.append("too few frames for a contrast in time: it is with the clip itself")
-            if isinstance(setting, int):
-                setting = max(1, round(setting * len(order) / len(clip.order)))
+            if setting is not None:
+                setting = setting.scaled(len(order), len(clip.order))
             features = encoded.features
             if features is None:
                 assert clip.frames is not None
@@ -230,7 +229,7 @@ class Encoder:
         with stages.measure("preprocess"):
             return preprocess_frames(frames, self._bundle.manifest.preprocessing.image)
 
-    def _compress(self, tokens: FloatArray, setting: int | float | None, stages: Stages) -> FloatArray:
+    def _compress(self, tokens: FloatArray, setting: TokenBudget | None, stages: Stages) -> FloatArray:
         """``tokens [blocks, tokens, H]`` merged to the setting, where the tower has not merged them."""
         blocks, available = tokens.shape[:2]
         count = self._merged_length(setting, blocks, available)
@@ -239,33 +238,30 @@ class Encoder:
         with stages.measure("compress"):
             return np.stack([merge_tokens(block, count)[0] for block in tokens])
 
-    def _merged_length(self, setting: int | float | None, blocks: int, available: int) -> int:
+    def _merged_length(self, setting: TokenBudget | None, blocks: int, available: int) -> int:
         """Tokens of each block after ``_compress``."""
         if setting is None or self._visual.ratios:
             return available
-        return max(1, wanted_tokens(setting, blocks * available) // blocks)
+        return max(1, setting.of(blocks * available) // blocks)
 
-    def _merging(self, setting: int | float | None, num_frames: int) -> tuple[MergingRatio | None, list[str]]:
+    def _merging(self, setting: TokenBudget | None, num_frames: int) -> tuple[MergingRatio | None, list[str]]:
         """The compiled ratio of merging that a setting comes to, and what to say about it; None without merging."""
         ratios = self._visual.ratios
         if not ratios or setting is None:
             return (ratios[0] if ratios else None), []
-        if isinstance(setting, float):
-            exact = next((ratio for ratio in ratios if ratio.keep == setting), None)
-            fitting = [ratio for ratio in ratios if ratio.keep <= setting]
-        else:
-            exact = next((ratio for ratio in ratios if ratio.tokens_per_block * num_frames == setting), None)
-            fitting = [ratio for ratio in ratios if ratio.tokens_per_block * num_frames <= setting]
+        spare = {ratio: setting.spare(ratio.keep, ratio.tokens_per_block * num_frames) for ratio in ratios}
+        fitting = [ratio for ratio in ratios if spare[ratio] >= 0]
+        exact = next((ratio for ratio in fitting if spare[ratio] == 0), None)
         if exact is not None:
             return exact, []
         if not fitting:
-            there = ", ".join(f"{r.keep:g} ({r.tokens_per_block * num_frames} tokens)" for r in ratios)
+            there = ", ".join(f"{Share(r.keep)} ({r.tokens_per_block * num_frames} tokens)" for r in ratios)
             raise OptionError(
                 f"no compiled ratio of merging gives as few visual tokens as {setting}; there are {there}"
             )
         ratio = max(fitting, key=lambda ratio: ratio.keep)
         count = ratio.tokens_per_block * num_frames
-        note = f"visual tokens {setting:g}: merged at the next lower compiled ratio, {ratio.keep:g} ({count} tokens)"
+        note = f"visual tokens {setting}: merged at the next lower compiled ratio, {Share(ratio.keep)} ({count} tokens)"
         # Of a clip that has no more tokens than the limit nothing was taken away.
         return ratio, [] if ratio.keep == 1 else [note]
 

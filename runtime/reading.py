@@ -20,6 +20,7 @@ from .bundle import Preprocessing
 from .clip import Clip
 from .reading_worker import Answer, DurationRequest, ReadRequest, Request, SpansRequest, decode_text, receive, send
 from .timing import Stages
+from .viewing import Viewing
 
 #: Seconds that one file may take to be read, unless told otherwise.
 TIME_LIMIT = 600.0
@@ -59,17 +60,14 @@ class Readers:
         source: str | os.PathLike[str],
         spec: Preprocessing,
         per_frame: bool,
-        audio: bool,
+        viewing: Viewing,
         stages: Stages,
         *,
-        start: float | None = None,
-        end: float | None = None,
-        duplicates: float | None = None,
         threads: int | None = None,
     ) -> Clip:
         """See ``read_clip``. ``MediaError`` also for a file that crashes its decoder or takes too long."""
         name = os.fsencode(source)
-        answer, arrays = self._ask(ReadRequest(name, spec, per_frame, audio, start, end, duplicates, threads))
+        answer, arrays = self._ask(ReadRequest(name, spec, per_frame, viewing, threads))
         for stage, seconds in answer.timings.items():
             stages.add(stage, seconds)
         return Clip(**arrays, notes=[*map(decode_text, answer.notes)], seconds=answer.seconds, start=answer.start)

@@ -15,6 +15,7 @@ from intertitle.runtime.preprocess.audio import NUM_SAMPLES, SAMPLE_RATE
 from intertitle.runtime.preprocess.fbank import kaldi_fbank
 from intertitle.runtime.preprocess.image import ImageSpec, preprocess_frames
 from intertitle.runtime.timing import Stages
+from intertitle.runtime.viewing import Viewing
 
 from .corpus import make_corpus
 from .mutate import mutate
@@ -92,7 +93,7 @@ def _take(path: Path, rng: random.Random, start: float | None, end: float | None
     )
     duplicates = rng.choice((None, None, None, 2.0))
     per_frame = rng.random() < 0.5
-    clip = read_clip(path, spec, per_frame, True, Stages(), start=start, end=end, duplicates=duplicates)
+    clip = read_clip(path, spec, per_frame, Viewing(start=start, end=end, duplicates=duplicates), Stages())
     _check(clip)
     if clip.frames is not None:
         pixels = preprocess_frames(clip.frames, spec.image)

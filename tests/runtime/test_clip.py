@@ -13,6 +13,7 @@ from intertitle.runtime.media import open_media
 from intertitle.runtime.preprocess.audio import audio_policy, video_policy
 from intertitle.runtime.preprocess.frames import sample_indices, span_frames
 from intertitle.runtime.timing import Stages
+from intertitle.runtime.viewing import Viewing
 
 IMAGE = ImageSpec("exact", 28, 28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 AUDIO = AudioSpec(sample_rate=16_000, num_samples=480_000, num_mel_bins=128, num_frames=2998, num_tokens=1496)
@@ -21,7 +22,7 @@ LINEAR = Preprocessing(num_frames=8, frame_rule="linspace", image=IMAGE)
 
 
 def read(source: Any, spec: Preprocessing = SPEC, per_frame: bool = False, **options: Any) -> Clip:
-    return read_clip(source, spec, per_frame, True, Stages(), **options)
+    return read_clip(source, spec, per_frame, Viewing(**options), Stages())
 
 
 def test_span_frames_follow_the_reference_by_hand() -> None:
