@@ -162,11 +162,6 @@ class Captioner:
         with self._guard.use():
             self._loaded.forget()
 
-    @property
-    def per_frame(self) -> bool:
-        """Whether the prompt has a block for each frame (AuroraCap) instead of one for the clip."""
-        return self.manifest.visual.per_frame
-
     def caption(
         self,
         source: Source | PreparedClip | None = None,
@@ -312,8 +307,8 @@ class Captioner:
         readers = (self.readers or start_readers(READ_AHEAD, item_timeout)) if isolate else None
 
         def read(item: BatchItem, stages: Stages) -> Clip:
-            spec, read = self.manifest.preprocessing, read_clip if readers is None else readers.read
-            return read(item.source, spec, self.per_frame, item.viewing(view), stages, threads=self._threads)
+            read_it = read_clip if readers is None else readers.read
+            return read_it(item.source, self.manifest.pipeline, item.viewing(view), stages, threads=self._threads)
 
         def stop() -> None:
             if readers is not None:
@@ -394,20 +389,19 @@ class Captioner:
         frames, waveform = arrays.get("frames"), arrays.get("waveform")
         if (source is None) != (frames is not None or waveform is not None):
             raise OptionError("give either a file or arrays (frames=, waveform=), not both and not neither")
-        spec, times, seconds = self.manifest.preprocessing, arrays.get("frame_times"), arrays.get("seconds")
+        pipeline, times, seconds = self.manifest.pipeline, arrays.get("frame_times"), arrays.get("seconds")
         if source is not None:
             if times is not None or seconds is not None:
                 raise OptionError("frame_times= and seconds= are for arrays, not for files")
             read = read_clip if self.readers is None else self.readers.read
-            return read(source, spec, self.per_frame, viewing, stages, threads=self._threads)
+            return read(source, pipeline, viewing, stages, threads=self._threads)
         if viewing.start is not None or viewing.end is not None:
             raise OptionError("start= and end= are for files, not for arrays")
         return array_clip(
             frames,
             waveform if viewing.audio else None,
             arrays.get("sample_rate"),
-            spec,
-            self.per_frame,
+            pipeline,
             frame_times=times,
             seconds=seconds,
             duplicates=viewing.duplicates,

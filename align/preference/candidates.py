@@ -245,8 +245,8 @@ class Proposer:
         return self.captioner.caption(prompt=self._segment_prompt(item), decoding=decoding, **media).text.strip()
 
     def _media(self, scene: Scene, span: Span) -> Any:
-        viewing, spec = self.recipe.viewing, self.captioner.manifest.preprocessing
-        return {"viewing": viewing, **scene_media(scene, spec, audio=viewing.audio, span=span)}
+        viewing, pipeline = self.recipe.viewing, self.captioner.manifest.pipeline
+        return {"viewing": viewing, **scene_media(scene, pipeline, audio=viewing.audio, span=span)}
 
     def _spans(self, item: Item) -> list[Span]:
         if item.scene is not None:

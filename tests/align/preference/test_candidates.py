@@ -51,7 +51,7 @@ def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_all_candidates_come_from_one_prefill(compiled, prefilled: list[int]):
     captioner = intertitle.Captioner.load(compiled("clip-mistral"))
     (item,) = scene_items("train:3:4")
-    media = scene_media(item.scene, captioner.manifest.preprocessing)
+    media = scene_media(item.scene, captioner.manifest.pipeline)
     alone = intertitle.Captioner.load(compiled("clip-mistral")).caption(
         **media, decoding=intertitle.Decoding(max_new_tokens=6)
     )
@@ -76,7 +76,7 @@ def test_origins_say_what_came_from_what(captioner: intertitle.Captioner):
     assert sorted(origins) == ["contrast 0.5", "greedy", "sample 0", "sample 1", "sample 2", "sample 3"]
     assert len({one.text for one in found}) == len(found)
     assert all(one.draft is None and one.mean_logprob is not None for one in found)
-    media = scene_media(item.scene, captioner.manifest.preprocessing)
+    media = scene_media(item.scene, captioner.manifest.pipeline)
     contrast = captioner.caption(**media, decoding=intertitle.Decoding(max_new_tokens=6, contrast="temporal"))
     assert contrast.text.strip() in [one.text for one in found if "contrast 0.5" in one.origins]
 
@@ -90,7 +90,7 @@ def test_refined_ones_keep_their_draft_and_get_a_likelihood_of_their_own(caption
         assert {one.draft.strip() for one in found if one.draft} <= {one.text for one in drafts}
         assert all(origin.endswith(", refined") for one in found for origin in one.origins)
         assert all((one.mean_logprob is not None) == likelihoods for one in found)
-    media = scene_media(item.scene, captioner.manifest.preprocessing)
+    media = scene_media(item.scene, captioner.manifest.pipeline)
     greedy = captioner.caption(**media, decoding=intertitle.Decoding(max_new_tokens=6, retrospective=True))
     (one,) = [one for one in found if "greedy, refined" in one.origins]
     assert one.text == greedy.text.strip()
@@ -145,7 +145,7 @@ def test_the_number_of_segments(duration: float, count: int):
 
 def test_scenes_in_memory_are_what_the_file_shows(captioner: intertitle.Captioner, tmp_path: Path):
     scene = draw_scene("train", 5)
-    spec = captioner.manifest.preprocessing
+    spec = captioner.manifest.pipeline
     write_clip(scene, tmp_path / "clip.mp4", size=spec.image.size * 2, rate=16000)
     filmed, drawn = captioner.read(tmp_path / "clip.mp4"), captioner.read(**scene_media(scene, spec))
     small = filmed.frames[filmed.order].reshape(spec.num_frames, spec.image.size, 2, spec.image.size, 2, 3).mean((2, 4))
