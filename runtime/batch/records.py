@@ -103,6 +103,7 @@ class _Found(msgspec.Struct):
 
     settings: dict[str, Any]
     file: str | None = None
+    source: str | None = None
     size: int | None = None
     mtime_ns: int | None = None
     sha256: str | None = None
@@ -143,10 +144,12 @@ class RecordFile:
     ``OptionError`` when another run has the file open, when it is not a file of records, when its records were made
     with other settings, and when it cannot be written.
 
-    ``KEY`` names the field that identifies a record and comes first in it, ``MAKER`` the command that writes the file.
+    ``KEY`` names the field that identifies a record and comes first in it, ``FILE`` that of the file that it is of,
+    ``MAKER`` the command that writes the output.
     """
 
     KEY: ClassVar[str] = "id"
+    FILE: ClassVar[str] = "file"
     MAKER: ClassVar[str] = "batch"
 
     def __init__(self, path: Path, settings: Settings, *, overwrite: bool = False, retry_failed: bool = False) -> None:
@@ -277,7 +280,7 @@ class RecordFile:
             offset,
             length,
             "error" in record,
-            record.get("file") or "",
+            record.get(self.FILE) or "",
             None if size is None or time is None else Identity(size, time),
             record.get("sha256"),
             (record.get("prompt"), record.get("start"), record.get("end")),
@@ -342,6 +345,9 @@ class RecordFile:
 
 class RecordStream:
     """Records written to a stream, where nothing can be looked up or resumed."""
+
+    KEY: ClassVar[str] = RecordFile.KEY
+    FILE: ClassVar[str] = RecordFile.FILE
 
     def __init__(self, write: Callable[[str], object], settings: Settings) -> None:
         self.settings = settings
