@@ -24,6 +24,7 @@ from intertitle.runtime.preprocess.audio import NUM_SAMPLES, SAMPLE_RATE
 from intertitle.runtime.preprocess.fbank import kaldi_fbank
 from intertitle.runtime.preprocess.image import preprocess_frames
 from intertitle.runtime.timing import Stages
+from intertitle.runtime.viewing import Viewing
 
 from .corpus import make_corpus
 from .mutate import mutate
@@ -106,7 +107,7 @@ def _take(path: Path, rng: random.Random, start: float | None, end: float | None
         prompts={},
     )
     duplicates = rng.choice((None, None, None, 2.0))
-    clip = read_clip(path, pipeline, True, Stages(), start=start, end=end, duplicates=duplicates)
+    clip = read_clip(path, pipeline, Viewing(start=start, end=end, duplicates=duplicates), Stages())
     _check(clip)
     if clip.frames is not None:
         pixels = preprocess_frames(clip.frames, pipeline.image)

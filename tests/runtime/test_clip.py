@@ -23,6 +23,7 @@ from intertitle.runtime.media import open_media
 from intertitle.runtime.preprocess.audio import audio_policy, video_policy
 from intertitle.runtime.preprocess.frames import sample_indices, span_frames
 from intertitle.runtime.timing import Stages
+from intertitle.runtime.viewing import Viewing
 from msgspec import convert
 
 IMAGE = ImagePlan("exact", 28, 28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -44,7 +45,7 @@ LINEAR = pipeline("linspace")
 
 
 def read(source: Any, spec: Pipeline = SPEC, **options: Any) -> Clip:
-    return read_clip(source, spec, True, Stages(), **options)
+    return read_clip(source, spec, Viewing(**options), Stages())
 
 
 def test_span_frames_follow_the_reference_by_hand() -> None:

@@ -16,6 +16,7 @@ from intertitle.runtime.contrast import Contrast
 from intertitle.runtime.encoder import Encoder, time_windows
 from intertitle.runtime.ort import OrtDecoder
 from intertitle.runtime.timing import Stages
+from intertitle.runtime.viewing import Count, Share, TokenBudget, parse_budget
 from tokenizers import Tokenizer
 
 TEMPORAL, NOISE = Contrast("temporal"), Contrast("noise")
@@ -197,8 +198,11 @@ def test_one_frame_has_nothing_to_contrast_in_time(encoders, clip_of):
 # --- visual tokens
 
 
-@pytest.mark.parametrize(("setting", "count"), [(None, 16), (1.0, 16), (16, 16), (99, 16), (0.5, 8), (5, 5), (0.01, 1)])
+@pytest.mark.parametrize(
+    ("setting", "count"), [(None, 16), ("100%", 16), ("16", 16), ("99", 16), ("50%", 8), ("5", 5), ("1%", 1), ("1", 1)]
+)
 def test_tokens_of_a_clip_are_merged_to_the_setting(setting, count, encoders, clip_of):
+    setting = setting and parse_budget(setting)
     encoder, clip = encoders["av-qwen2"], clip_of("av-qwen2", sound=True)
     whole = encoder.encode(clip, Stages())
     encoded = encoder.encode(clip, Stages(), visual_tokens=setting)
@@ -211,25 +215,25 @@ def test_tokens_of_a_clip_are_merged_to_the_setting(setting, count, encoders, cl
 def test_a_contrast_has_the_same_share_of_visual_tokens(encoders, clip_of):
     encoder, clip = encoders["clip-mistral"], clip_of("clip-mistral")
 
-    def length(setting: int | float | None) -> int:
+    def length(setting: TokenBudget | None) -> int:
         encoded = encoder.encode(clip, Stages(), visual_tokens=setting)
         return len(encoder.contrast(clip, encoded, TEMPORAL, Stages()).blocks[0])
 
     # Three of eight frames give 2 of the 5 slots of 9 tokens.
-    assert [length(setting) for setting in (None, 0.5, 40, 8)] == [18, 9, 15, 3]
+    assert [length(setting) for setting in (None, Share(0.5), Count(40), Count(8))] == [18, 9, 15, 3]
 
 
 @pytest.mark.parametrize(
     ("setting", "keep", "noted"),
     [
         (None, 1.0, False),
-        (1.0, 1.0, False),
-        (0.5, 0.5, False),
-        (0.3, 0.25, True),
-        (0.99, 0.5, True),
-        (10_000, 1.0, False),
-        (8 * 64, 1.0, False),
-        (8 * 64 - 1, 0.5, True),
+        (Share(1.0), 1.0, False),
+        (Share(0.5), 0.5, False),
+        (Share(0.3), 0.25, True),
+        (Share(0.99), 0.5, True),
+        (Count(10_000), 1.0, False),
+        (Count(8 * 64), 1.0, False),
+        (Count(8 * 64 - 1), 0.5, True),
     ],
 )
 def test_ratios_of_merging(setting, keep, noted, encoders, clip_of, compiled):
@@ -239,20 +243,15 @@ def test_ratios_of_merging(setting, keep, noted, encoders, clip_of, compiled):
     assert list(ratios) == [1.0, 0.5, 0.25, 0.1]
     encoded = encoder.encode(clip, Stages(), visual_tokens=setting, keep_features=True)
     assert {len(block) for block in encoded.blocks} == {ratios[keep].tokens}
-    assert [f"ratio, {keep:g} " in note for note in encoded.notes] == [True] * noted
+    assert [f"ratio, {100 * keep:g}% " in note for note in encoded.notes] == [True] * noted
     # The contrast is merged alike, also where a number of tokens was asked for.
     for contrast in (TEMPORAL, NOISE):
         view = encoder.contrast(clip, encoded, contrast, Stages())
         assert {len(block) for block in view.blocks} == {ratios[keep].tokens}
 
 
-@pytest.mark.parametrize("setting", [0.05, 20])
+@pytest.mark.parametrize("setting", [Share(0.05), Count(20)])
 def test_fewer_tokens_than_the_smallest_ratio_are_refused(setting, encoders, clip_of):
-    with pytest.raises(OptionError, match=r"as few visual tokens as .* 1 \(512 tokens\), 0\.5 \(") as caught:
+    with pytest.raises(OptionError, match=r"as few visual tokens as (5%|20); .* 100% \(512 tokens\), 50% \(") as caught:
         encoders["auroracap"].encode(clip_of("auroracap"), Stages(), visual_tokens=setting)
     assert "\n" not in str(caught.value)
-
-
-def test_a_setting_that_cannot_be_is_refused(encoders, clip_of):
-    with pytest.raises(OptionError, match="visual_tokens must be"):
-        encoders["av-qwen2"].encode(clip_of("av-qwen2"), Stages(), visual_tokens=1.5)
