@@ -82,7 +82,20 @@ def decoder_sources(shapes: Mapping[str, Shape], config: DecoderConfig) -> dict[
         if config.tie_embeddings
         else {"lm_head.weight": "lm_head.weight"}
     )
-    return {entry: direct(tied.get(entry, f"model.{entry}"), shape) for entry, shape in shapes.items()}
+    return {entry: direct(tied.get(entry, _decoder_name(entry)), shape) for entry, shape in shapes.items()}
+
+
+#: transformers' names of a Mixtral expert's matmuls.
+_EXPERT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+def _decoder_name(entry: str) -> str:
+    expert = re.fullmatch(r"(layers\.\d+)\.mlp\.(gate|experts\.\d+\.(\w+))\.weight", entry)
+    if expert is None:
+        return f"model.{entry}"
+    layer, inner, matmul = expert.groups()
+    inner = inner if matmul is None else inner.replace(matmul, _EXPERT[matmul])
+    return f"model.{layer}.block_sparse_moe.{inner}.weight"
 
 
 def embedding_source(config: DecoderConfig) -> dict[str, Source]:

@@ -14,11 +14,16 @@ from ..sources import mlp_kind
 from ..vision import tower_part
 from . import prompt, weights
 
-#: model_type -> whether the decoder is Mistral (else Qwen2). "mistral" is how older 2-7B-16F revisions say it.
-DECODERS = {"videollama2": True, "videollama2_mistral": True, "mistral": True, "videollama2_qwen2": False}
+#: model_type -> the decoder. "mistral" is how older 2-7B-16F revisions say it.
+DECODERS = {
+    "videollama2": "mistral",
+    "videollama2_mistral": "mistral",
+    "mistral": "mistral",
+    "videollama2_mixtral": "mixtral",
+    "videollama2_qwen2": "qwen2",
+}
 #: In the family, but with a decoder that is not built here.
 UNSUPPORTED = {
-    "videollama2_mixtral": "a sparse mixture of experts",
     "videollama2_llama": "an unreleased Llama variant",
     "videollama2_gemma2": "an unreleased Gemma2 variant",
     "videollama2_phi3": "an unreleased Phi3 variant",
@@ -42,10 +47,10 @@ def read_config(checkpoint: Checkpoint) -> CaptionerConfig:
     kind = fields.text("model_type")
     if kind in UNSUPPORTED:
         raise CheckpointError(f"config.json: model_type {shown(kind)} ({UNSUPPORTED[kind]}) is not supported")
-    mistral = DECODERS[kind]
+    mistral = DECODERS[kind] != "qwen2"  # Mixtral has the same prompt and the same attention
     windowed = mistral or fields.flag("use_sliding_window", False)
     window = fields.integer("sliding_window") if windowed and fields.get("sliding_window") is not None else None
-    decoder = read_decoder(fields, qkv_bias=not mistral, sliding_window=window)
+    decoder = read_decoder(fields, qkv_bias=not mistral, sliding_window=window, sparse=DECODERS[kind] == "mixtral")
     vision = _read_vision(checkpoint, fields)
     tower = weights.tower_folder(checkpoint)
     processor = f"{tower}/preprocessor_config.json" if tower else "preprocessor_config.json"

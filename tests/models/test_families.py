@@ -104,10 +104,15 @@ def test_plain_mistral_of_older_revisions(copied, opened):
         open_checkpoint(copy.path)
 
 
-def test_mixtral_is_refused(copied):
-    copy = copied("clip-mistral")
-    copy.edit_json("config.json", model_type="videollama2_mixtral")
-    with pytest.raises(CheckpointError, match="mixture of experts"):
+def test_experts_of_a_config(copied):
+    copy = copied("clip-mixtral")
+    decoder = read(copy.path).decoder
+    assert (decoder.num_experts, decoder.experts_per_token, decoder.intermediate_size) == (8, 2, 72)
+    # transformers' MixtralConfig has these where a file leaves them out.
+    copy.edit_json("config.json", "num_local_experts", "num_experts_per_tok")
+    assert read(copy.path).decoder == decoder
+    copy.edit_json("config.json", num_experts_per_tok=9)
+    with pytest.raises(CheckpointError, match="cannot get 9 of 8 experts"):
         open_checkpoint(copy.path)
 
 
