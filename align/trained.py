@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from os.path import commonprefix
+from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ _BASE = "base_model.model."
 
 
 class Trained:
-    """PEFT's layers in a policy's decoder, and where ``connector_rate`` says so what is between towers and decoder, whole.
+    """PEFT's layers in a policy's decoder, and where ``connector_rate`` says so all that is between towers and decoder.
 
     Tensors go by PEFT's names over the released layout's. Raises ``OptionError`` where PEFT is not installed, and for
     a policy that has such layers already.
@@ -137,6 +137,6 @@ def _behind_towers(policy: Policy) -> dict[str, dict[str, Tensor]]:
 def _modules(components: Iterable[Iterable[str]]) -> list[str]:
     """What PEFT calls the modules that hold each component's tensors: the last word of the longest name that all of
     them begin with (``mm_projector``). A module inside of another one is left out."""
-    roots = {".".join(commonprefix([name.split(".")[:-1] for name in names])) for names in components}
-    outer = [root for root in roots if not any(root.startswith(f"{other}.") for other in roots)]
-    return sorted(root.rpartition(".")[2] for root in outer)
+    roots = {commonpath([name.rpartition(".")[0].replace(".", "/") for name in names]) for names in components}
+    outer = [root for root in roots if not any(root.startswith(f"{other}/") for other in roots)]
+    return sorted(root.rpartition("/")[2] for root in outer)

@@ -48,7 +48,7 @@ def test_stages_of_a_batch_equal_the_reference(policy, numbers):
 
 @pytest.mark.parametrize("mode", ["video", "audio", "audiovideo"])
 def test_prompts_equal_the_reference(policy, numbers, mode):
-    """The instruction is the default one; ``audio`` alone hears another part of the sound, so its tokens are made here."""
+    """The instruction is the default one. A sound alone is heard from its beginning, so its tokens are made here."""
     heard = "fbank_audio_policy" if mode == "audio" else "fbank_video_policy"
     given = {"pixels": torch.from_numpy(numbers["pixel_values"])[None]}
     given["sound"] = torch.from_numpy(numbers[heard])[None, None]
@@ -66,7 +66,7 @@ def test_tokens_without_a_prompt_are_refused(policy):
 
 @pytest.mark.parametrize("name", ["av-qwen2", "clip-mistral", "auroracap"])
 def test_clips_of_a_batch_do_not_mix(name, data_dir):
-    """Windows that divide the clip (av-qwen2), windows over zeros before and behind it (clip-mistral), single frames."""
+    """Windows that divide the clip (av-qwen2), windows over zeros around it (clip-mistral), single frames."""
     policy = Policy.open(data_dir / name).eval()
     torch.manual_seed(0)
     size = policy.config.image.output_size
