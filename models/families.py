@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import CheckpointError
 from .auroracap import config as auroracap_config
+from .auroracap import sizes as auroracap_sizes
 from .auroracap import weights as auroracap_weights
 from .checkpoint import Checkpoint
 from .config import CaptionerConfig
 from .fields import shown
+from .random_layout import Size
 from .sources import Shape, Translation
 from .videollama2 import config as videollama2_config
+from .videollama2 import sizes as videollama2_sizes
 from .videollama2 import weights as videollama2_weights
 
 
 @dataclass(frozen=True)
 class Family:
-    """What a family's folder provides."""
+    """What a family's folder provides. ``sizes``: its random checkpoints by name (``random_checkpoint.py``)."""
 
     matches: Callable[[Checkpoint], bool]
     read_config: Callable[[Checkpoint], CaptionerConfig]
     translate: Callable[[Checkpoint, CaptionerConfig, Mapping[str, Mapping[str, Shape]]], Translation]
+    sizes: Mapping[str, Size] = field(default_factory=dict)
 
 
 FAMILIES = {
-    "videollama2": Family(videollama2_config.matches, videollama2_config.read_config, videollama2_weights.translate),
-    "auroracap": Family(auroracap_config.matches, auroracap_config.read_config, auroracap_weights.translate),
+    "videollama2": Family(
+        videollama2_config.matches,
+        videollama2_config.read_config,
+        videollama2_weights.translate,
+        videollama2_sizes.SIZES,
+    ),
+    "auroracap": Family(
+        auroracap_config.matches, auroracap_config.read_config, auroracap_weights.translate, auroracap_sizes.SIZES
+    ),
 }
 
 
