@@ -146,19 +146,18 @@ def test_the_length_of_a_prompt_is_known_before_it_is_encoded(variant, visual_to
         captioner.read(frames=numbers["frames_uint8"][:1]),
         captioner.read(frames=numbers["frames_uint8"][[0, 0, 1, 1, 2, 2, 3, 3]], duplicates=1.0),
     ]
-    if captioner.manifest.pipeline.sound is not None:
+    pipeline, encoder, asked = captioner.manifest.pipeline, captioner.encoder, "What is seen?"
+    if pipeline.sound is not None:
         sound = {"waveform": numbers["audio_int16"], "sample_rate": 16000}
         clips += [captioner.read(frames=numbers["frames_uint8"], **sound), captioner.read(**sound)]
     for clip in clips:
-        encoder = captioner.encoder
-        if captioner.manifest.pipeline.merging and visual_tokens == Count(40) and len(clip.order) > 1:
+        if pipeline.merging is not None and visual_tokens == Count(40) and len(clip.order) > 1:
             # No compiled ratio gives so few of a clip with several frames.
             with pytest.raises(OptionError, match="no compiled ratio"):
-                encoder.prompt_length(clip, "Describe", visual_tokens)
+                encoder.prompt_length(clip, asked, visual_tokens)
             continue
         encoded = encoder.encode(clip, Stages(), visual_tokens=visual_tokens)
-        length = encoder.prompt_length(clip, "Describe", visual_tokens)
-        assert length == len(encoder.prompt_embeds(encoded, "Describe"))
+        assert encoder.prompt_length(clip, asked, visual_tokens) == len(encoder.prompt_embeds(encoded, asked))
 
 
 @pytest.mark.parametrize("method", ["caption", "stream", "candidates", "caption_batch"])
