@@ -11,6 +11,10 @@ from .auroracap import weights as auroracap_weights
 from .checkpoint import Checkpoint
 from .config import CaptionerConfig
 from .fields import shown
+from .llava_next_video import config as llava_next_video_config
+from .llava_next_video import weights as llava_next_video_weights
+from .llava_video import config as llava_video_config
+from .llava_video import weights as llava_video_weights
 from .sources import Shape, Translation
 from .videollama2 import config as videollama2_config
 from .videollama2 import weights as videollama2_weights
@@ -28,6 +32,10 @@ class Family:
 FAMILIES = {
     "videollama2": Family(videollama2_config.matches, videollama2_config.read_config, videollama2_weights.translate),
     "auroracap": Family(auroracap_config.matches, auroracap_config.read_config, auroracap_weights.translate),
+    "llava_video": Family(llava_video_config.matches, llava_video_config.read_config, llava_video_weights.translate),
+    "llava_next_video": Family(
+        llava_next_video_config.matches, llava_next_video_config.read_config, llava_next_video_weights.translate
+    ),
 }
 
 
@@ -39,5 +47,6 @@ def find_family(checkpoint: Checkpoint) -> Family:
     kind = checkpoint.config.get("model_type")
     raise CheckpointError(
         f"{checkpoint.path}: model_type {shown(kind)} is not a captioner of a known family; known are VideoLLaMA2 "
-        "(videollama2_mistral, videollama2_qwen2) and AuroraCap (llama with visual_encoder/ and projector/)"
+        "(videollama2_mistral, videollama2_qwen2), AuroraCap (llama with visual_encoder/ and projector/), LLaVA-Video "
+        "(llava_qwen) and LLaVA-NeXT-Video (llava_next_video)"
     )
