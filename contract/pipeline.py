@@ -10,7 +10,7 @@ of a stage stand between the texts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -232,13 +232,13 @@ class Pipeline(Record, frozen=True, kw_only=True):
                 return stage
         raise KeyError(name)
 
-    def needed(self, *names: str) -> list[Stage]:
-        """The stages that give ``names``, and what they take, in the order in which they run."""
-        wanted = set(names)
+    def needed(self, *names: str, given: Collection[str] = (PIXELS, SOUND)) -> list[Stage]:
+        """The stages that lead from what is ``given`` to ``names``, in the order in which they run."""
+        wanted = set(names) - set(given)
         found = []
         for stage in reversed(self.stages):
             if stage.name in wanted:
-                wanted.update(value.source for value in stage.inputs)
+                wanted.update({value.source for value in stage.inputs} - set(given))
                 found.append(stage)
         return found[::-1]
 

@@ -159,11 +159,6 @@ class Captioner:
             if self._scheduler is not None:
                 self._scheduler.forget()
 
-    @property
-    def per_frame(self) -> bool:
-        """Whether the prompt has a block for each frame (AuroraCap) instead of one for the clip."""
-        return self.manifest.visual.per_frame
-
     def caption(
         self,
         source: Source | PreparedClip | None = None,
@@ -315,8 +310,7 @@ class Captioner:
         def read(item: BatchItem, stages: Stages) -> Clip:
             return (read_clip if readers is None else readers.read)(
                 item.source,
-                self.manifest.preprocessing,
-                self.per_frame,
+                self.manifest.pipeline,
                 audio,
                 stages,
                 start=item.start,
@@ -401,6 +395,8 @@ class Captioner:
         frames: npt.ArrayLike | None = None,
         waveform: npt.ArrayLike | None = None,
         sample_rate: int | None = None,
+        frame_times: npt.ArrayLike | None = None,
+        seconds: float | None = None,
         start: float | None = None,
         end: float | None = None,
         duplicates: float | None = None,
@@ -410,18 +406,19 @@ class Captioner:
         arrays = frames is not None or waveform is not None
         if (source is None) != arrays:
             raise OptionError("give either a file or arrays (frames=, waveform=), not both and not neither")
-        spec = self.manifest.preprocessing
+        if source is not None and (frame_times is not None or seconds is not None):
+            raise OptionError("frame_times= and seconds= are for arrays: a file says them itself")
+        pipeline = self.manifest.pipeline
         if source is not None:
             stages = stages or Stages()
             read = read_clip if self.readers is None else self.readers.read
             span = {"start": start, "end": end}
-            return read(
-                source, spec, self.per_frame, audio, stages, **span, duplicates=duplicates, threads=self._threads
-            )
+            return read(source, pipeline, audio, stages, **span, duplicates=duplicates, threads=self._threads)
         if start is not None or end is not None:
             raise OptionError("start= and end= are for files, not for arrays")
         heard = waveform if audio else None
-        return array_clip(frames, heard, sample_rate, spec, self.per_frame, duplicates=duplicates)
+        times = {"frame_times": frame_times, "seconds": seconds}
+        return array_clip(frames, heard, sample_rate, pipeline, **times, duplicates=duplicates)
 
     def open_inference(self, max_length: int, rows: int = 1, stages: Stages | None = None) -> Inference:
         """A decoder with an empty cache for ``rows`` sequences of ``max_length`` tokens."""

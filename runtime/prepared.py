@@ -18,7 +18,9 @@ class MediaOptions(TypedDict, total=False):
     """What of a source is looked at and listened to, and in how many tokens.
 
     ``audio=False`` leaves the sound out. ``frames`` uint8 ``[T, H, W, 3]`` RGB; ``waveform`` float (in [-1, 1]) or
-    int16, mono or with channels, at ``sample_rate`` Hz: in place of a file. ``start`` and ``end``: a span in seconds.
+    int16, mono or with channels, at ``sample_rate`` Hz: in place of a file. ``frame_times``: the seconds of each frame;
+    the frames are then taken as already sampled. ``seconds``: how long a clip of arrays lasts. ``start`` and
+    ``end``: a span in seconds.
     ``duplicates``: drop sampled frames that differ by no more grey levels than this from the last one kept.
     ``visual_tokens``: a ratio (float up to 1) or a number (int) of visual tokens to keep of the clip.
     """
@@ -27,6 +29,8 @@ class MediaOptions(TypedDict, total=False):
     frames: npt.ArrayLike | None
     waveform: npt.ArrayLike | None
     sample_rate: int | None
+    frame_times: npt.ArrayLike | None
+    seconds: float | None
     start: float | None
     end: float | None
     duplicates: float | None

@@ -15,9 +15,10 @@ from typing import IO, cast
 
 import numpy as np
 
+from ..contract.pipeline import Pipeline
 from ..errors import IntertitleError, ItemError, MediaError, OptionError, TransientMediaError
-from .bundle import Preprocessing
 from .clip import Clip
+from .prompt import Timing
 from .reading_worker import Answer, DurationRequest, ReadRequest, Request, SpansRequest, decode_text, receive, send
 from .timing import Stages
 
@@ -31,7 +32,7 @@ _START = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from {pac
 
 
 #: The arrays of an answer, and their types.
-_ARRAYS = {"frames": "|u1", "order": "<i8", "sound": "<f4"}
+_ARRAYS = {"frames": "|u1", "order": "<i8", "sound": "<f4", "times": "<f8"}
 
 
 class Readers:
@@ -57,8 +58,7 @@ class Readers:
     def read(
         self,
         source: str | os.PathLike[str],
-        spec: Preprocessing,
-        per_frame: bool,
+        pipeline: Pipeline,
         audio: bool,
         stages: Stages,
         *,
@@ -69,10 +69,14 @@ class Readers:
     ) -> Clip:
         """See ``read_clip``. ``MediaError`` also for a file that crashes its decoder or takes too long."""
         name = os.fsencode(source)
-        answer, arrays = self._ask(ReadRequest(name, spec, per_frame, audio, start, end, duplicates, threads))
+        answer, arrays = self._ask(ReadRequest(name, pipeline, audio, start, end, duplicates, threads))
         for stage, seconds in answer.timings.items():
             stages.add(stage, seconds)
-        return Clip(**arrays, notes=[*map(decode_text, answer.notes)], seconds=answer.seconds, start=answer.start)
+        times = arrays.pop("times", None)
+        clip = Clip(**arrays, notes=[*map(decode_text, answer.notes)], seconds=answer.seconds, start=answer.start)
+        if times is not None and answer.frame_seconds is not None:
+            clip.timing = Timing(answer.frame_seconds, times)
+        return clip
 
     def spans(self, source: str | os.PathLike[str], segments: float | None) -> list[tuple[float, float]]:
         """See ``media_spans``."""

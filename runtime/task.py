@@ -17,8 +17,7 @@ from .clip import Clip
 from .contrast import Contrast
 from .decoding import BeamSearch, Decoding, Request, Search, Segment, Settings, Token, TokenSearch, resolve
 from .encoder import EncodedClip, Encoder
-from .inference import FloatArray
-from .text import build_prompt, check_text
+from .text import check_text
 from .timing import Stages
 from .transcript import FinishReason, Transcript, contains_stop
 
@@ -43,10 +42,7 @@ class Model:
 
     def check_length(self, clip: Clip, visual_tokens: int | float | None, prompt: str | None, how: Decoding) -> None:
         """``OptionError`` when the prompt and the new tokens do not fit the context. Runs no encoder."""
-        blocks = self.encoder.block_lengths(clip, visual_tokens)
-        spec = self.bundle.manifest.prompts[clip.mode]
-        chunks = build_prompt(self.tokenizer, spec, self.instruction(prompt), len(blocks))
-        self.new_tokens(sum(map(len, chunks)) + sum(blocks), how)
+        self.new_tokens(self.encoder.prompt_length(clip, self.instruction(prompt), visual_tokens), how)
 
     def new_tokens(self, prompt_tokens: int, how: Decoding) -> int:
         """The limit of new tokens. The checkpoint's own is a wish that the context may cut short; the caller's is an
@@ -234,14 +230,8 @@ class CaptionTask:
         return self.max_length - length
 
     def _prompt_segments(self, encoded: EncodedClip, instruction: str) -> list[Segment]:
-        """The text before the clip, the clip with what separates its blocks, and the text after it."""
-        pieces = [self._embedded(piece) for piece in self._model.encoder.prompt_pieces(encoded, instruction)]
-        parts = [pieces[:1], pieces[1:-1], pieces[-1:]]
-        joined = [part[0] if len(part) == 1 else np.concatenate(part) for part in parts]
-        return [Segment(part) for part in joined if len(part)]
-
-    def _embedded(self, piece: FloatArray | Sequence[int]) -> FloatArray:
-        return piece if isinstance(piece, np.ndarray) else self._model.bundle.embed(np.array(piece, np.int64))
+        """The prompt in the segments that a cache keeps apart."""
+        return [Segment(part) for part in self._model.encoder.prompt_segments(encoded, instruction)]
 
     def _finish(self) -> None:
         transcripts = [self.transcript]

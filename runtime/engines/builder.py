@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ...contract.manifest import Component
 from ...errors import TargetError
-from ..bundle import Bundle, Component
+from ..bundle import Bundle
 from .build import build_engine
 from .cache import EngineCache, Origin, describe_change
 from .library import Library, check_device
