@@ -4,39 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 
 from ..errors import CheckpointError
-from .auroracap import config as auroracap_config
-from .auroracap import weights as auroracap_weights
 from .checkpoint import Checkpoint
 from .config import CaptionerConfig
 from .fields import shown
-from .llava_next_video import config as llava_next_video_config
-from .llava_next_video import weights as llava_next_video_weights
-from .llava_video import config as llava_video_config
-from .llava_video import weights as llava_video_weights
 from .sources import Shape, Translation
-from .videollama2 import config as videollama2_config
-from .videollama2 import weights as videollama2_weights
+
+#: The folders of the families beside this file, in the order in which they are asked. A new family is a line here.
+FOLDERS = (
+    "videollama2",
+    "auroracap",
+    "llava_video",
+    "llava_next_video",
+)
 
 
 @dataclass(frozen=True)
 class Family:
-    """What a family's folder provides."""
+    """What a family's folder provides: ``KNOWN_AS``, ``matches`` and ``read_config`` of its ``config.py``, and
+    ``translate`` of its ``weights.py``.
 
+    ``known_as``: its name and the ``model_type`` of its checkpoints, for the user.
+    """
+
+    known_as: str
     matches: Callable[[Checkpoint], bool]
     read_config: Callable[[Checkpoint], CaptionerConfig]
     translate: Callable[[Checkpoint, CaptionerConfig, Mapping[str, Mapping[str, Shape]]], Translation]
 
 
-FAMILIES = {
-    "videollama2": Family(videollama2_config.matches, videollama2_config.read_config, videollama2_weights.translate),
-    "auroracap": Family(auroracap_config.matches, auroracap_config.read_config, auroracap_weights.translate),
-    "llava_video": Family(llava_video_config.matches, llava_video_config.read_config, llava_video_weights.translate),
-    "llava_next_video": Family(
-        llava_next_video_config.matches, llava_next_video_config.read_config, llava_next_video_weights.translate
-    ),
-}
+def _family(folder: str) -> Family:
+    config, weights = (import_module(f".{folder}.{name}", __package__) for name in ("config", "weights"))
+    return Family(config.KNOWN_AS, config.matches, config.read_config, weights.translate)
+
+
+FAMILIES = {folder: _family(folder) for folder in FOLDERS}
 
 
 def find_family(checkpoint: Checkpoint) -> Family:
@@ -45,8 +49,7 @@ def find_family(checkpoint: Checkpoint) -> Family:
         if family.matches(checkpoint):
             return family
     kind = checkpoint.config.get("model_type")
+    known = ", ".join(family.known_as for family in FAMILIES.values())
     raise CheckpointError(
-        f"{checkpoint.path}: model_type {shown(kind)} is not a captioner of a known family; known are VideoLLaMA2 "
-        "(videollama2_mistral, videollama2_qwen2), AuroraCap (llama with visual_encoder/ and projector/), LLaVA-Video "
-        "(llava_qwen) and LLaVA-NeXT-Video (llava_next_video)"
+        f"{checkpoint.path}: model_type {shown(kind)} is not a captioner of a known family; known are {known}"
     )

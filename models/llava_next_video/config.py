@@ -15,6 +15,7 @@ from ..pooling import PoolConfig, PoolMode, pooled_projector_part
 from ..vision import tower_part
 from . import prompt
 
+KNOWN_AS = "LLaVA-NeXT-Video (llava_next_video)"
 #: Frames of the model card's example; a checkpoint does not say.
 NUM_FRAMES = 8
 #: The longest answer in the original's demo (LLaVA-VL/LLaVA-NeXT, playground/demo/video_demo.py).

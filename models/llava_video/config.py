@@ -16,6 +16,7 @@ from ..vision import tower_part
 from ..vocabulary import tokenizer_length
 from . import prompt, weights
 
+KNOWN_AS = "LLaVA-Video (llava_qwen)"
 #: Frames of a clip at most, and of a second (the model card's ``load_video``); a checkpoint does not say.
 MAX_FRAMES, FPS = 64, 1.0
 #: The longest answer in the model card.

@@ -14,6 +14,7 @@ from ..sources import mlp_kind
 from ..vision import tower_part
 from . import prompt, weights
 
+KNOWN_AS = "VideoLLaMA2 (videollama2_mistral, videollama2_qwen2)"
 #: model_type -> whether the decoder is Mistral (else Qwen2). "mistral" is how older 2-7B-16F revisions say it.
 DECODERS = {"videollama2": True, "videollama2_mistral": True, "mistral": True, "videollama2_qwen2": False}
 #: In the family, but with a decoder that is not built here.
