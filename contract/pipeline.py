@@ -266,6 +266,12 @@ class Pipeline(Record, frozen=True, kw_only=True):
             return variant.tokens
         return stage.tokens or self.tokens(stage.inputs[0].source, variant)
 
+    def token_counts(self, name: str) -> list[int]:
+        """The numbers of tokens that a unit of a stage may have, that of the default form first."""
+        merging = self.merging
+        variants = merging.variants if merging is not None else [None]
+        return list(dict.fromkeys(self.tokens(name, variant) for variant in variants))
+
     def least_places(self) -> int:
         """Places of a clip without which a stage would have nothing to run for."""
         return max(stage.unit.least for stage in self.visual())

@@ -87,7 +87,10 @@ class CaptionerCheckpoint:
         return module.requires_grad_(False)
 
     def embedding(self) -> Tensor:
-        """The embedding table ``[vocabulary, hidden]``; dtype and errors as for ``tensor``."""
+        """The embedding table ``[vocabulary or more, hidden]``; dtype and errors as for ``tensor``.
+
+        Rows behind the vocabulary are learned vectors of prompts (``contract.manifest.Embedding``).
+        """
         return self._build(self._translation.sources["embedding"]["weight"])
 
     def to_checkpoint(self, component: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

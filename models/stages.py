@@ -76,8 +76,11 @@ def build_on_meta(part: Part) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def _tokens(config: CaptionerConfig) -> dict[str, int]:
-    """The tokens of one unit of each stage."""
+def meta_values(config: CaptionerConfig) -> dict[str, Tensor]:
+    """What each stage gives, and what the first ones take, on the meta device: their shapes without their numbers.
+
+    For a clip of two places, or of as many as a window needs.
+    """
     size, sound = config.image.output_size, config.sound
     places = max(2, config.pipeline.least_places())
     with torch.no_grad(), torch.device("meta"):
@@ -86,4 +89,10 @@ def _tokens(config: CaptionerConfig) -> dict[str, int]:
             values[SOUND] = torch.zeros(1, sound.num_frames, sound.num_mel_bins)
         for part in config.parts:
             values[part.stage.name] = run_stage(part.stage, build_on_meta(part), values)
+    return values
+
+
+def _tokens(config: CaptionerConfig) -> dict[str, int]:
+    """The tokens of one unit of each stage."""
+    values = meta_values(config)
     return {part.stage.name: values[part.stage.name].shape[1] for part in config.parts}
