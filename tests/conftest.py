@@ -221,6 +221,8 @@ VARIANTS = {
     "clip-mistral-lora": Variant("clip-mistral", adapter="clip-mistral-lora"),
     "auroracap": Variant("auroracap"),
     "auroracap-keep": Variant("auroracap", keep=0.4),
+    "llava-video": Variant("llava-video"),
+    "llava-next-video": Variant("llava-next-video"),
 }
 
 

@@ -246,7 +246,8 @@ def test_llava_video_prompt_is_the_reference_text(opened, expected):
 
 def test_llava_next_video_prompt_is_the_reference_text(opened, expected):
     layout = opened("llava-next-video").config.prompts["video"]
-    assert layout == PromptLayout((Ids((1,)), Text("USER: "), Tokens("connector"), Text("\n{instruction} ASSISTANT:")))
+    question = Text("\n{instruction} ASSISTANT:", behind="<video>")
+    assert layout == PromptLayout((Ids((1,)), Text("USER: "), Tokens("connector"), question))
     before, after = layout.pieces[1].text, layout.pieces[3].text.format(instruction="Describe the video in detail.")
     assert f"{before}<video>{after}" == str(expected("llava-next-video")["prompt"])
 
