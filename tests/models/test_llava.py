@@ -274,6 +274,24 @@ def test_llava_video_with_the_released_tower_s_name(copied):
         open_checkpoint(copy.path)
 
 
+def test_released_sizes_give_the_tokens_of_the_facts(copied):
+    """docs/facts.md 8.2 and 9.2: 210 and 144 tokens a frame; the vocabulary of Qwen2 is cut to its 151,646 tokens."""
+    video, following = copied("llava-video"), copied("llava-next-video")
+    qwen = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064}
+    heads = {"num_attention_heads": 28, "num_key_value_heads": 4}
+    video.edit_json("config.json", **qwen, **heads, mm_vision_tower="google/siglip-so400m-patch14-384")
+    (video.path / "vocab.json").write_text(json.dumps({str(token): token for token in range(151643)}))
+    (video.path / "tokenizer.json").unlink()
+    text = {"model_type": "llama", "vocab_size": 32064, "rope_scaling": {"type": "linear", "factor": 2.5}}
+    following.edit_json("config.json", "vision_config", text_config={**text, "max_position_embeddings": 4096})
+    (following.path / "preprocessor_config.json").unlink()
+    for copy, kept, tokens in ((video, 151646, [729, 210]), (following, 32064, [576, 144])):
+        checkpoint = Checkpoint.open(copy.path)
+        config = find_family(checkpoint).read_config(checkpoint)
+        assert config.decoder.vocab_size == kept
+        assert [stage.tokens for stage in measured(config).stages] == tokens
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
