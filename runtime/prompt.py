@@ -61,7 +61,7 @@ def texts_of(pieces: Sequence[Piece]) -> list[str]:
     found: list[str] = []
     for piece in pieces:
         if isinstance(piece, Text):
-            found.append(piece.text)
+            found += [piece.text, piece.behind]
         elif isinstance(piece, EachOf):
             found += [piece.before, piece.after, piece.separator]
     return found
