@@ -461,8 +461,9 @@ def test_vision_config_of_a_whole_clip_and_of_another_tower():
 
 def test_every_family_opens_through_the_registry(opened):
     """Invariants over the registry: a fixture of each, sources for all entries and for nothing else."""
-    assert {opened(name).config.family for name in ("clip-mistral", "av-qwen2", "auroracap")} == set(FAMILIES)
-    for name in ("clip-mistral", "av-qwen2", "auroracap"):
+    fixtures = ("clip-mistral", "av-qwen2", "auroracap", "llava-video", "llava-next-video")
+    assert {opened(name).config.family for name in fixtures} == set(FAMILIES)
+    for name in fixtures:
         checkpoint: CaptionerCheckpoint = opened(name)
         assert set(checkpoint.config.prompts) >= {"video"}
         assert ("audio" in checkpoint.components) == ({"audio", "audiovideo"} <= set(checkpoint.config.prompts))
