@@ -15,8 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +24,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from torch import Tensor
 
 from ..errors import OptionError
+from ..whole_files import whole
 from .config import AudioConfig, VisionConfig
 from .random_layout import PREDICTOR_CLASSES, SIZES, RandomTensor, Size, layout
 
@@ -59,15 +58,12 @@ def write_checkpoint(
         size = SIZES[size]
     if path.exists():
         raise OptionError(f"{path} exists already: give a new path, or remove it first")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.mkdir(parents=True)
-        _write(partial, size, seed, progress or (lambda done, total: None), audio_in_shards, text)
-        partial.rename(path)
+        with whole(path) as partial:
+            partial.mkdir(parents=True)
+            _write(partial, size, seed, progress or (lambda done, total: None), audio_in_shards, text)
     except OSError as error:
         raise OptionError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return path
 
 
