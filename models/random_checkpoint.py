@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from ..whole_files import whole
 from .families import FAMILIES
 from .random_layout import Layout, RandomTensor, Size
 
@@ -55,18 +54,15 @@ def write_checkpoint(
         size = SIZES[size]
     if path.exists():
         raise OptionError(f"{path} exists already: give a new path, or remove it first")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.mkdir(parents=True)
-        for name, content in size.files(text).items():
-            (partial / name).parent.mkdir(exist_ok=True)
-            (partial / name).write_text(content, encoding="utf-8")
-        _write_weights(partial, size.layout(), seed, progress or (lambda done, total: None))
-        partial.rename(path)
+        with whole(path) as partial:
+            partial.mkdir(parents=True)
+            for name, content in size.files(text).items():
+                (partial / name).parent.mkdir(exist_ok=True)
+                (partial / name).write_text(content, encoding="utf-8")
+            _write_weights(partial, size.layout(), seed, progress or (lambda done, total: None))
     except OSError as error:
         raise OptionError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return path
 
 

@@ -104,10 +104,15 @@ def test_plain_mistral_of_older_revisions(copied, opened):
         open_checkpoint(copy.path)
 
 
-def test_mixtral_is_refused(copied):
-    copy = copied("clip-mistral")
-    copy.edit_json("config.json", model_type="videollama2_mixtral")
-    with pytest.raises(CheckpointError, match="mixture of experts"):
+def test_experts_of_a_config(copied):
+    copy = copied("clip-mixtral")
+    decoder = read(copy.path).decoder
+    assert (decoder.num_experts, decoder.experts_per_token, decoder.intermediate_size) == (8, 2, 72)
+    # transformers' MixtralConfig has these where a file leaves them out.
+    copy.edit_json("config.json", "num_local_experts", "num_experts_per_tok")
+    assert read(copy.path).decoder == decoder
+    copy.edit_json("config.json", num_experts_per_tok=9)
+    with pytest.raises(CheckpointError, match="cannot get 9 of 8 experts"):
         open_checkpoint(copy.path)
 
 
@@ -456,8 +461,9 @@ def test_vision_config_of_a_whole_clip_and_of_another_tower():
 
 def test_every_family_opens_through_the_registry(opened):
     """Invariants over the registry: a fixture of each, sources for all entries and for nothing else."""
-    assert {opened(name).config.family for name in ("clip-mistral", "av-qwen2", "auroracap")} == set(FAMILIES)
-    for name in ("clip-mistral", "av-qwen2", "auroracap"):
+    fixtures = ("clip-mistral", "av-qwen2", "auroracap", "llava-video", "llava-next-video")
+    assert {opened(name).config.family for name in fixtures} == set(FAMILIES)
+    for name in fixtures:
         checkpoint: CaptionerCheckpoint = opened(name)
         assert set(checkpoint.config.prompts) >= {"video"}
         assert ("audio" in checkpoint.components) == ({"audio", "audiovideo"} <= set(checkpoint.config.prompts))
