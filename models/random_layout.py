@@ -7,10 +7,10 @@ layout, and the files beside them. ``random_checkpoint.write_checkpoint`` writes
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
 
 from .config import DecoderConfig, VisionConfig
 
@@ -44,17 +44,20 @@ class Layout:
     pickles: Mapping[str, Sequence[RandomTensor]] = field(default_factory=dict)
 
 
-class Size(Protocol):
-    """The dimensions of one random checkpoint, as the folder of its family knows them."""
+@dataclass(frozen=True)
+class Size(ABC):
+    """The dimensions of one random checkpoint. The folder of a family has a record that adds its own."""
 
+    decoder: DecoderConfig
+
+    @abstractmethod
     def layout(self) -> Layout:
         """Every tensor of the released layout, those that no component reads included."""
-        ...
 
+    @abstractmethod
     def files(self, text: Sequence[str] | None) -> dict[str, str]:
         """What stands beside the weights, by file name. ``text``: what the merges of the tokenizer come from, as many
         as the vocabulary has room for; ``None``: a few merges for short prompts."""
-        ...
 
 
 # --- pieces

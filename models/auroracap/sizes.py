@@ -8,15 +8,14 @@ from dataclasses import dataclass
 
 from ..config import DecoderConfig, VisionConfig
 from ..random_files import as_json, image_processor, llama_files, tower_config
-from ..random_layout import Layout, decoder_body, decoder_head, mlp, vision_tower
+from ..random_layout import Layout, Size, decoder_body, decoder_head, mlp, vision_tower
 
 
 @dataclass(frozen=True)
-class AuroracapSize:
+class AuroracapSize(Size):
     """Dimensions of one random checkpoint. ``std`` is the spread of the decoder's weights; everywhere else it is
     1 / sqrt(inputs). ``shard_bytes`` is the most a shard holds."""
 
-    decoder: DecoderConfig
     vision: VisionConfig
     std: float = 0.02
     shard_bytes: int = 5_000_000_000

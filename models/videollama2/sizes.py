@@ -15,7 +15,18 @@ from typing import Any, Literal
 
 from ..config import AudioConfig, DecoderConfig, VisionConfig
 from ..random_files import ENDOFTEXT, IM_END, MISTRAL_TEMPLATE, as_json, llama_files, qwen2_files, tower_files
-from ..random_layout import Layout, RandomTensor, decoder_body, decoder_head, layer, mlp, norm, tensor, vision_tower
+from ..random_layout import (
+    Layout,
+    RandomTensor,
+    Size,
+    decoder_body,
+    decoder_head,
+    layer,
+    mlp,
+    norm,
+    tensor,
+    vision_tower,
+)
 
 PREDICTOR_CLASSES = 527
 """AudioSet classes of BEATs' unused predictor."""
@@ -27,7 +38,7 @@ _ARCHITECTURES = {
 
 
 @dataclass(frozen=True)
-class Videollama2Size:
+class Videollama2Size(Size):
     """Dimensions of one random checkpoint.
 
     ``vision_tower`` is what ``mm_vision_tower`` says: a hub name, or a folder that is then written with the tower's
@@ -37,7 +48,6 @@ class Videollama2Size:
     pickles beside the shards.
     """
 
-    decoder: DecoderConfig
     vision: VisionConfig
     vision_tower: str
     num_frames: int
