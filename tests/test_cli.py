@@ -114,14 +114,15 @@ def write_lossless(path: Path, frames: np.ndarray, samples: np.ndarray) -> Path:
 # --- the same tokens as the original implementations, from files
 
 
-@pytest.mark.parametrize("variant", ["av-qwen2", "clip-mistral", "clip-mistral-lora", "auroracap-keep"])
+@pytest.mark.parametrize("variant", ["av-qwen2", "clip-mistral", "clip-mistral-lora", "clip-mixtral", "auroracap-keep"])
 def test_a_folder_of_frames_to_tokens_as_the_reference(
     variant: str, compiled: Compiled, expected: Expected, run: Callable[..., Result], tmp_path: Path
 ):
     numbers = expected(variant)
     pictures = write_pictures(tmp_path / "pictures", numbers["frames_uint8"])
     tokens = numbers["greedy_tokens" if "greedy_tokens" in numbers else "video.greedy_tokens"]
-    result = run("caption", compiled(variant), pictures, "--no-audio", "--json", "-q", "--max-new-tokens", 48)
+    options = ["--no-audio", "--json", "-q", "--max-new-tokens", len(tokens)]
+    result = run("caption", compiled(variant), pictures, *options)
     assert (result.code, result.err) == (0, "")
     assert json.loads(result.out)["token_ids"] == tokens.tolist()
 

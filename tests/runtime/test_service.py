@@ -209,8 +209,8 @@ def test_a_number_of_threads_that_makes_no_sense(compiled, threads):
 # Memory
 
 
-@pytest.mark.parametrize(("contrast", "kept"), [(None, False), ("temporal", False), ("noise", True)])
-def test_frames_are_freed_while_their_caption_is_generated(listener, monkeypatch, contrast, kept):
+@pytest.mark.parametrize("contrast", [None, "temporal", "noise"])
+def test_frames_are_freed_while_their_caption_is_generated(listener, monkeypatch, contrast):
     read, clips = captioner_module.read_clip, []
 
     def remember(*arguments, **options):
@@ -221,10 +221,10 @@ def test_frames_are_freed_while_their_caption_is_generated(listener, monkeypatch
     how = intertitle.Decoding(contrast=contrast, max_new_tokens=4)
     with listener.stream(DEMO, decoding=how) as stream:
         next(stream)
-        assert (clips[0].frames is not None) is kept
+        assert clips[0].frames is None
     (result,) = listener.caption_batch([DEMO], decoding=how, isolate=False)
     assert result.caption is not None
-    assert (clips[1].frames is not None) is kept
+    assert clips[1].frames is None
     # A prepared clip is the user's to look at.
     prepared = listener.prepare(DEMO)
     listener.caption(prepared, decoding=how)
