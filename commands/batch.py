@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -12,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..console import BatchDisplay, ProgressDisplay, check_savable, save, say
+from ..console import BatchDisplay, save, say
 from ..errors import OptionError
-from . import FAILED, options
-from .outputs import check_output, check_record_name
+from . import options
+from .jobs import check_records, exit_by, load_captioner, told_when_interrupted
+from .outputs import check_output
 
 if TYPE_CHECKING:
     from ..runtime.batch import Entry, RecordFile, RecordStream, Settings, SubtitleWriter
     from ..runtime.decoding import Decoding
+    from ..runtime.viewing import Viewing
 
 
 class _Segments(click.ParamType):
@@ -44,8 +44,7 @@ class _Segments(click.ParamType):
 @click.argument("inputs", nargs=-1, required=True)
 @click.option("-o", "--output", metavar="FILE", required=True, help="The JSONL file to write; - is stdout.")
 @options.prompt
-@options.no_audio
-@options.viewing_options
+@options.viewing_options()
 @options.decoding_options
 @options.device_options
 @click.option("--rows", type=click.IntRange(1), help="Captions generated together.  [default: 8, or what fits]")
@@ -66,14 +65,7 @@ class _Segments(click.ParamType):
 @click.option(
     "--subtitles-dir", type=options.PATH, metavar="DIR", help="Write subtitle files there.  [default: beside the clip]"
 )
-@click.option(
-    "--item-timeout",
-    type=click.FloatRange(min=0, min_open=True),
-    default=600.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Give up on a file that takes longer to read.",
-)
+@options.item_timeout
 @options.resume_options
 @options.quiet
 @options.debug
@@ -82,9 +74,7 @@ def batch(
     inputs: tuple[str, ...],
     output: str,
     prompt: str | None,
-    no_audio: bool,
-    visual_tokens: int | float | None,
-    duplicates: float | None,
+    viewing: Viewing,
     decoding: Decoding,
     device: str,
     threads: int | None,
@@ -112,7 +102,9 @@ def batch(
     \b
     Example: intertitle batch captioner holiday/ -o captions.jsonl --max-new-tokens 128
     """
-    from ..runtime.batch import Entry, Job, read_inputs
+    from ..runtime.batch import Entry, Job, Settings, read_inputs
+    from ..runtime.decoding import Decoding
+    from ..runtime.viewing import Viewing
 
     target = None if output == "-" else Path(output)
     if target is None and (srt or vtt or retry_failed or overwrite):
@@ -122,32 +114,17 @@ def batch(
     if segments == "scenes" and find_spec("scenedetect") is None:
         raise OptionError("cutting at scenes needs PySceneDetect: pip install 'intertitle[scenes]'")
     if target is not None:
-        check_savable(target)
-        if target.exists() and not target.is_file():
-            raise OptionError(f"{target}: is a pipe or a device; use -o - and send stdout there")
-        check_record_name(target)
-        check_output(target, (*inputs, bundle / "bundle.json"))
+        check_records(target, inputs, bundle, "; use -o - and send stdout there")
     entries = read_inputs(inputs)
     files = [entry for entry in entries if isinstance(entry, Entry)]
     if target is not None:
         check_output(target, (entry.file for entry in files))
     subtitles = _subtitles(files, srt, vtt, subtitles_dir)
-    from ..runtime.batching import READ_AHEAD
-    from ..runtime.captioner import Captioner
-
-    readers = options.start_readers(READ_AHEAD, item_timeout)
-    with ProgressDisplay(quiet) as progress:
-        captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress)
-    captioner.readers = readers
-    options.say_device(captioner)
-    settings = _settings(
+    captioner = load_captioner(bundle, device, threads, item_timeout, quiet)
+    settings = Settings.of(
         bundle,
-        decoding,
-        prompt=prompt,
-        audio=not no_audio,
-        visual_tokens=visual_tokens,
-        drop_duplicates=duplicates,
-        segments=segments,
+        {"prompt": prompt, "segments": segments, **viewing.record, **asdict(decoding)},
+        {"prompt": None, "segments": None, **Viewing().record, **asdict(Decoding())},
     )
     with (
         _open_output(target, settings, overwrite=overwrite, retry_failed=retry_failed) as records,
@@ -161,46 +138,18 @@ def batch(
             watch=display,
             options={
                 "prompt": prompt,
-                "audio": not no_audio,
+                "viewing": viewing,
                 "decoding": decoding,
-                "visual_tokens": visual_tokens,
-                "duplicates": duplicates,
                 "rows": rows,
                 "memory": memory,
                 "item_timeout": item_timeout,
             },
             debug=click.get_current_context().ensure_object(dict).get("debug", False),
         )
-        try:
+        with told_when_interrupted(target, display):
             tally = job.run(captioner)
-        except KeyboardInterrupt:
-            display.stop()
-            if target is not None:
-                say(f"{target}: what is done is kept; the same command goes on from there", prefix="")
-            raise
     display.summary(tally, target)
-    if tally.failures:
-        raise click.exceptions.Exit(FAILED)
-
-
-def _settings(bundle: Path, decoding: Decoding, **viewing: Any) -> Settings:
-    """What the records of this run depend on. How many are made together, and on what device, is not of it."""
-    from ..runtime.batch import Settings
-    from ..runtime.decoding import Decoding
-
-    usual = {
-        "prompt": None,
-        "audio": True,
-        "visual_tokens": None,
-        "drop_duplicates": None,
-        "segments": None,
-        **asdict(Decoding()),
-    }
-    values = {name: value for name, value in {**viewing, **asdict(decoding)}.items() if value != usual[name]}
-    # The manifest names every file of the bundle with its hash.
-    values["bundle"] = hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()
-    # As they are read back: tuples are lists there.
-    return Settings(json.loads(json.dumps(values)))
+    exit_by(tally)
 
 
 def _open_output(target: Path | None, settings: Settings, **how: bool) -> RecordFile | RecordStream:

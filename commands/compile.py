@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ..console import ProgressDisplay, describe_compiled, show
 from . import options
+
+if TYPE_CHECKING:
+    from ..runtime.viewing import Share
 
 
 @click.command("compile", short_help="Compile a checkpoint into a bundle.")
@@ -45,11 +49,11 @@ from . import options
 )
 @click.option(
     "--visual-tokens",
-    type=float,
-    metavar="RATIO",
+    type=options.VisualShare(),
+    metavar="SHARE",
     multiple=True,
     help="AuroraCap: a share of visual tokens that can be kept at run time; repeatable, the first is the default.  "
-    "[default: 1, 0.5, 0.25, 0.1]",
+    "[default: 100%, 50%, 25%, 10%]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that exists.")
 @options.quiet
@@ -62,7 +66,7 @@ def compile_command(
     weights: str | None,
     encoder_weights: str | None,
     block_size: int | None,
-    visual_tokens: tuple[float, ...],
+    visual_tokens: tuple[Share, ...],
     overwrite: bool,
     quiet: bool,
 ) -> None:
@@ -81,7 +85,7 @@ def compile_command(
             weights=weights,
             encoder_weights=encoder_weights,
             block_size=block_size,
-            visual_tokens=visual_tokens or None,
+            visual_tokens=[share.ratio for share in visual_tokens] or None,
             overwrite=overwrite,
             progress=progress,
         )

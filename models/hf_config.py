@@ -73,6 +73,19 @@ def builtin_tower(name: str) -> Fields | None:
     return None
 
 
+def read_named_tower(checkpoint: Checkpoint, name: str, select_layer: int) -> VisionConfig:
+    """The tower that a checkpoint names (``mm_vision_tower``): of a folder inside it, or a built-in one."""
+    folder = checkpoint.tower_folder
+    local = checkpoint.json(f"{folder}/config.json") if folder else None
+    tower = Fields(local, f"{folder}/config.json") if local is not None else builtin_tower(name)
+    if tower is None:
+        raise CheckpointError(
+            f"config.json: vision tower {shown(name)} is not known; put its config.json and weights in a folder of "
+            "that name inside the checkpoint"
+        )
+    return read_vision(tower, select_layer)
+
+
 def read_vision(fields: Fields, select_layer: int = -2, keep: float | None = None) -> VisionConfig:
     """A CLIP or SigLIP tower's config.json, bare or under ``vision_config``."""
     kind = _TOWER_KINDS.get(fields.text("model_type"))

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from .config import DecoderConfig, VisionConfig
@@ -60,6 +61,23 @@ def from_conv3d(name: str, shape: Shape, kernel: tuple[int, int, int]) -> Source
         lambda weight: weight.permute(0, 2, 3, 4, 1).flatten(1),
         lambda weight: (weight.unflatten(1, (*kernel, channels)).permute(0, 4, 1, 2, 3),),
     )
+
+
+def first_rows(source: Source, rows: int) -> Source:
+    """The first rows of the one tensor of ``source``, which has ``rows``. Written back, the others are zero."""
+    (shape,) = source.shapes
+    count = shape[0]
+    return Source(
+        source.names,
+        ((rows, *shape[1:]),),
+        lambda tensor: tensor[:count],
+        lambda value: (torch.cat((value, value.new_zeros(rows - count, *shape[1:]))),),
+    )
+
+
+def renamed(sources: Mapping[str, Source], rename: Callable[[str], str]) -> dict[str, Source]:
+    """The same sources of tensors by other names."""
+    return {entry: replace(source, names=tuple(map(rename, source.names))) for entry, source in sources.items()}
 
 
 def first_present(names: Collection[str], *candidates: str) -> str:

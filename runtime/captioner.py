@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import DeadlineError, OptionError
-from .backends import Backend, Decoder, Options, OrtBackend, open_backend
+from .backends import Backend, Options, OrtBackend, open_backend
 from .batching import READ_AHEAD, BatchItem, BatchResult, Pipeline, run_batch
 from .bundle import Bundle
 from .caption import Caption, CaptionStream
-from .clip import Clip, array_clip, read_clip
+from .clip import Clip
 from .decoding import Decoding, Scheduler, Token, TokenSearch, generate, log_likelihoods, resolve
-from .encoder import EncodedClip, Encoder
+from .encoder import Encoder
 from .guard import Guard
 from .inference import FloatArray, Inference
-from .prepared import MediaOptions, PreparedClip, Source
+from .intake import Intake
+from .prepared import MediaOptions, PreparedClip, Source, ViewingOptions, viewing_and_arrays, viewing_of
 from .reading import TIME_LIMIT, Readers, start_readers
+from .residency import Residency
 from .runner import Runner
 from .task import CaptionTask, Model
 from .text import check_text, load_tokenizer
@@ -39,9 +39,6 @@ _log = logging.getLogger(__name__)
 #: Captions that ``caption_batch`` and ``candidates`` generate together unless told otherwise: beyond 8 rows the tokens
 #: per second hardly grow on a CPU (benchmarks/results).
 DEFAULT_ROWS = 8
-#: Rows are made a multiple of so many tokens long, so that the next clip, a little longer, finds them long enough, and
-#: that there are few sizes: on a GPU cuDNN plans its attention for each.
-_LENGTH_STEP = 256
 
 
 class Captioner:
@@ -59,19 +56,15 @@ class Captioner:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.tokenizer = load_tokenizer(bundle.file("tokenizer.json"))
-        self._backend: Backend | None = OrtBackend(bundle) if backend is None else backend
-        self.encoder = Encoder(bundle, self.tokenizer, self._backend, staged)
-        self._staged, self.device_notes = staged, tuple(notes)
+        backend = OrtBackend(bundle) if backend is None else backend
+        self.encoder = Encoder(bundle, self.tokenizer, backend, staged)
+        self._loaded = Residency(bundle, backend, self.encoder, staged)
+        self.device_notes = tuple(notes)
         """Why better devices are not used, a line each."""
-        self._device = self._backend.device
+        self._device = backend.device
         self._guard = Guard(forks=self._device == "cpu")
         self._model = Model(bundle, self.tokenizer, self.encoder)
-        self._decoder: Decoder | None = None
-        self.readers: Readers | None = None
-        """Processes that read the files of ``caption``, ``read`` and ``caption_batch``. ``None``: those of a batch are
-        read in its own, others in this one."""
-        self._scheduler: Scheduler | None = None
-        self._threads: int | None = None
+        self._intake = Intake(self._model, self._loaded)
 
     @classmethod
     def load(
@@ -100,16 +93,26 @@ class Captioner:
         bundle = Bundle.open(path, progress=lambda done, total: report("checking the bundle", done, total))
         backend, notes = open_backend(bundle, device, threads, options)
         captioner = cls(bundle, backend, staged, notes)
-        captioner._threads = threads
+        captioner._intake.threads = threads
         _log.info("opened %s on %s in %.2f s", bundle.path, captioner.device, time.perf_counter() - started)
         return captioner
 
     @property
     def device(self) -> str:
         """What the captioner runs on."""
-        if self._backend is not None:
-            self._device = self._backend.device
+        if self._loaded.backend is not None:
+            self._device = self._loaded.backend.device
         return self._device
+
+    @property
+    def readers(self) -> Readers | None:
+        """Processes that read the files of ``caption``, ``read`` and ``caption_batch``. ``None``: those of a batch are
+        read in its own, others in this one."""
+        return self._intake.readers
+
+    @readers.setter
+    def readers(self, readers: Readers | None) -> None:
+        self._intake.readers = readers
 
     def __repr__(self) -> str:
         known = f"{self.manifest.name!r}, family={self.manifest.family!r}, device={self.device!r}"
@@ -132,8 +135,7 @@ class Captioner:
             if was_open:
                 # What ``device`` says from now on.
                 self._device = self.device
-                self.encoder.close()
-                self._scheduler = self._decoder = self._backend = None
+                self._loaded.close()
                 if self.readers is not None:
                     self.readers.close()
                 _log.info("closed %s", self.bundle.path)
@@ -148,7 +150,7 @@ class Captioner:
         with self._guard.use():
             stages = Stages(progress)
             self.encoder.load(stages)
-            self._load_decoder(stages)
+            self._loaded.load_decoder(stages)
 
     def forget(self) -> None:
         """Forget the prompts that the cache holds: the next caption computes its whole prompt, as the first one did.
@@ -156,8 +158,7 @@ class Captioner:
         For measuring (``Caption.prompt_tokens_reused`` is then 0 for a clip's first pass); captions do not change.
         """
         with self._guard.use():
-            if self._scheduler is not None:
-                self._scheduler.forget()
+            self._loaded.forget()
 
     def caption(
         self,
@@ -207,7 +208,7 @@ class Captioner:
         until = deadline_at(deadline)
         stages = Stages(progress, until)
         with self._guard.use():
-            task = self._task(source, prompt, decoding or Decoding(), stages, media)
+            (task,) = self._intake.tasks(source, media, prompt, [decoding or Decoding()], stages)
         task.deadline = until
         stream = CaptionStream(iter(()))
         stream._pieces = self._pieces(task, stream)
@@ -254,17 +255,14 @@ class Captioner:
         if decoding.strategy == "beam" and decoding.beams < count:
             raise OptionError(f"{count} captions need at least so many beams, not {decoding.beams}")
         stages = Stages(progress, until)
-        encoded, clip = self._encoded(source, stages, media, prompt, decoding)
         if decoding.strategy == "beam":
-            tasks = [CaptionTask(self._model, encoded, prompt, decoding, stages, clip, num_results=count)]
+            each, results = [decoding], count
         else:
             seeds = [decoding.seed, *np.random.SeedSequence(decoding.seed).generate_state(count - 1, np.uint64)]
-            tasks = [
-                CaptionTask(self._model, encoded, prompt, replace(decoding, seed=int(seed)), stages, clip)
-                for seed in seeds
-            ]
+            each, results = [replace(decoding, seed=int(seed)) for seed in seeds], 1
+        tasks = self._intake.tasks(source, media, prompt, each, stages, results)
         together = min(rows, len(tasks)) * tasks[0].rows
-        runner = Runner(self._idle_scheduler(together, max(task.max_length for task in tasks), stages, True))
+        runner = Runner(self._loaded.idle_scheduler(together, max(task.max_length for task in tasks), stages, True))
         for task in tasks:
             task.deadline = until
             runner.add(task)
@@ -280,27 +278,26 @@ class Captioner:
         items: Iterable[Source | BatchItem],
         *,
         prompt: str | None = None,
-        audio: bool = True,
         decoding: Decoding | None = None,
-        visual_tokens: int | float | None = None,
-        duplicates: float | None = None,
         rows: int | None = None,
         memory: int | None = None,
         progress: Progress | None = None,
         isolate: bool = True,
         item_timeout: float = TIME_LIMIT,
+        **viewing: Unpack[ViewingOptions],
     ) -> Iterator[BatchResult]:
         """Caption many clips, several at once: each result as soon as it is complete, with the place of its item.
 
         A caption is the same as alone, token by token, whatever else is under way. Items are taken as they are needed;
-        one that cannot be captioned gives a result with an ``error`` and does not stop the others. ``rows``: captions
+        one that cannot be captioned gives a result with an ``error`` and does not stop the others. ``viewing`` holds
+        for all of them; the span of an item, where it has one, takes the place of its span. ``rows``: captions
         generated together (8, or as many as fit into ``memory``: bytes of cache). ``OptionError`` when not even one
         fits. ``progress`` hears ``("captions", done, 0)``. Beside the cache, what is held at once are the tokens of the
         clips of the rows and ``batching.READ_AHEAD`` clips with their frames. ``isolate``: files are read in processes
         of their own, so that one that crashes a decoder, or takes more than ``item_timeout`` seconds to read, costs
         only its own caption.
         """
-        how = decoding or Decoding()
+        how, view = decoding or Decoding(), viewing_of(viewing)
         if rows is not None and rows < 1:
             raise OptionError(f"rows must be at least 1, not {rows}")
         per_caption = resolve(how, self.manifest.generation).rows
@@ -308,36 +305,21 @@ class Captioner:
         readers = (self.readers or start_readers(READ_AHEAD, item_timeout)) if isolate else None
 
         def read(item: BatchItem, stages: Stages) -> Clip:
-            return (read_clip if readers is None else readers.read)(
-                item.source,
-                self.manifest.pipeline,
-                audio,
-                stages,
-                start=item.start,
-                end=item.end,
-                duplicates=duplicates,
-                threads=self._threads,
-            )
+            return self._intake.read_file(item.source, item.viewing(view), stages, readers)
 
         def stop() -> None:
             if readers is not None:
                 (readers.interrupt if readers is self.readers else readers.close)()
 
         def task(item: BatchItem, clip: Clip, stages: Stages) -> CaptionTask:
-            asked = prompt if item.prompt is None else item.prompt
-            self._model.check_length(clip, visual_tokens, asked, how)
-            encoded = self.encoder.encode(clip, stages, visual_tokens=visual_tokens, keep_features=_contrasts(how))
-            _drop_frames(clip, how)
-            return CaptionTask(self._model, encoded, asked, how, stages, clip)
+            return self._intake.task_of(clip, view, prompt if item.prompt is None else item.prompt, how, stages)
 
         def open_scheduler(max_length: int) -> Scheduler:
-            count = self._rows_in(memory, _rounded(max_length, self.manifest.decoder.context_length), per_caption)
-            return self._idle_scheduler(
-                min(rows or DEFAULT_ROWS, count) * per_caption, max_length, Stages(), exact=True
-            )
+            count = min(rows or DEFAULT_ROWS, self._loaded.captions_in(memory, max_length, per_caption))
+            return self._loaded.idle_scheduler(count * per_caption, max_length, Stages(), exact=True)
 
         wanted = (item if isinstance(item, BatchItem) else BatchItem(item) for item in items)
-        results = run_batch(Pipeline(read, task, open_scheduler, stop), wanted)
+        results = run_batch(Pipeline(read, task, open_scheduler, stop, self._loaded.staged), wanted)
         try:
             for done, result in enumerate(self._guarded(results), 1):
                 if progress is not None:
@@ -363,7 +345,7 @@ class Captioner:
             return self._score(source, text, prompt, media)
 
     def _score(self, source: Source | PreparedClip | None, text: str, prompt: str | None, media: MediaOptions) -> float:
-        encoded, _ = self._encoded(source, Stages(), media)
+        encoded = self._intake.prepare(source, media, Stages()).encoded
         token_ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         token_ids.append(self.manifest.generation.eos_token_ids[0])
         instruction = self._model.instruction(prompt)
@@ -384,90 +366,27 @@ class Captioner:
         What their prompts have in common, the clip above all, is also prefilled once while nothing else is captioned.
         """
         with self._guard.use():
-            encoded, clip = self._encoded(source, Stages(progress), media, keep_features=True)
-        return PreparedClip(clip, encoded)
+            return self._intake.prepare(source, media, Stages(progress), keep_features=True)
 
     def read(
         self,
         source: Source | None = None,
         *,
-        audio: bool = True,
-        frames: npt.ArrayLike | None = None,
-        waveform: npt.ArrayLike | None = None,
-        sample_rate: int | None = None,
-        frame_times: npt.ArrayLike | None = None,
-        seconds: float | None = None,
-        start: float | None = None,
-        end: float | None = None,
-        duplicates: float | None = None,
         stages: Stages | None = None,
+        **media: Unpack[MediaOptions],
     ) -> Clip:
         """The frames and the sound that the captioner would look at and listen to."""
-        arrays = frames is not None or waveform is not None
-        if (source is None) != arrays:
-            raise OptionError("give either a file or arrays (frames=, waveform=), not both and not neither")
-        if source is not None and (frame_times is not None or seconds is not None):
-            raise OptionError("frame_times= and seconds= are for arrays: a file says them itself")
-        pipeline = self.manifest.pipeline
-        if source is not None:
-            stages = stages or Stages()
-            read = read_clip if self.readers is None else self.readers.read
-            span = {"start": start, "end": end}
-            return read(source, pipeline, audio, stages, **span, duplicates=duplicates, threads=self._threads)
-        if start is not None or end is not None:
-            raise OptionError("start= and end= are for files, not for arrays")
-        heard = waveform if audio else None
-        times = {"frame_times": frame_times, "seconds": seconds}
-        return array_clip(frames, heard, sample_rate, pipeline, **times, duplicates=duplicates)
+        return self._intake.read(source, *viewing_and_arrays(media), stages or Stages())
 
     def open_inference(self, max_length: int, rows: int = 1, stages: Stages | None = None) -> Inference:
         """A decoder with an empty cache for ``rows`` sequences of ``max_length`` tokens."""
-        return self._load_decoder(stages or Stages()).open(rows=rows, max_length=max_length)
+        return self._loaded.open(max_length, rows, stages or Stages())
 
     def generate_tokens(self, embeds: FloatArray, max_new_tokens: int) -> Iterator[Token]:
         """Greedy tokens that follow a prompt given as embeddings ``[S, H]``."""
         settings = resolve(Decoding(max_new_tokens=max_new_tokens), self.manifest.generation)
         inference = self.open_inference(len(embeds) + max_new_tokens)
         return generate(inference, inference.prefill(0, embeds)[0], TokenSearch(settings))
-
-    def _task(
-        self,
-        source: Source | PreparedClip | None,
-        prompt: str | None,
-        decoding: Decoding,
-        stages: Stages,
-        media: MediaOptions,
-    ) -> CaptionTask:
-        encoded, clip = self._encoded(source, stages, media, prompt, decoding)
-        return CaptionTask(self._model, encoded, prompt, decoding, stages, clip)
-
-    def _encoded(
-        self,
-        source: Source | PreparedClip | None,
-        stages: Stages,
-        media: MediaOptions,
-        prompt: str | None = None,
-        decoding: Decoding | None = None,
-        keep_features: bool = False,
-    ) -> tuple[EncodedClip, Clip]:
-        """A clip, read and encoded. With ``decoding`` it is for one caption: what cannot fit is refused before any
-        encoder runs, and of the frames nothing is kept that the caption does not need."""
-        if isinstance(source, PreparedClip):
-            if media:
-                raise OptionError(f"the clip is prepared already: {', '.join(media)} cannot change it")
-            return source.encoded, source.clip
-        visual_tokens = media.get("visual_tokens")
-        options: dict[str, Any] = {name: value for name, value in media.items() if name != "visual_tokens"}
-        clip = self.read(source, **options, stages=stages)
-        if decoding is not None:
-            self._model.check_length(clip, visual_tokens, prompt, decoding)
-            keep_features = _contrasts(decoding)
-        if self._staged:
-            self._scheduler = self._decoder = None
-        encoded = self.encoder.encode(clip, stages, visual_tokens=visual_tokens, keep_features=keep_features)
-        if decoding is not None:
-            _drop_frames(clip, decoding)
-        return encoded, clip
 
     def _guarded(self, results: Iterator[BatchResult]) -> Iterator[BatchResult]:
         """The results, each made while this captioner is held."""
@@ -484,7 +403,7 @@ class Captioner:
     def _pieces(self, task: CaptionTask, stream: CaptionStream) -> Iterator[str]:
         """Pieces of text; sets ``stream.caption`` at the end."""
         with self._guard.use():
-            runner = Runner(self._idle_scheduler(task.rows, task.max_length, task.stages))
+            runner = Runner(self._loaded.idle_scheduler(task.rows, task.max_length, task.stages))
             runner.add(task)
         shown = 0
         try:
@@ -508,57 +427,3 @@ class Captioner:
         stream.caption = task.captions[0]
         if len(stream.caption.text) > shown:
             yield stream.caption.text[shown:]
-
-    def _idle_scheduler(self, rows: int, max_length: int, stages: Stages, exact: bool = False) -> Scheduler:
-        """The captioner's scheduler, if it has the rows and nobody uses it, else a new one in its place.
-
-        What its rows hold is reused by prompts that begin alike. ``exact``: no more and no longer rows than asked for,
-        which bounds the memory and what is generated together.
-        """
-        length = _rounded(max_length, self._load_decoder(stages).longest)
-        kept = self._scheduler
-        if kept is not None and kept.idle:
-            size = kept.inference.rows, kept.inference.max_length
-            if size == (rows, length) or (not exact and size[0] >= rows and size[1] >= max_length):
-                return kept
-        kept = self._scheduler = None  # free its cache before the next is made
-        self._scheduler = Scheduler(self.open_inference(length, rows, stages))
-        return self._scheduler
-
-    def _load_decoder(self, stages: Stages) -> Decoder:
-        if self._decoder is None:
-            if self._staged:
-                self.encoder.release()
-            assert self._backend is not None
-            started = time.perf_counter()
-            with stages.measure("load"):
-                self._decoder = self._backend.decoder()
-            _log.debug("loaded the decoder in %.2f s", time.perf_counter() - started)
-        return self._decoder
-
-    def _rows_in(self, memory: int | None, max_length: int, per_caption: int) -> int:
-        """Captions whose cache fits into ``memory`` bytes."""
-        if memory is None:
-            return sys.maxsize
-        row = self.manifest.cache_bytes * max_length
-        count = memory // (row * per_caption)
-        if count < 1:
-            raise OptionError(
-                f"a caption takes {row * per_caption / 2**20:,.0f} MiB of cache, the limit is {memory / 2**20:,.0f} MiB"
-            )
-        return count
-
-
-def _contrasts(decoding: Decoding) -> bool:
-    """Whether per-frame features are worth keeping: another stream will be made of them."""
-    return decoding.contrast == "temporal"
-
-
-def _drop_frames(clip: Clip, decoding: Decoding) -> None:
-    """Free the frames of a clip that is encoded for one caption. A noise contrast makes its view of them."""
-    if decoding.contrast != "noise":
-        clip.frames = None
-
-
-def _rounded(max_length: int, longest: int) -> int:
-    return min(-(-max_length // _LENGTH_STEP) * _LENGTH_STEP, max(longest, max_length))

@@ -16,10 +16,11 @@ from .media import Media, as_frames, as_waveform, open_media
 from .media.doors import media_errors
 from .media.source import check_total
 from .preprocess.audio import audio_policy, clip_bounds, join_clips, resample, video_policy
-from .preprocess.duplicates import check_threshold, distinct_frames
+from .preprocess.duplicates import distinct_frames
 from .preprocess.frames import Places, sample_places, span_frames
 from .prompt import Timing
 from .timing import Stages
+from .viewing import Viewing
 
 
 @dataclass
@@ -69,40 +70,24 @@ class _Span:
     def length(self) -> float | None:
         return None if self.end is None else self.end - self.offset
 
-    def check(self) -> None:
-        """``OptionError`` for times that make no span."""
-        for name, time in (("start", self.start), ("end", self.end)):
-            if time is not None and not (math.isfinite(time) and time >= 0):
-                raise OptionError(f"{name} of a span is seconds from 0 on, not {time}")
-        if self.end is not None and self.end <= self.offset:
-            raise OptionError(f"a span ends after it starts, not at {self.end:g} s when it starts at {self.offset:g} s")
-
 
 def read_clip(
     source: str | os.PathLike[str],
     pipeline: Pipeline,
-    audio: bool,
+    viewing: Viewing,
     stages: Stages,
     *,
-    start: float | None = None,
-    end: float | None = None,
-    duplicates: float | None = None,
     threads: int | None = None,
 ) -> Clip:
     """Open a file or folder and keep what the model needs of it.
 
     An image is one frame where the pipeline is framewise; else it stands at every place, as in VideoLLaMA2's
-    ``process_image``. ``audio=False`` leaves the sound out. ``start`` and ``end`` (seconds) take
-    only that span of the pictures and the sound, as if it were the whole source. ``duplicates`` drops sampled frames
-    that differ by no more than so many grey levels from the last kept one (``distinct_frames``): their places show the
-    kept one, or are dropped too where the pipeline is framewise. ``threads`` decode video (``open_media``).
-    ``MediaError`` when nothing is left or the source ends before ``start``, ``OptionError`` for a span of images and
-    for times or a threshold that cannot be.
+    ``process_image``. ``viewing``: which span of the pictures and the sound, and whether the sound counts; the places
+    of near-duplicate frames (``distinct_frames``) show the kept one, or are dropped too where the pipeline is
+    framewise. ``threads`` decode video (``open_media``). ``MediaError`` when nothing is left or the source ends before
+    the span, ``OptionError`` for a span of images.
     """
-    span = _Span(start, end)
-    span.check()
-    if duplicates is not None:
-        check_threshold(duplicates)
+    span = _Span(viewing.start, viewing.end)
     with stages.measure("open"):
         media = open_media(source, threads)
     name = os.fspath(source)
@@ -113,7 +98,7 @@ def read_clip(
         if media.has_video:
             with stages.measure("read_frames"):
                 _take_frames(clip, media, pipeline, span)
-        plan = pipeline.sound if audio else None
+        plan = pipeline.sound if viewing.audio else None
         if media.has_audio and plan is not None:
             with stages.measure("read_audio"):
                 _take_sound(clip, media, plan, span)
@@ -125,8 +110,8 @@ def read_clip(
             why = "sound was switched off" if pipeline.sound is not None else "this captioner has no audio branch"
             raise MediaError(f"{name}: holds only sound, and {why}")
         clip.notes.extend(media.notes)
-    if duplicates is not None:
-        _drop_duplicates(clip, duplicates, pipeline.framewise)
+    if viewing.duplicates is not None:
+        _drop_duplicates(clip, viewing.duplicates, pipeline.framewise)
     return clip
 
 

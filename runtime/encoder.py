@@ -21,13 +21,14 @@ from ..errors import ClosedError, OptionError
 from .backends import Backend, OrtBackend
 from .bundle import Bundle
 from .clip import Clip
-from .compression import check_visual_tokens, merge_tokens, wanted_tokens
+from .compression import merge_tokens
 from .contrast import Contrast, diffuse, sparse_places
 from .inference import FloatArray
 from .preprocess.fbank import sound_features
 from .preprocess.image import preprocess_frames
 from .prompt import Slot, Timing, build_prompt, choose_pieces, joined, segments, unit_slots
 from .timing import Stages
+from .viewing import Share, TokenBudget
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class EncodedClip:
 
     ``tokens``: for each stage of the prompt its blocks, float32 ``[tokens, H]`` each, one for every slot of it.
     ``pieces``: the layout that applies. ``places``: those of the clip. ``notes``: what was done other than asked.
-    ``visual_tokens``: the setting it was encoded with. ``kept``: what was kept for a contrast, by stage.
+    ``visual_tokens``: the budget it was encoded with. ``kept``: what was kept for a contrast, by stage.
     """
 
     mode: Mode
@@ -70,7 +71,7 @@ class EncodedClip:
     places: int
     timing: Timing | None = None
     notes: list[str] = field(default_factory=list)
-    visual_tokens: int | float | None = None
+    visual_tokens: TokenBudget | None = None
     kept: dict[str, Units] = field(default_factory=dict)
 
     @property
@@ -99,17 +100,15 @@ class Encoder:
         clip: Clip,
         stages: Stages,
         *,
-        visual_tokens: int | float | None = None,
+        visual_tokens: TokenBudget | None = None,
         keep_features: bool = False,
     ) -> EncodedClip:
         """Run the stages that the clip's mode needs, once for each distinct unit.
 
-        ``visual_tokens``: how many visual tokens the decoder gets, as a ratio (float, above 0, at most 1) or as a
-        number for the whole clip (int); ``None`` is what the model was made for. A stage that merges tokens takes a
-        compiled share, for other families ``compression`` merges what leaves the last stage. ``keep_features``: keep
-        what ``contrast`` needs. ``OptionError`` for a setting that cannot be.
+        ``visual_tokens``: how many visual tokens the decoder gets; ``None`` is what the model was made for. A stage
+        that merges tokens takes a compiled share, for other families ``compression`` merges what leaves the last
+        stage. ``keep_features``: keep what ``contrast`` needs. ``OptionError`` for a budget below all compiled shares.
         """
-        check_visual_tokens(visual_tokens)
         pieces = choose_pieces(self._pipeline.prompts[clip.mode], clip.timing)
         given: dict[str, Units] = {}
         variant, notes, places = None, [], 0
@@ -130,7 +129,7 @@ class Encoder:
     def contrast(self, clip: Clip, encoded: EncodedClip, contrast: Contrast, stages: Stages) -> EncodedClip:
         """The contrasted view of a clip that ``encode`` gave ``encoded`` for, its sound taken over.
 
-        Temporal views use what ``encoded`` kept. The setting of visual tokens is the same, a number of them being that
+        Temporal views use what ``encoded`` kept. The budget of visual tokens is the same, a number of them being that
         number's share for the places that are left. ``OptionError`` for a clip without pictures.
         """
         if clip.order is None:
@@ -147,8 +146,8 @@ class Encoder:
             left = sparse_places(places, self._pipeline.least_places())
             if len(left) == places:
                 notes.append("too few frames for a contrast in time: it is with the clip itself")
-            if isinstance(setting, int):
-                setting = max(1, round(setting * len(left) / places))
+            if setting is not None:
+                setting = setting.scaled(len(left), places)
             if timing is not None:
                 timing = Timing(timing.seconds, timing.times[left])
             places = len(left)
@@ -194,9 +193,8 @@ class Encoder:
         """The decoder's input ``[S, H]``: the pieces of the prompt, text through the embedding table."""
         return joined(self.prompt_pieces(encoded, instruction), self._bundle.embed)
 
-    def prompt_length(self, clip: Clip, instruction: str, visual_tokens: int | float | None = None) -> int:
+    def prompt_length(self, clip: Clip, instruction: str, visual_tokens: TokenBudget | None = None) -> int:
         """Tokens of the prompt that ``encode`` and ``prompt_embeds`` would give for a clip, without running a stage."""
-        check_visual_tokens(visual_tokens)
         pieces = choose_pieces(self._pipeline.prompts[clip.mode], clip.timing)
         places = 0 if clip.order is None else len(clip.order)
         variant, _ = self._merging(visual_tokens, places) if clip.order is not None else (None, [])
@@ -221,7 +219,7 @@ class Encoder:
         return found
 
     def _blocks(
-        self, pieces: Sequence[Piece], found: Mapping[str, Units], setting: int | float | None, stages: Stages
+        self, pieces: Sequence[Piece], found: Mapping[str, Units], setting: TokenBudget | None, stages: Stages
     ) -> dict[str, list[FloatArray]]:
         """The blocks of each stage of a prompt, the visual ones merged to the setting."""
         apart, tokens = unit_slots(pieces), {}
@@ -256,7 +254,7 @@ class Encoder:
         with stages.measure("fbank"):
             return Units.all_distinct(sound_features(sound, self._pipeline.sound)[np.newaxis])
 
-    def _compress(self, tokens: FloatArray, setting: int | float | None, stages: Stages) -> FloatArray:
+    def _compress(self, tokens: FloatArray, setting: TokenBudget | None, stages: Stages) -> FloatArray:
         """``tokens [blocks, tokens, H]`` merged to the setting, where no stage has merged them."""
         blocks, available = tokens.shape[:2]
         count = self._merged_length(setting, blocks, available)
@@ -265,34 +263,32 @@ class Encoder:
         with stages.measure("compress"):
             return np.stack([merge_tokens(block, count)[0] for block in tokens])
 
-    def _merged_length(self, setting: int | float | None, blocks: int, available: int) -> int:
+    def _merged_length(self, setting: TokenBudget | None, blocks: int, available: int) -> int:
         """Tokens of each block after ``_compress``."""
         if setting is None or self._pipeline.merging is not None:
             return available
-        return max(1, wanted_tokens(setting, blocks * available) // blocks)
+        return max(1, setting.of(blocks * available) // blocks)
 
-    def _merging(self, setting: int | float | None, places: int) -> tuple[Variant | None, list[str]]:
+    def _merging(self, setting: TokenBudget | None, places: int) -> tuple[Variant | None, list[str]]:
         """The compiled share of tokens that a setting comes to, and what to say about it; None without merging."""
         stage = self._pipeline.merging
         if stage is None or setting is None:
             return (None if stage is None else stage.variants[0]), []
         variants = stage.variants
-        if isinstance(setting, float):
-            exact = next((variant for variant in variants if variant.keep == setting), None)
-            fitting = [variant for variant in variants if variant.keep <= setting]
-        else:
-            exact = next((variant for variant in variants if variant.tokens * places == setting), None)
-            fitting = [variant for variant in variants if variant.tokens * places <= setting]
+        spare = {variant: setting.spare(variant.keep, variant.tokens * places) for variant in variants}
+        fitting = [variant for variant in variants if spare[variant] >= 0]
+        exact = next((variant for variant in fitting if spare[variant] == 0), None)
         if exact is not None:
             return exact, []
         if not fitting:
-            there = ", ".join(f"{each.keep:g} ({each.tokens * places} tokens)" for each in variants)
+            there = ", ".join(f"{Share(each.keep)} ({each.tokens * places} tokens)" for each in variants)
             raise OptionError(
                 f"no compiled ratio of merging gives as few visual tokens as {setting}; there are {there}"
             )
         variant = max(fitting, key=lambda variant: variant.keep)
         count = variant.tokens * places
-        note = f"visual tokens {setting:g}: merged at the next lower compiled ratio, {variant.keep:g} ({count} tokens)"
+        share = Share(variant.keep)
+        note = f"visual tokens {setting}: merged at the next lower compiled ratio, {share} ({count} tokens)"
         # Of a clip that has no more tokens than the limit nothing was taken away.
         return variant, [] if variant.keep == 1 else [note]
 

@@ -21,6 +21,7 @@ from .clip import Clip
 from .prompt import Timing
 from .reading_worker import Answer, DurationRequest, ReadRequest, Request, SpansRequest, decode_text, receive, send
 from .timing import Stages
+from .viewing import Viewing
 
 #: Seconds that one file may take to be read, unless told otherwise.
 TIME_LIMIT = 600.0
@@ -59,21 +60,19 @@ class Readers:
         self,
         source: str | os.PathLike[str],
         pipeline: Pipeline,
-        audio: bool,
+        viewing: Viewing,
         stages: Stages,
         *,
-        start: float | None = None,
-        end: float | None = None,
-        duplicates: float | None = None,
         threads: int | None = None,
     ) -> Clip:
         """See ``read_clip``. ``MediaError`` also for a file that crashes its decoder or takes too long."""
         name = os.fsencode(source)
-        answer, arrays = self._ask(ReadRequest(name, pipeline, audio, start, end, duplicates, threads))
+        answer, arrays = self._ask(ReadRequest(name, pipeline, viewing, threads))
         for stage, seconds in answer.timings.items():
             stages.add(stage, seconds)
         times = arrays.pop("times", None)
-        clip = Clip(**arrays, notes=[*map(decode_text, answer.notes)], seconds=answer.seconds, start=answer.start)
+        clip = Clip(notes=[*map(decode_text, answer.notes)], seconds=answer.seconds, start=answer.start)
+        clip.frames, clip.order, clip.sound = (arrays.get(name) for name in ("frames", "order", "sound"))
         if times is not None and answer.frame_seconds is not None:
             clip.timing = Timing(answer.frame_seconds, times)
         return clip

@@ -28,6 +28,7 @@ from .clip import Clip, read_clip
 from .media.doors import media_errors, reason
 from .media.segments import media_duration, media_spans
 from .timing import Stages
+from .viewing import Viewing
 
 _LENGTH = struct.Struct("<Q")
 
@@ -37,10 +38,7 @@ class ReadRequest(msgspec.Struct, tag="read"):
 
     source: bytes
     pipeline: Pipeline
-    audio: bool
-    start: float | None
-    end: float | None
-    duplicates: float | None
+    viewing: Viewing
     threads: int | None
 
 
@@ -159,11 +157,8 @@ def _answer(request: Request) -> tuple[Answer, list[npt.NDArray[Any]]]:
             clip = read_clip(
                 name,
                 request.pipeline,
-                request.audio,
+                request.viewing,
                 stages,
-                start=request.start,
-                end=request.end,
-                duplicates=request.duplicates,
                 threads=request.threads,
             )
     except TransientMediaError as error:

@@ -222,6 +222,8 @@ VARIANTS = {
     "clip-mixtral": Variant("clip-mixtral"),
     "auroracap": Variant("auroracap"),
     "auroracap-keep": Variant("auroracap", keep=0.4),
+    "llava-video": Variant("llava-video"),
+    "llava-next-video": Variant("llava-next-video"),
 }
 
 

@@ -127,8 +127,9 @@ def test_captions_of_several(bundle: Path, folder: Path, command: Command, fault
     assert result.err.splitlines() == [f"intertitle: {name}: {FAILED[name]}" for name in ("crash.mp4", "bug.mp4")]
 
 
-def test_a_time_limit(bundle: Path, folder: Path, command: Command):
-    result = command("batch", bundle, "first.mp4", "-o", "out.jsonl", "--item-timeout", 0.001, *SHORT)
+@pytest.mark.parametrize("name", ["batch", "pairs"])
+def test_a_time_limit(name: str, bundle: Path, folder: Path, command: Command):
+    result = command(name, bundle, "first.mp4", "-o", "out.jsonl", "--item-timeout", 0.001, *SHORT)
     assert result.code == 1
     assert records("out.jsonl")["first.mp4"]["error"]["reason"] == "first.mp4: reading it took more than 0.001 s"
 
@@ -174,22 +175,33 @@ def test_a_span_has_its_own_times_in_subtitles(bundle: Path, folder: Path, comma
     command("batch", bundle, "list.jsonl", "-o", "out.jsonl", "--srt", *SHORT)
     assert Path("clip.srt").read_text().splitlines()[1] == "00:00:00,500 --> 00:00:01,500"
     assert Path("clip.srt").read_text() == Path("first.srt").read_text()
+    # A span that is longer than what is left of the clip ends with it.
+    command("caption", bundle, "first.mp4", "--start", 1.5, "--end", 9, "--srt", "clip.srt", *SHORT)
+    Path("list.jsonl").write_text('{"file": "last.mp4", "start": 1.5, "end": 9}\n')
+    command("batch", bundle, "list.jsonl", "-o", "other.jsonl", "--srt", *SHORT)
+    for path in ("clip.srt", "last.srt"):
+        assert Path(path).read_text().splitlines()[1] == "00:00:01,500 --> 00:00:02,000"
 
 
 def test_records_say_what_was_asked_and_how(bundle: Path, folder: Path, command: Command):
     """The instruction and the settings as they were in the end: the bundle's own where nothing was given."""
-    command("batch", bundle, "first.mp4", "-o", "out.jsonl", "--decoding", "sample", "--seed", 3, *SHORT)
+    command("batch", bundle, "first.mp4", "-o", "out.jsonl", "--strategy", "sample", "--seed", 3, *SHORT)
     record = records("out.jsonl")["first.mp4"]
-    line = command("caption", bundle, "first.mp4", "--json", "--decoding", "sample", "--seed", 3, *SHORT).out
+    line = command("caption", bundle, "first.mp4", "--json", "--strategy", "sample", "--seed", 3, *SHORT).out
     said = json.loads(line)
     generation = json.loads((bundle / "bundle.json").read_text())["generation"]
     instruction = json.loads((bundle / "bundle.json").read_text())["default_instruction"]
     assert record["instruction"] == said["instruction"] == instruction
-    for decoding in (record["decoding"], said["settings"]):
+    for decoding in (record["decoding"], said["decoding"]):
         assert (decoding["strategy"], decoding["seed"], decoding["max_new_tokens"]) == ("sample", 3, 4)
         assert decoding["temperature"] == generation["temperature"]
     # What was given is beside it, as before.
     assert record["settings"].keys() == {"bundle", "strategy", "seed", "max_new_tokens"}
+    seen = ("--no-audio", "--visual-tokens", "50%", "--duplicates", 2)
+    command("batch", bundle, "first.mp4", "-o", "seen.jsonl", *seen, *SHORT)
+    settings = records("seen.jsonl")["first.mp4"]["settings"]
+    assert settings.pop("bundle")
+    assert settings == {"audio": False, "visual_tokens": "50%", "duplicates": 2.0, "max_new_tokens": 4}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")

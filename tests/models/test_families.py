@@ -461,8 +461,9 @@ def test_vision_config_of_a_whole_clip_and_of_another_tower():
 
 def test_every_family_opens_through_the_registry(opened):
     """Invariants over the registry: a fixture of each, sources for all entries and for nothing else."""
-    assert {opened(name).config.family for name in ("clip-mistral", "av-qwen2", "auroracap")} == set(FAMILIES)
-    for name in ("clip-mistral", "av-qwen2", "auroracap"):
+    fixtures = ("clip-mistral", "av-qwen2", "auroracap", "llava-video", "llava-next-video")
+    assert {opened(name).config.family for name in fixtures} == set(FAMILIES)
+    for name in fixtures:
         checkpoint: CaptionerCheckpoint = opened(name)
         assert set(checkpoint.config.prompts) >= {"video"}
         assert ("audio" in checkpoint.components) == ({"audio", "audiovideo"} <= set(checkpoint.config.prompts))
@@ -475,7 +476,7 @@ def test_every_family_opens_through_the_registry(opened):
 def test_released_size_is_accepted_from_its_headers(copied):
     """Names and shapes of VideoLLaMA2.1-7B-AV, written down from docs/facts.md for the benchmark's random
     checkpoint."""
-    from intertitle.models.random_layout import SIZES, layout
+    from intertitle.models.random_checkpoint import SIZES
 
     copy = copied("av-qwen2")
     decoder = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064}
@@ -483,7 +484,7 @@ def test_released_size_is_accepted_from_its_headers(copied):
     tower = "google/siglip-so400m-patch14-384"
     copy.edit_json("config.json", "beats_config", **decoder, **heads, mm_vision_tower=tower, mm_hidden_size=1152)
     table = "relative_attention_bias"
-    tensors, kept = layout(SIZES["7b"])[0], "layers.0.self_attn.relative_attention_bias.weight"
+    tensors, kept = SIZES["7b"].layout().shards[""], "layers.0.self_attn.relative_attention_bias.weight"
     headers = {
         tensor.name: TensorInfo(tuple(tensor.shape), torch.bfloat16, copy.path / "nowhere", tensor.name)
         for tensor in tensors

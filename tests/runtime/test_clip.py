@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from intertitle.contract.pipeline import (
+    EachUnit,
+    ImagePlan,
+    Pipeline,
+    Sampling,
+    SoundPlan,
+    Stage,
+    StageInput,
+    Unit,
+    Window,
+)
 from intertitle.errors import MediaError, OptionError
-from intertitle.runtime.bundle import AudioSpec, ImageSpec, Preprocessing
 from intertitle.runtime.clip import Clip, array_clip, read_clip
 from intertitle.runtime.media import open_media
 from intertitle.runtime.preprocess.audio import audio_policy, video_policy
 from intertitle.runtime.preprocess.frames import sample_indices, span_frames
 from intertitle.runtime.timing import Stages
+from intertitle.runtime.viewing import Viewing
+from msgspec import convert
 
-IMAGE = ImageSpec("exact", 28, 28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-AUDIO = AudioSpec(sample_rate=16_000, num_samples=480_000, num_mel_bins=128, num_frames=2998, num_tokens=1496)
-SPEC = Preprocessing(num_frames=8, frame_rule="centered", image=IMAGE, audio=AUDIO)
-LINEAR = Preprocessing(num_frames=8, frame_rule="linspace", image=IMAGE)
+IMAGE = ImagePlan("exact", 28, 28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+SOUND = SoundPlan(sample_rate=16_000, num_samples=480_000, num_mel_bins=128, num_frames=2998)
 
 
-def read(source: Any, spec: Preprocessing = SPEC, per_frame: bool = False, **options: Any) -> Clip:
-    return read_clip(source, spec, per_frame, True, Stages(), **options)
+def pipeline(rule: str, sound: SoundPlan | None = None, unit: Unit | None = None, **sampling: Any) -> Pipeline:
+    """Eight places; ``unit``: of the stage behind the tower."""
+    vision = Stage(name="vision", unit=EachUnit(), inputs=(StageInput("x", "pixels"),), output="y", tokens=4)
+    inputs = (StageInput("x", "vision"),)
+    connector = Stage(name="connector", unit=unit or EachUnit(), inputs=inputs, output="y", tokens=4)
+    plan = convert({"rule": rule, "count": 8, **sampling}, Sampling)
+    return Pipeline(sampling=plan, image=IMAGE, sound=sound, stages=(vision, connector), prompts={})
+
+
+#: One that joins frames and hears, one that takes frame by frame and is deaf.
+SPEC = pipeline("centered", SOUND, Window(2, 2))
+LINEAR = pipeline("linspace")
+
+
+def read(source: Any, spec: Pipeline = SPEC, **options: Any) -> Clip:
+    return read_clip(source, spec, Viewing(**options), Stages())
 
 
 def test_span_frames_follow_the_reference_by_hand() -> None:
@@ -40,17 +65,17 @@ def test_span_frames_follow_the_reference_by_hand() -> None:
 
 
 @pytest.mark.parametrize("spec", [SPEC, LINEAR])
-def test_a_span_of_a_video_with_sound(spec: Preprocessing, clips: Any) -> None:
+def test_a_span_of_a_video_with_sound(spec: Pipeline, clips: Any) -> None:
     path = clips.encode("clip.mp4", 200, options=clips.SHORT_GROUPS, tone=8.0)
     clip = read(path, spec, start=3.0, end=6.0)
     assert (clip.start, clip.seconds) == (3.0, 3.0)
     first, last = (74, 149) if spec is SPEC else (75, 149)
     with open_media(path) as media:
-        wanted = media.read_frames(first + sample_indices(last - first + 1, 8, spec.frame_rule))
+        wanted = media.read_frames(first + sample_indices(last - first + 1, 8, spec.sampling.rule))
         heard = media.read_audio(16_000).samples
     assert clip.frames is not None
     np.testing.assert_array_equal(clip.frames[clip.order], wanted)
-    if spec.audio is None:
+    if spec.sound is None:
         assert clip.sound is None
     else:
         np.testing.assert_allclose(clip.sound, video_policy(heard[48_000:96_000]), atol=1e-3)
@@ -127,23 +152,23 @@ def levels(*values: int) -> np.ndarray:
 
 def test_the_place_of_a_dropped_frame_shows_the_kept_one() -> None:
     frames = levels(10, 11, 50, 50, 51, 90, 90, 10)
-    clip = array_clip(frames, None, None, SPEC, False, duplicates=2.0)
+    clip = array_clip(frames, None, None, SPEC, duplicates=2.0)
     assert clip.order is not None
     assert clip.order.tolist() == [0, 0, 1, 1, 1, 2, 2, 3]
     np.testing.assert_array_equal(clip.frames, levels(10, 50, 90, 10))
     assert clip.notes == ["4 near-duplicate frames were replaced by the one before"]
-    clip = array_clip(frames, None, None, LINEAR, True, duplicates=2.0)
+    clip = array_clip(frames, None, None, LINEAR, duplicates=2.0)
     assert clip.order is not None
     assert clip.order.tolist() == [0, 1, 2, 3]
     assert clip.notes == ["4 near-duplicate frames were dropped"]
-    assert array_clip(frames, None, None, SPEC, False).notes == []
+    assert array_clip(frames, None, None, SPEC).notes == []
 
 
 def test_frames_that_a_short_clip_repeats() -> None:
-    clip = array_clip(levels(10, 60, 110), None, None, SPEC, False, duplicates=2.0)
+    clip = array_clip(levels(10, 60, 110), None, None, SPEC, duplicates=2.0)
     assert clip.frames is not None
     assert (len(clip.frames), len(clip.order), clip.notes) == (3, 8, [])  # type: ignore[arg-type]
-    clip = array_clip(levels(10, 60, 110), None, None, LINEAR, True, duplicates=2.0)
+    clip = array_clip(levels(10, 60, 110), None, None, LINEAR, duplicates=2.0)
     assert clip.order is not None
     assert clip.order.tolist() == [0, 1, 2]
 
@@ -159,3 +184,74 @@ def test_a_video_that_stands_still(clips: Any) -> None:
     np.testing.assert_array_equal(clip.frames, [pictures[0], pictures[59]])
     assert clip.order.tolist() == [0] * 4 + [1] * 4  # type: ignore[union-attr]
     assert "6 near-duplicate frames were replaced by the one before" in clip.notes
+
+
+# What a prompt may say of time
+
+TIMED = pipeline("rate", fps=1.0)
+
+
+def test_times_of_a_video_are_those_of_its_frames(clips: Any) -> None:
+    path = clips.encode("seconds.mp4", 125)
+    clip = read(path, TIMED)
+    assert clip.timing is not None
+    assert clip.timing.seconds == pytest.approx(5.0)
+    assert clip.timing.times.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    # A span is a clip of its own: its times begin at 0.
+    part = read(path, TIMED, start=2.0, end=4.0)
+    assert part.timing is not None
+    assert (part.timing.seconds, part.timing.times.tolist()) == (pytest.approx(2.0), [0.0, 1.0])
+    assert part.start == 2.0
+    every = read(path, pipeline("rate", fps=1.0, forced=True))
+    assert every.timing is not None
+    np.testing.assert_allclose(every.timing.times, np.linspace(0, 124, 8).astype(int) / 25)
+
+
+def test_nothing_is_known_of_the_times_of_images(tmp_path: Path) -> None:
+    import cv2
+
+    assert cv2.imwrite(str(tmp_path / "a.png"), np.zeros((30, 40, 3), np.uint8))
+    assert read(tmp_path / "a.png", TIMED).timing is None
+    assert array_clip(levels(1, 2, 3), None, None, TIMED).timing is None
+
+
+def test_places_that_show_nothing_new_take_their_times_along() -> None:
+    frames = levels(10, 10, 60, 60)
+    clip = array_clip(frames, None, None, TIMED, frame_times=[0, 1, 2.5, 3], seconds=4, duplicates=2.0)
+    assert clip.timing is not None
+    assert (clip.timing.times.tolist(), clip.timing.seconds, clip.seconds) == ([0.0, 2.5], 4.0, 4.0)
+
+
+def test_frames_with_times_are_already_sampled() -> None:
+    frames = levels(*range(11))
+    assert len(array_clip(frames, None, None, TIMED).order) == 8
+    clip = array_clip(frames, None, None, TIMED, frame_times=np.arange(11))
+    assert clip.order.tolist() == list(range(11))
+    assert clip.timing is not None
+    assert clip.timing.seconds == 10.0
+    # Where stages join frames, their number is the pipeline's.
+    with pytest.raises(OptionError, match="11 frames, this captioner looks at 8"):
+        array_clip(frames, None, None, SPEC, frame_times=np.arange(11))
+
+
+@pytest.mark.parametrize(
+    ("times", "seconds", "message"),
+    [
+        ([0, 1], None, "one number for each of the 3 frames"),
+        ([0, 2, 1], None, "ascending"),
+        ([-1, 0, 1], None, "from 0 on"),
+        ([0, 1, float("nan")], None, "from 0 on"),
+        (["a", "b", "c"], None, "seconds of each frame"),
+        ([0, 1, 5], 4, "the clip lasts 4 s"),
+        ([0, 1, 2], -1, "seconds must be"),
+        ([0, 1, 2], float("inf"), "seconds must be"),
+    ],
+)
+def test_times_that_cannot_be(times: list[Any], seconds: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        array_clip(levels(1, 2, 3), None, None, TIMED, frame_times=times, seconds=seconds)
+
+
+def test_times_without_frames() -> None:
+    with pytest.raises(OptionError, match="needs frames="):
+        array_clip(None, np.zeros(10, np.float32), 16000, SPEC, frame_times=[0])

@@ -19,6 +19,7 @@ from intertitle.errors import ClosedError, DeadlineError, OptionError, TargetErr
 from intertitle.runtime import captioner as captioner_module
 from intertitle.runtime.guard import Guard
 from intertitle.runtime.timing import Stages
+from intertitle.runtime.viewing import Count, Share
 
 DEMO = Path(intertitle.__file__).parent / "calibration" / "clips" / "demo.mp4"
 SHORT = intertitle.Decoding(max_new_tokens=6)
@@ -99,7 +100,7 @@ def test_the_instruction_and_the_settings_in_effect(listener, eight):
     caption = listener.caption(frames=eight, decoding=SHORT)
     generation = listener.manifest.generation
     assert caption.instruction == listener.manifest.default_instruction
-    assert caption.settings == {
+    assert caption.decoding == {
         "strategy": "greedy",
         "max_new_tokens": 6,
         "repetition_penalty": generation.repetition_penalty,
@@ -110,18 +111,18 @@ def test_the_instruction_and_the_settings_in_effect(listener, eight):
     assert sampled.instruction == "What?"
     wanted = {"strategy": "sample", "top_k": 7, "seed": 3, "stop": ["zz"], "prefix": "A"}
     assert wanted | {"temperature": generation.temperature, "top_p": generation.top_p} == {
-        name: sampled.settings[name] for name in (*wanted, "temperature", "top_p")
+        name: sampled.decoding[name] for name in (*wanted, "temperature", "top_p")
     }
     beam = listener.caption(frames=eight, decoding=intertitle.Decoding(strategy="beam", max_new_tokens=6))
-    assert (beam.settings["num_beams"], beam.settings["length_penalty"]) == (4, 1.0)
+    assert (beam.decoding["num_beams"], beam.decoding["length_penalty"]) == (4, 1.0)
     noise = listener.caption(frames=eight, decoding=intertitle.Decoding(contrast="noise", max_new_tokens=6))
-    assert {name: noise.settings[name] for name in ("contrast", "contrast_alpha", "contrast_beta", "noise_step")} == {
+    assert {name: noise.decoding[name] for name in ("contrast", "contrast_alpha", "contrast_beta", "noise_step")} == {
         "contrast": "noise",
         "contrast_alpha": 1.0,
         "contrast_beta": 0.1,
         "noise_step": 500,
     }
-    assert json.loads(json.dumps(noise.settings)) == noise.settings
+    assert json.loads(json.dumps(noise.decoding)) == noise.decoding
 
 
 def test_notes_of_the_contrasted_view_reach_the_caption(per_frame, eight):
@@ -135,7 +136,7 @@ def test_notes_of_the_contrasted_view_reach_the_caption(per_frame, eight):
 # What is refused, and when
 
 
-@pytest.mark.parametrize("visual_tokens", [None, 0.5, 40])
+@pytest.mark.parametrize("visual_tokens", [None, Share(0.5), Count(40)], ids=str)
 @pytest.mark.parametrize("variant", ["av-qwen2", "clip-mistral", "auroracap", "auroracap-keep"])
 def test_the_length_of_a_prompt_is_known_before_it_is_encoded(variant, visual_tokens, compiled, expected):
     captioner = intertitle.Captioner.load(compiled(variant))
@@ -145,17 +146,18 @@ def test_the_length_of_a_prompt_is_known_before_it_is_encoded(variant, visual_to
         captioner.read(frames=numbers["frames_uint8"][:1]),
         captioner.read(frames=numbers["frames_uint8"][[0, 0, 1, 1, 2, 2, 3, 3]], duplicates=1.0),
     ]
-    if captioner.manifest.preprocessing.audio is not None:
+    pipeline, encoder, asked = captioner.manifest.pipeline, captioner.encoder, "What is seen?"
+    if pipeline.sound is not None:
         sound = {"waveform": numbers["audio_int16"], "sample_rate": 16000}
         clips += [captioner.read(frames=numbers["frames_uint8"], **sound), captioner.read(**sound)]
     for clip in clips:
-        if captioner.manifest.visual.ratios and visual_tokens == 40 and captioner.encoder.block_lengths(clip)[1:]:
+        if pipeline.merging is not None and visual_tokens == Count(40) and len(clip.order) > 1:
             # No compiled ratio gives so few of a clip with several frames.
             with pytest.raises(OptionError, match="no compiled ratio"):
-                captioner.encoder.block_lengths(clip, visual_tokens)
+                encoder.prompt_length(clip, asked, visual_tokens)
             continue
-        encoded = captioner.encoder.encode(clip, Stages(), visual_tokens=visual_tokens)
-        assert captioner.encoder.block_lengths(clip, visual_tokens) == [len(block) for block in encoded.blocks]
+        encoded = encoder.encode(clip, Stages(), visual_tokens=visual_tokens)
+        assert encoder.prompt_length(clip, asked, visual_tokens) == len(encoder.prompt_embeds(encoded, asked))
 
 
 @pytest.mark.parametrize("method", ["caption", "stream", "candidates", "caption_batch"])
@@ -207,8 +209,8 @@ def test_a_number_of_threads_that_makes_no_sense(compiled, threads):
 # Memory
 
 
-@pytest.mark.parametrize(("contrast", "kept"), [(None, False), ("temporal", False), ("noise", True)])
-def test_frames_are_freed_while_their_caption_is_generated(listener, monkeypatch, contrast, kept):
+@pytest.mark.parametrize("contrast", [None, "temporal", "noise"])
+def test_frames_are_freed_while_their_caption_is_generated(listener, monkeypatch, contrast):
     read, clips = captioner_module.read_clip, []
 
     def remember(*arguments, **options):
@@ -219,10 +221,10 @@ def test_frames_are_freed_while_their_caption_is_generated(listener, monkeypatch
     how = intertitle.Decoding(contrast=contrast, max_new_tokens=4)
     with listener.stream(DEMO, decoding=how) as stream:
         next(stream)
-        assert (clips[0].frames is not None) is kept
+        assert clips[0].frames is None
     (result,) = listener.caption_batch([DEMO], decoding=how, isolate=False)
     assert result.caption is not None
-    assert (clips[1].frames is not None) is kept
+    assert clips[1].frames is None
     # A prepared clip is the user's to look at.
     prepared = listener.prepare(DEMO)
     listener.caption(prepared, decoding=how)
@@ -339,8 +341,8 @@ def test_a_closed_captioner_says_so(compiled, eight):
     ):
         with pytest.raises(ClosedError, match="the captioner was closed"):
             call()
-    assert captioner._decoder is None
-    assert captioner._scheduler is None
+    assert captioner._loaded.decoder is None
+    assert captioner._loaded.scheduler is None
     assert captioner.encoder._components == {}
 
 
@@ -360,7 +362,7 @@ def test_preload_leaves_nothing_to_load(compiled):
     staged = intertitle.Captioner.load(compiled("av-qwen2"), staged=True)
     staged.preload()
     assert staged.encoder._components == {}
-    assert staged._decoder is not None
+    assert staged._loaded.decoder is not None
 
 
 def test_what_happens_is_logged(compiled, tmp_path, caplog, eight):
