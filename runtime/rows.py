@@ -1,4 +1,4 @@
-"""How full the rows of a static cache are, and at which positions: what every implementation of ``Inference`` shares."""
+"""How full the rows of a static cache are, and at which positions: shared by every implementation of ``Inference``."""
 
 from __future__ import annotations
 
