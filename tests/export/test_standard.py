@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -117,9 +118,7 @@ def test_components(target, variant, weights, compiled, expected):
 def test_prefill_and_steps(target, variant, weights, compiled, expected, data_dir):
     bundle, numbers = Bundle.open(compiled(variant, weights, target)), expected(variant)
     adapter = data_dir / variant if variant.endswith("lora") else None
-    checkpoint = open_checkpoint(
-        data_dir / variant.removesuffix("-lora").removesuffix("-keep").removesuffix("-explicit"), adapter
-    )
+    checkpoint = open_checkpoint(data_dir / re.sub("-(lora|keep|explicit)$", "", variant), adapter)
     for name in [name for name in numbers if name.endswith("inputs_embeds")]:
         embeds, last = numbers[name], numbers[name.replace("inputs_embeds", "last_logits")]
         reference = Reference(checkpoint).open(1, len(embeds) + 3)
