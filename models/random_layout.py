@@ -89,7 +89,7 @@ def mlp(root: str, *widths: int, bias: bool = True) -> Iterator[RandomTensor]:
 
 
 def decoder_body(d: DecoderConfig, std: float, root: str = "model") -> Iterator[RandomTensor]:
-    """The embedding table and the layers under transformers' names of Llama, Mistral and Qwen2."""
+    """The embedding table and the layers under transformers' names of Llama, Mistral, Mixtral and Qwen2."""
     yield tensor(f"{root}.embed_tokens.weight", d.vocab_size, d.hidden_size, std=std)
     for i in range(d.num_layers):
         at = f"{root}.layers.{i}"
@@ -99,10 +99,21 @@ def decoder_body(d: DecoderConfig, std: float, root: str = "model") -> Iterator[
             yield from layer(f"{at}.self_attn.{name}_proj", size, d.hidden_size, std=std, bias=d.qkv_bias)
         yield from layer(f"{at}.self_attn.o_proj", d.hidden_size, d.num_heads * d.head_dim, std=std, bias=False)
         yield from norm(f"{at}.post_attention_layernorm", d.hidden_size, bias=False)
-        for name in ("gate", "up"):
-            yield from layer(f"{at}.mlp.{name}_proj", d.intermediate_size, d.hidden_size, std=std, bias=False)
-        yield from layer(f"{at}.mlp.down_proj", d.hidden_size, d.intermediate_size, std=std, bias=False)
+        if d.num_experts:
+            sparse = f"{at}.block_sparse_moe"
+            yield from layer(f"{sparse}.gate", d.num_experts, d.hidden_size, std=std, bias=False)
+            for expert in range(d.num_experts):
+                yield from _swiglu(f"{sparse}.experts.{expert}.", ("w1", "w3", "w2"), d, std)
+        else:
+            yield from _swiglu(f"{at}.mlp.", ("gate_proj", "up_proj", "down_proj"), d, std)
     yield from norm(f"{root}.norm", d.hidden_size, bias=False)
+
+
+def _swiglu(at: str, names: tuple[str, str, str], d: DecoderConfig, std: float) -> Iterator[RandomTensor]:
+    gate, up, down = names
+    for name in (gate, up):
+        yield from layer(f"{at}{name}", d.intermediate_size, d.hidden_size, std=std, bias=False)
+    yield from layer(f"{at}{down}", d.hidden_size, d.intermediate_size, std=std, bias=False)
 
 
 def decoder_head(d: DecoderConfig, std: float, name: str = "lm_head") -> Iterator[RandomTensor]:

@@ -33,6 +33,7 @@ PREDICTOR_CLASSES = 527
 
 _ARCHITECTURES = {
     "videollama2_mistral": "Videollama2MistralForCausalLM",
+    "videollama2_mixtral": "Videollama2MixtralForCausalLM",
     "videollama2_qwen2": "Videollama2Qwen2ForCausalLM",
 }
 
@@ -52,7 +53,7 @@ class Videollama2Size(Size):
     vision_tower: str
     num_frames: int
     audio: AudioConfig | None = None
-    model_type: Literal["videollama2_mistral", "videollama2_qwen2"] = "videollama2_qwen2"
+    model_type: Literal["videollama2_mistral", "videollama2_mixtral", "videollama2_qwen2"] = "videollama2_qwen2"
     connector: Literal["stc_connector", "stc_connector_v35"] = "stc_connector_v35"
     std: float = 0.02
     first_special_id: int | None = 151643
@@ -134,6 +135,8 @@ class Videollama2Size(Size):
         }
         if self.model_type == "videollama2_qwen2":
             config |= {"max_window_layers": 28, "sliding_window": d.context_length, "use_sliding_window": False}
+        if d.num_experts:
+            config |= {"num_experts_per_tok": d.experts_per_token, "num_local_experts": d.num_experts}
         if self.audio is not None:
             config |= {
                 "hidden_size_a": d.hidden_size,
@@ -269,6 +272,15 @@ SIZES = {
         vision_tower=_CLIP_NAME,
         num_frames=16,
         model_type="videollama2_mistral",
+        connector="stc_connector",
+    ),
+    # VideoLLaMA2-8x7B: Mixtral. 95 GB.
+    "videollama2-8x7b": Videollama2Size(
+        decoder=DecoderConfig(4096, 14336, 32, 32, 8, 128, 32000, 1e-5, 1e6, 32768, num_experts=8, experts_per_token=2),
+        vision=_CLIP_LARGE,
+        vision_tower=_CLIP_NAME,
+        num_frames=8,
+        model_type="videollama2_mixtral",
         connector="stc_connector",
     ),
     # VideoLLaMA2-72B: Qwen2-72B behind the tower and the connector of the other 2.0 models. 152 GB.
