@@ -24,7 +24,8 @@ def parity(place: Place, checkpoint: Path, adapter: Path | None, bundle: Path) -
     """
     place.build(bundle, rows=2)
     captioner = place.open(bundle)
-    reference = Reference(open_checkpoint(checkpoint, adapter), roundings(captioner.manifest))
+    source = open_checkpoint(checkpoint, adapter)
+    reference = Reference(source, roundings(captioner.manifest, source))
     spec, rng = captioner.manifest.preprocessing, np.random.default_rng(0)
     frames = rng.integers(0, 256, (spec.num_frames, 120, 160, 3), dtype=np.uint8)
     pixels = reference.pixels(frames)

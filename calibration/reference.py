@@ -21,7 +21,7 @@ from ..models import CaptionerCheckpoint
 from ..models.config import ImageProcessing
 from ..models.decoder import Decoder
 from ..runtime.inference import FloatArray, FullLogits
-from .quantize import Rounding
+from .recipe import Rounding
 
 #: Povey's window is a Hann window to the power of this (Kaldi, feature-window.cc).
 _POVEY_POWER = 0.85

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +20,8 @@ import numpy as np
 import torch
 
 from .._version import __version__
+from ..contract.formats import FORMATS
+from ..contract.targets import get_target
 from ..errors import OptionError
 from ..models import CaptionerCheckpoint, open_checkpoint
 from ..models.connectors import SpatialTemporalConnector
@@ -46,7 +48,7 @@ from .comparison import (
     tolerance,
 )
 from .exact_decoder import ExactDecoder, accuracy_level
-from .quantize import Rounding
+from .recipe import Rounding, make_recipe, roundings_of
 from .reference import GreedyCaption, Reference
 
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "torch", "numpy")
@@ -70,13 +72,13 @@ def verify_bundle(
     captioner = Captioner.load(bundle)
     manifest = captioner.manifest
     source = open_checkpoint(Path(checkpoint), None if adapter is None else Path(adapter), manifest.visual.keep)
-    quantized, rounded = manifest.components["decoder"].block_size, roundings(manifest)
+    decoder, rounded = manifest.components["decoder"], roundings(manifest, source)
     original = Reference(source)
     report = verify(
         captioner,
         Reference(source, rounded) if rounded else original,
         media,
-        original=None if quantized is None else original,
+        original=original if FORMATS[decoder.weights].quantized else None,
         max_new_tokens=max_new_tokens,
         audio=audio,
         progress=progress,
@@ -108,14 +110,16 @@ def verify(
     return Report(verdict, divergent, captioner.manifest.weights, clips)
 
 
-def roundings(manifest: Manifest) -> dict[str, Rounding]:
-    """The rounding in a bundle of each component of the checkpoint."""
-    return {
-        # In the checkpoint the two parts of the connector are one component.
-        name.removeprefix("frame_"): Rounding(manifest.dialect, component.weights, component.block_size or 0)
-        for name, component in manifest.components.items()
-        if component.weights in ("int4", "int8")
-    }
+def roundings(manifest: Manifest, source: CaptionerCheckpoint) -> Mapping[str, Rounding]:
+    """The rounding in a bundle of each component of the checkpoint that has quantized layers.
+
+    An older bundle states no recipe: it has the default one of its target and formats.
+    """
+    decoder, encoder = manifest.components["decoder"], manifest.components["vision"]
+    recipe = manifest.recipe or make_recipe(
+        source, get_target(manifest.target), decoder.weights, encoder.weights, decoder.block_size
+    )
+    return roundings_of(manifest.dialect, recipe)
 
 
 def check_same_model(manifest: Manifest, reference: Reference) -> None:
@@ -199,7 +203,8 @@ class _Check:
         self._max_new_tokens, self._report = max_new_tokens, report
         manifest = captioner.manifest
         # With float16 matmuls the activations are not rounded to int8.
-        rounds = manifest.components["decoder"].block_size is not None and manifest.cache_dtype == "float32"
+        quantized = FORMATS[manifest.components["decoder"].weights].quantized
+        rounds = quantized and manifest.cache_dtype == "float32"
         self._exact = ExactDecoder(captioner.bundle) if rounds else None
         self._stages = Stages()
 

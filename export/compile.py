@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
+from ..calibration.recipe import make_recipe
+from ..contract.formats import Rule, block_size_of
 from ..errors import OptionError
 from ..models import CaptionerCheckpoint, open_checkpoint
 from ..models.config import CaptionerConfig, VisionConfig
@@ -25,7 +27,7 @@ from .components import ComponentGraph, captioner_parts, component_graph, vision
 from .dialects.fused import read_fused
 from .graph_writer import DataFile, WeightReader, payload_size, serialize, write_weights
 from .selection import SHORTLIST, Selection, selection_signature
-from .targets import Target, get_target
+from .targets import Target, get_target, matmul_dtype
 from .tokenizer import collect_tokenizer
 from .writer import BundleWriter
 
@@ -77,11 +79,7 @@ def compile_bundle(
     """
     record = get_target(target)
     weights, encoders = record.check_weights(weights, encoder_weights)
-    if block_size is not None:
-        if weights != "int4" or block_size not in record.block_sizes:
-            known = ", ".join(map(str, record.block_sizes))
-            raise OptionError(f"a block size is for int4 weights, one of {known}: not {block_size} for {weights}")
-        record = replace(record, block_size=block_size)
+    block_size = record.check_block_size(weights, block_size)
     BundleWriter(output, overwrite=overwrite).check_place()
     report = progress or (lambda *_: None)
     report("reading the checkpoint", 0, 0)
@@ -89,17 +87,18 @@ def compile_bundle(
     record.check_heads(source.config.decoder.head_dim)
     tokenizer = collect_tokenizer(source.path).to_str().encode()
     visual, tokens_per_frame = _visual_spec(source, towers)
+    recipe = make_recipe(source, record, weights, encoders, block_size)
     graphs: list[ComponentGraph] = []
-    for part in captioner_parts(source, tokens_per_frame, record.form(weights).dtype):
+    for part in captioner_parts(source, tokens_per_frame, matmul_dtype(record, weights)):
         report(f"tracing {part.name}", 0, 0)
         form = weights if part.name == "decoder" else encoders
-        graphs.append(component_graph(part.name, part.module, part.signature, record, form, part.source))
+        graphs.append(component_graph(part.name, part.module, part.signature, record, form, part.source, recipe))
     if record.selection:
         graphs.append(_selection(source.config.decoder.vocab_size, record))
     merging: list[tuple[str, ComponentGraph]] = []
     for ratio, tower in zip(visual.ratios[1:], towers[1:], strict=True):
         report(f"tracing vision, ratio {ratio.keep:g}", 0, 0)
-        graph = component_graph("vision", _tower(tower), vision_signature(tower), record, encoders)
+        graph = component_graph("vision", _tower(tower), vision_signature(tower), record, encoders, recipe=recipe)
         merging.append((ratio.graph, graph))
     embedding = source.embedding()
     total = sum(payload_size(graph.traced) for graph in graphs) + embedding.nbytes + len(tokenizer)
@@ -118,13 +117,14 @@ def compile_bundle(
                 merging if graph.name == "vision" else [],
                 source,
                 record,
+                recipe,
                 writer,
                 lambda label=label: report(label, min(writer.written, total), total),
             )
             sizes[graph.name] = writer.written - before
         writer.add_bytes(schema.TOKENIZER_FILE, tokenizer)
         report("closing", total, total)
-        path = writer.commit(_manifest(source, record, weights, components, embedding_spec, visual))
+        path = writer.commit(_manifest(source, record, weights, recipe, components, embedding_spec, visual))
     sizes |= {"embedding": embedding_bytes, "tokenizer": len(tokenizer)}
     manifest = schema.parse_manifest((path / schema.MANIFEST_FILE).read_bytes(), str(path))
     return CompileResult(path, manifest, sizes)
@@ -194,14 +194,14 @@ def _write_component(
     further: Sequence[tuple[str, ComponentGraph]],
     source: CaptionerCheckpoint,
     target: Target,
+    recipe: Sequence[Rule],
     writer: BundleWriter,
     report: Callable[[], None],
 ) -> schema.Component:
     """One component; ``further`` graphs of the same weights go beside it, by the names of their files."""
-    graph_file = f"decoder.{target.dialect}.onnx" if graph.name == "decoder" else f"{graph.name}.onnx"
+    graph_file = target.forms.graph_file(graph.name)
     data_file = f"{graph_file}.data" if payload_size(graph.traced) else None
-    block_size = target.form(graph.weights).block_size
-    reader = WeightReader(read_fused(lambda entry: source.tensor(graph.source, entry)), block_size)
+    reader = WeightReader(read_fused(lambda entry: source.tensor(graph.source, entry)), graph.stored)
     files, held = [(graph_file, graph), *further], DataFile()
     report()
     if data_file is not None:
@@ -215,7 +215,7 @@ def _write_component(
         graph=graph_file,
         data=data_file,
         weights=graph.weights,
-        block_size=block_size if graph.weights in ("int4", "int8") else None,
+        block_size=block_size_of(recipe, graph.source),
         parameters=graph.parameters,
         inputs=[_tensor_spec(value) for value in graph.traced.model.graph.inputs],
         outputs=[_tensor_spec(value) for value in graph.traced.model.graph.outputs],
@@ -240,6 +240,7 @@ def _manifest(
     source: CaptionerCheckpoint,
     target: Target,
     weights: str,
+    recipe: list[Rule],
     components: dict[str, schema.Component],
     embedding: schema.Embedding,
     visual: schema.VisualSpec,
@@ -251,6 +252,7 @@ def _manifest(
         target=target.name,
         dialect=target.dialect,
         weights=weights,
+        recipe=recipe,
         components=components,
         embedding=embedding,
         decoder=schema.DecoderSpec(

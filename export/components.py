@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from ..calibration.recipe import component_rules
+from ..contract.formats import Rule
 from ..models import CaptionerCheckpoint
 from ..models.config import AudioConfig, ConnectorConfig, DecoderConfig, VisionConfig
 from ..models.connectors import SpatialTemporalConnector
 from ..models.decoder import Decoder
-from .dialects.forms import DIALECTS, Rules
-from .targets import Target
+from .dialects.forms import DIALECTS, Replacements, form_of
+from .dialects.layers import Stored, stored_layers
+from .targets import Target, matmul_dtype
 from .trace import Signature, TracedGraph, trace
 
 
@@ -22,8 +25,8 @@ class ComponentGraph:
     """One traced component: its graph, the format of its weights and the number of its parameters.
 
     The entries of ``traced.weights`` are those of the state dict of the checkpoint's component ``source`` (the
-    connector becomes two graphs), where a layer that was lowered to int4 has codes and scales in place of ``weight``
-    (``qweight`` and ``scales`` in the ``ort`` dialect, ``codes`` and ``factors`` in the ``standard`` one).
+    connector becomes two graphs), where a quantized layer has the tensors of its layout in place of ``weight``.
+    ``stored`` has the quantized layers by name.
     """
 
     name: str
@@ -31,6 +34,7 @@ class ComponentGraph:
     weights: str
     parameters: int
     source: str
+    stored: Mapping[str, Stored]
 
 
 @dataclass(frozen=True)
@@ -145,41 +149,50 @@ def captioner_parts(
     yield Part("decoder", "decoder", source.module("decoder"), decoder_signature(config.decoder, cache_dtype))
 
 
-def lower(module: nn.Module, rules: Rules) -> nn.Module:
-    """Replace every submodule whose exact type has a rule, in place; returns the module."""
+def lower(module: nn.Module, replacements: Replacements) -> nn.Module:
+    """Replace every submodule whose exact type has a replacement, in place; returns the module."""
     for name, child in list(module.named_children()):
-        rule = rules.get(type(child))
-        if rule is not None:
-            setattr(module, name, rule(child))
+        replacement = replacements.get(type(child))
+        if replacement is not None:
+            setattr(module, name, replacement(child))
         else:
-            lower(child, rules)
+            lower(child, replacements)
     return module
 
 
 def component_graph(
-    name: str, module: nn.Module, signature: Signature, target: Target, weights: str, source: str | None = None
+    name: str,
+    module: nn.Module,
+    signature: Signature,
+    target: Target,
+    weights: str,
+    source: str | None = None,
+    recipe: Sequence[Rule] | None = None,
 ) -> ComponentGraph:
     """Lower a component (on the meta device) to the target's dialect and trace it.
 
-    ``weights`` is the format of its linear layers. ``source``: the checkpoint's component that the weights are of,
-    where its name is another. The module is not usable afterwards.
+    ``weights`` is the format of the component. ``source``: the checkpoint's component that the weights are of, where
+    its name is another. ``recipe``: the format of each linear layer, the component's default when ``None``. The module
+    is not usable afterwards.
     """
     source = name if source is None else source
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    dialect, form = DIALECTS[target.dialect], target.form(weights)
-    lowered = lower(module, dialect.rules(form))
+    recipe = component_rules(source, module, target, weights) if recipe is None else recipe
+    dialect, form = DIALECTS[target.dialect], form_of(module, source, recipe, matmul_dtype(target, weights))
+    lowered = lower(module, dialect.replacements(form))
+    stored = stored_layers(lowered)
     is_decoder = isinstance(lowered, Decoder)
     called = _DecoderGraph(lowered) if is_decoder else lowered
     traced = trace(called, signature, dialect.attention(form.dtype), dialect.opset)
     dialect.finish(traced, form, is_decoder)
     _drop_unused_inputs(traced)
     if not is_decoder:
-        return ComponentGraph(name, traced, weights, parameters, source)
+        return ComponentGraph(name, traced, weights, parameters, source, stored)
     entries = {
         initializer: replace(weight, entry=weight.entry.removeprefix("decoder."))
         for initializer, weight in traced.weights.items()
     }
-    return ComponentGraph(name, TracedGraph(traced.model, entries), weights, parameters, source)
+    return ComponentGraph(name, TracedGraph(traced.model, entries), weights, parameters, source, stored)
 
 
 def _drop_unused_inputs(graph: TracedGraph) -> None:

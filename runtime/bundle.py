@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
 
+from ..contract.formats import FormatName, Rule, block_size_problem
 from ..errors import BundleError
 from . import integrity
 from .graph_check import MOST_GRAPH_BYTES, check_graph
@@ -54,7 +55,7 @@ class Component(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     graph: str
     data: str | None = None
-    weights: Annotated[str, Meta(pattern="^(fp32|fp16|int4|int8)$")]
+    weights: FormatName
     block_size: Positive | None = None
     parameters: NonNegative
     inputs: list[TensorSpec]
@@ -165,14 +166,18 @@ class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """``bundle.json``. ``files`` is filled in by the writer; every file must have a role in the other fields."""
+    """``bundle.json``. ``files`` is filled in by the writer; every file must have a role in the other fields.
+
+    ``recipe``: the format of each linear layer; empty in older bundles, which have the default of their formats.
+    """
 
     schema_version: int = SCHEMA_VERSION
     name: Name
     family: Name
     target: Name
     dialect: Name
-    weights: Annotated[str, Meta(pattern="^(fp32|fp16|int4)$")]
+    weights: FormatName
+    recipe: list[Rule] = []
     components: dict[str, Component]
     embedding: Embedding
     decoder: DecoderSpec
@@ -355,8 +360,8 @@ def _inconsistency(manifest: Manifest) -> str | None:
             return f"the graph of component '{name}' is {component.graph!r}, expected '{graph}'"
         if component.data not in (None, f"{graph}.data"):
             return f"the data of component '{name}' is {component.data!r}, expected '{graph}.data'"
-        if (component.weights == "int4") != (component.block_size is not None) and component.weights != "int8":
-            return f"component '{name}' has {component.weights} weights with block size {component.block_size}"
+        if wrong := block_size_problem(component.weights, component.block_size):
+            return f"component '{name}' has {wrong}"
         for tensors in (component.inputs, component.outputs):
             if len({tensor.name for tensor in tensors}) != len(tensors) or not tensors:
                 return f"component '{name}' has no inputs or outputs, or two of one name"

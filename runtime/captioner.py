@@ -64,7 +64,7 @@ class Captioner:
         self._staged, self.device_notes = staged, tuple(notes)
         """Why better devices are not used, a line each."""
         self._device = self._backend.device
-        self._guard = Guard(forks=self._device == "cpu")
+        self._guard = Guard(forks=self._backend.forks)
         self._model = Model(bundle, self.tokenizer, self.encoder)
         self._decoder: Decoder | None = None
         self.readers: Readers | None = None
