@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .runtime.captioner import Captioner
     from .runtime.decoding import Decoding
     from .runtime.prepared import MediaOptions, PreparedClip
+    from .runtime.viewing import Count, Share, Viewing
 
 __all__ = [
     "BatchItem",
@@ -41,6 +42,7 @@ __all__ = [
     "Captioner",
     "CheckpointError",
     "ClosedError",
+    "Count",
     "DeadlineError",
     "Decoding",
     "IntertitleError",
@@ -49,8 +51,10 @@ __all__ = [
     "MediaOptions",
     "OptionError",
     "PreparedClip",
+    "Share",
     "TargetError",
     "TransientMediaError",
+    "Viewing",
     "__version__",
 ]
 
@@ -60,9 +64,12 @@ _LAZY = {
     "Caption": "caption",
     "CaptionStream": "caption",
     "Captioner": "captioner",
+    "Count": "viewing",
     "Decoding": "decoding",
     "MediaOptions": "prepared",
     "PreparedClip": "prepared",
+    "Share": "viewing",
+    "Viewing": "viewing",
 }
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -23,9 +23,10 @@ from .errors import OptionError
 from .plain_text import flat, one_line, safe, safe_json, safe_pieces
 
 if TYPE_CHECKING:
+    from .contract.manifest import Manifest
+    from .contract.pipeline import Mode, Pipeline, Variant
     from .export.compile import CompileResult
     from .runtime.batch import Tally
-    from .runtime.bundle import Manifest
 
 __all__ = [
     "BatchDisplay",
@@ -352,23 +353,34 @@ def describe(manifest: Manifest) -> Iterator[Table | str]:
     yield facts
 
 
+def _clip_tokens(pipeline: Pipeline, mode: Mode, variant: Variant | None = None) -> int:
+    """Tokens that the stages of a prompt give a clip of all frames."""
+    from .contract.pipeline import stages_of
+
+    places, names = pipeline.sampling.count, stages_of(pipeline.prompts[mode].pieces)
+    return sum(pipeline.units(name, places) * pipeline.tokens(name, variant) for name in names)
+
+
 def _facts(manifest: Manifest, loaded: int) -> Iterator[tuple[str, str]]:
     """What a captioner takes, does and needs. ``loaded``: bytes of the components that are loaded to run it."""
-    decoder, visual, media, decoding = manifest.decoder, manifest.visual, manifest.preprocessing, manifest.generation
-    tokens = visual.blocks * visual.tokens_per_block
-    kept = "" if visual.keep in (None, 1) else f" (merging keeps {visual.keep:g})"
-    if len(visual.ratios) > 1:
-        counts = (f"{ratio.keep:g} gives {visual.blocks * ratio.tokens_per_block}" for ratio in visual.ratios)
-        kept = f" (ratio of merging: {', '.join(counts)})"
-    yield "pictures", f"{media.num_frames} frames of a clip ({media.frame_rule}), {tokens} visual tokens{kept}"
-    yield "sound", f"{media.audio.num_tokens} audio tokens" if media.audio else "is ignored: there is no audio branch"
-    yield "modes", ", ".join(manifest.prompts)
+    from .runtime.viewing import Share
+
+    decoder, pipeline, decoding = manifest.decoder, manifest.pipeline, manifest.generation
+    sampling, merging = pipeline.sampling, pipeline.merging
+    variants = () if merging is None else merging.variants
+    tokens = _clip_tokens(pipeline, "video", variants[0] if variants else None)
+    shares = [f"{Share(each.keep)} gives {_clip_tokens(pipeline, 'video', each)}" for each in variants]
+    kept = f" (merging: {', '.join(shares)})" if shares[1:] or (variants and variants[0].keep != 1) else ""
+    rate = "" if sampling.fps is None else f", {sampling.fps:g} a second"
+    yield "pictures", f"{sampling.count} frames of a clip ({sampling.rule}{rate}), {tokens} visual tokens{kept}"
+    sound = _clip_tokens(pipeline, "audio") if "audio" in pipeline.prompts else 0
+    yield "sound", f"{sound} audio tokens" if pipeline.sound else "is ignored: there is no audio branch"
+    yield "modes", ", ".join(pipeline.prompts)
     yield "prompt", f'"{manifest.default_instruction}" unless another is given'
     length = f"up to {decoding.max_new_tokens} new tokens, context {decoder.context_length} tokens"
     yield "decoding", f"greedy unless asked otherwise, {length}, repetition penalty {decoding.repetition_penalty:g}"
     yield "sampling", f"temperature {decoding.temperature:g}, top-p {decoding.top_p:g}, top-k {decoding.top_k or 'off'}"
-    clip = tokens + (media.audio.num_tokens if media.audio else 0)
-    longest = min(clip + decoding.max_new_tokens, decoder.context_length)
+    longest = min(tokens + sound + decoding.max_new_tokens, decoder.context_length)
     yield (
         "memory",
         f"{loaded / 1e6:,.1f} MB of weights are loaded; the embedding stays on disk. The cache takes "

@@ -29,6 +29,7 @@ from ..console import ProgressDisplay
 from ..export.compile import compile_bundle
 from ..runtime.captioner import Captioner, MediaOptions
 from ..runtime.decoding import Decoding
+from ..runtime.viewing import Share
 from .harness import RESULTS, write_result
 
 MAIN = ("cider", "completeness", "invention", "readable", "repetition", "words")
@@ -41,7 +42,7 @@ class Setting:
 
     weights: str = "int4"
     encoders: str = "fp32"
-    visual_tokens: float | None = None
+    visual_tokens: Share | None = None
     decoding: Decoding = field(default_factory=Decoding)
     every: int = 2
     group: str = ""
@@ -52,7 +53,7 @@ def settings() -> dict[str, Setting]:
     found = {"fp32": Setting("fp32", every=1), "int4": Setting(every=1)}
     found["int4, int8 encoders"] = Setting(encoders="int8", every=1)
     for keep in (0.75, 0.5, 0.25, 0.1):
-        found[f"keep {keep}"] = Setting(visual_tokens=keep, group="compression")
+        found[f"keep {keep}"] = Setting(visual_tokens=Share(keep), group="compression")
     for alpha in (0.25, 0.5, 1.0):
         found[f"temporal contrast {alpha}"] = Setting(
             decoding=Decoding(contrast="temporal", contrast_alpha=alpha), group="contrast"

@@ -34,6 +34,7 @@ from ..runtime.captioner import Captioner
 from ..runtime.clip import Clip
 from ..runtime.inference import FloatArray
 from ..runtime.timing import Stages
+from ..runtime.viewing import Share
 from .harness import write_result
 from .random_bundle import random_bundle
 
@@ -57,7 +58,7 @@ class Run:
 def run_setting(captioner: Captioner, clip: Clip, setting: float | None, length: int, fed: Sequence[int] | None) -> Run:
     """Encode, prefill and decode ``length`` tokens: those of ``fed``, or the likeliest ones."""
     stages = Stages()
-    encoded = captioner.encoder.encode(clip, stages, visual_tokens=setting)
+    encoded = captioner.encoder.encode(clip, stages, visual_tokens=None if setting is None else Share(setting))
     prompt = captioner.encoder.prompt_embeds(encoded, captioner.manifest.default_instruction)
     inference = captioner.open_inference(len(prompt) + length)
     started = time.perf_counter()

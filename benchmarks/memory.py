@@ -60,7 +60,7 @@ def growth(sizes: list[int]) -> float:
 
 def bound(captioner: Captioner, rows: int) -> dict[str, int]:
     """What a batch may hold beside the weights: the cache, and the clips and prompts of rows and reading ahead."""
-    scheduler = captioner._scheduler
+    scheduler = captioner._loaded.scheduler
     assert scheduler is not None
     decoder, inference = captioner.manifest.decoder, scheduler.inference
     prompt = 4 * decoder.hidden_size * inference.max_length

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..calibration.recipe import roundings
 from ..calibration.reference import Reference
-from ..calibration.verify import roundings
 from ..models import open_checkpoint
 from ..runtime.decoding import Decoding
 from ..runtime.timing import Stages

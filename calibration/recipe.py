@@ -14,7 +14,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ..contract.formats import FORMATS, Rule, decide
-from ..contract.targets import Target
+from ..contract.manifest import Manifest
+from ..contract.targets import Target, get_target
 from ..models import CaptionerCheckpoint
 from .formats import encoding
 
@@ -116,3 +117,19 @@ def roundings_of(dialect: str, recipe: Sequence[Rule]) -> Mapping[str, Rounding]
     """The rounding of each component that has a quantized layer."""
     quantized = dict.fromkeys(rule.component for rule in recipe if FORMATS[rule.format].quantized)
     return {name: Rounding(dialect, name, tuple(recipe)) for name in quantized}
+
+
+def stated_recipe(manifest: Manifest, source: CaptionerCheckpoint) -> list[Rule]:
+    """The recipe by which a bundle of a checkpoint was compiled.
+
+    An older bundle does not state it: it has the default one of its target and formats.
+    """
+    decoder = manifest.components[DECODER]
+    encoders = next(part.weights for name, part in manifest.components.items() if name != DECODER)
+    target = get_target(manifest.target)
+    return manifest.recipe or make_recipe(source, target, decoder.weights, encoders, decoder.block_size)
+
+
+def roundings(manifest: Manifest, source: CaptionerCheckpoint) -> Mapping[str, Rounding]:
+    """The rounding in a bundle of each component of its checkpoint that has a quantized layer."""
+    return roundings_of(manifest.dialect, stated_recipe(manifest, source))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,7 +21,6 @@ import torch
 
 from .._version import __version__
 from ..contract.formats import FORMATS
-from ..contract.targets import get_target
 from ..errors import OptionError
 from ..models import CaptionerCheckpoint, open_checkpoint
 from ..models.connectors import SpatialTemporalConnector
@@ -48,7 +47,7 @@ from .comparison import (
     tolerance,
 )
 from .exact_decoder import ExactDecoder, accuracy_level
-from .recipe import Rounding, make_recipe, roundings_of
+from .recipe import roundings
 from .reference import GreedyCaption, Reference
 
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "torch", "numpy")
@@ -108,18 +107,6 @@ def verify(
     clips = [check.run(os.fspath(source), captioner.read(source, audio=audio)) for source in media]
     verdict, divergent = conclude(clips)
     return Report(verdict, divergent, captioner.manifest.weights, clips)
-
-
-def roundings(manifest: Manifest, source: CaptionerCheckpoint) -> Mapping[str, Rounding]:
-    """The rounding in a bundle of each component of the checkpoint that has quantized layers.
-
-    An older bundle states no recipe: it has the default one of its target and formats.
-    """
-    decoder, encoder = manifest.components["decoder"], manifest.components["vision"]
-    recipe = manifest.recipe or make_recipe(
-        source, get_target(manifest.target), decoder.weights, encoder.weights, decoder.block_size
-    )
-    return roundings_of(manifest.dialect, recipe)
 
 
 def check_same_model(manifest: Manifest, reference: Reference) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -20,6 +18,7 @@ from .outputs import check_output, check_record_name
 if TYPE_CHECKING:
     from ..runtime.batch import Entry, RecordFile, RecordStream, Settings, SubtitleWriter
     from ..runtime.decoding import Decoding
+    from ..runtime.viewing import Viewing
 
 
 class _Segments(click.ParamType):
@@ -44,8 +43,7 @@ class _Segments(click.ParamType):
 @click.argument("inputs", nargs=-1, required=True)
 @click.option("-o", "--output", metavar="FILE", required=True, help="The JSONL file to write; - is stdout.")
 @options.prompt
-@options.no_audio
-@options.viewing_options
+@options.viewing_options()
 @options.decoding_options
 @options.device_options
 @click.option("--rows", type=click.IntRange(1), help="Captions generated together.  [default: 8, or what fits]")
@@ -66,14 +64,7 @@ class _Segments(click.ParamType):
 @click.option(
     "--subtitles-dir", type=options.PATH, metavar="DIR", help="Write subtitle files there.  [default: beside the clip]"
 )
-@click.option(
-    "--item-timeout",
-    type=click.FloatRange(min=0, min_open=True),
-    default=600.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Give up on a file that takes longer to read.",
-)
+@options.item_timeout
 @options.resume_options
 @options.quiet
 @options.debug
@@ -82,9 +73,7 @@ def batch(
     inputs: tuple[str, ...],
     output: str,
     prompt: str | None,
-    no_audio: bool,
-    visual_tokens: int | float | None,
-    duplicates: float | None,
+    viewing: Viewing,
     decoding: Decoding,
     device: str,
     threads: int | None,
@@ -112,7 +101,9 @@ def batch(
     \b
     Example: intertitle batch captioner holiday/ -o captions.jsonl --max-new-tokens 128
     """
-    from ..runtime.batch import Entry, Job, read_inputs
+    from ..runtime.batch import Entry, Job, Settings, read_inputs
+    from ..runtime.decoding import Decoding
+    from ..runtime.viewing import Viewing
 
     target = None if output == "-" else Path(output)
     if target is None and (srt or vtt or retry_failed or overwrite):
@@ -140,14 +131,10 @@ def batch(
         captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress)
     captioner.readers = readers
     options.say_device(captioner)
-    settings = _settings(
+    settings = Settings.of(
         bundle,
-        decoding,
-        prompt=prompt,
-        audio=not no_audio,
-        visual_tokens=visual_tokens,
-        drop_duplicates=duplicates,
-        segments=segments,
+        {"prompt": prompt, "segments": segments, **viewing.record, **asdict(decoding)},
+        {"prompt": None, "segments": None, **Viewing().record, **asdict(Decoding())},
     )
     with (
         _open_output(target, settings, overwrite=overwrite, retry_failed=retry_failed) as records,
@@ -161,10 +148,8 @@ def batch(
             watch=display,
             options={
                 "prompt": prompt,
-                "audio": not no_audio,
+                "viewing": viewing,
                 "decoding": decoding,
-                "visual_tokens": visual_tokens,
-                "duplicates": duplicates,
                 "rows": rows,
                 "memory": memory,
                 "item_timeout": item_timeout,
@@ -181,26 +166,6 @@ def batch(
     display.summary(tally, target)
     if tally.failures:
         raise click.exceptions.Exit(FAILED)
-
-
-def _settings(bundle: Path, decoding: Decoding, **viewing: Any) -> Settings:
-    """What the records of this run depend on. How many are made together, and on what device, is not of it."""
-    from ..runtime.batch import Settings
-    from ..runtime.decoding import Decoding
-
-    usual = {
-        "prompt": None,
-        "audio": True,
-        "visual_tokens": None,
-        "drop_duplicates": None,
-        "segments": None,
-        **asdict(Decoding()),
-    }
-    values = {name: value for name, value in {**viewing, **asdict(decoding)}.items() if value != usual[name]}
-    # The manifest names every file of the bundle with its hash.
-    values["bundle"] = hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()
-    # As they are read back: tuples are lists there.
-    return Settings(json.loads(json.dumps(values)))
 
 
 def _open_output(target: Path | None, settings: Settings, **how: bool) -> RecordFile | RecordStream:

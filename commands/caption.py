@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..runtime.caption import Caption, CaptionStream
     from ..runtime.captioner import Captioner, PreparedClip
     from ..runtime.decoding import Decoding
+    from ..runtime.viewing import Viewing
 
 
 @click.command(cls=options.Grouped, short_help="Caption videos, images and sounds with a bundle.")
@@ -32,13 +33,10 @@ if TYPE_CHECKING:
     multiple=True,
     help="The instruction to the model; repeatable, the clip is encoded once.  [default: the bundle's own]",
 )
-@options.no_audio
-@click.option("--start", type=float, metavar="SECONDS", help="Start here.  [default: the beginning]")
-@click.option("--end", type=float, metavar="SECONDS", help="Stop here.  [default: the end]")
-@options.viewing_options
+@options.viewing_options(span=True)
 @options.decoding_options
 @click.option(
-    "--n-best",
+    "--candidates",
     type=click.IntRange(1),
     default=1,
     show_default=True,
@@ -55,8 +53,9 @@ def caption(
     bundle: Path,
     media: tuple[Path, ...],
     prompts: tuple[str, ...],
+    viewing: Viewing,
     decoding: Decoding,
-    n_best: int,
+    candidates: int,
     device: str,
     threads: int | None,
     staged: bool,
@@ -64,8 +63,6 @@ def caption(
     as_json: bool,
     srt: Path | None,
     quiet: bool,
-    no_audio: bool,
-    **viewing: Any,
 ) -> None:
     """Caption MEDIA (videos, images, folders of images, sound files) with BUNDLE.
 
@@ -81,8 +78,8 @@ def caption(
 
     if stream and as_json:
         raise OptionError("--stream and --json exclude each other")
-    if n_best > 1 and (stream or srt is not None):
-        raise OptionError("--n-best goes neither with --stream nor with --srt")
+    if candidates > 1 and (stream or srt is not None):
+        raise OptionError("--candidates goes neither with --stream nor with --srt")
     if srt is not None:
         if len(media) > 1 or len(prompts) > 1:
             raise OptionError("--srt takes one clip and one instruction")
@@ -94,10 +91,10 @@ def caption(
         captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress, staged=staged)
     options.say_device(captioner)
     captioner.readers = readers
-    asked = _Asked(captioner, prompts, decoding, n_best, {"audio": not no_audio, **viewing})
+    asked = _Asked(captioner, prompts, decoding, candidates, viewing)
     failed, result = False, None
     for path in media:
-        show = _Show(path, len(media) > 1, len(prompts) > 1, n_best > 1, as_json)
+        show = _Show(path, len(media) > 1, len(prompts) > 1, candidates > 1, as_json)
         answers = asked.answers(path, quiet, stream)
         while True:
             try:
@@ -129,8 +126,8 @@ class _Asked:
     captioner: Captioner
     prompts: tuple[str, ...]
     decoding: Decoding
-    n_best: int
-    viewing: dict[str, Any]
+    candidates: int
+    viewing: Viewing
 
     def answers(
         self, path: Path, quiet: bool, stream: bool
@@ -140,15 +137,15 @@ class _Asked:
         The captions of one instruction are numbered from 1, the likeliest first.
         """
         source: Path | PreparedClip = path
-        viewing = self.viewing
+        viewing: dict[str, Any] = {"viewing": self.viewing}
         if len(self.prompts) > 1:
             with ProgressDisplay(quiet, str(path)) as progress:
                 source, viewing = self.captioner.prepare(path, progress=progress, **viewing), {}
         for prompt in self.prompts or (None,):
             with ProgressDisplay(quiet, str(path)) as progress:
                 how: dict[str, Any] = {"prompt": prompt, "decoding": self.decoding, "progress": progress, **viewing}
-                if self.n_best > 1:
-                    found: list[Any] = self.captioner.candidates(source, self.n_best, **how)
+                if self.candidates > 1:
+                    found: list[Any] = self.captioner.candidates(source, self.candidates, **how)
                 elif stream:
                     found = [self.captioner.stream(source, **how)]
                     found[0].peek()
@@ -211,7 +208,7 @@ def _caption_json(path: Path, prompt: str | None, result: Caption) -> str:
 def _save_srt(path: Path, clip: Path, result: Caption) -> None:
     from ..runtime.subtitles import cue_of, format_srt
 
-    cue = cue_of(result.text, result.start, None, result.seconds)
+    cue = cue_of(result.text, result.start, result.seconds)
     if cue is None:
         raise OptionError(f"{clip}: --srt needs a clip with a duration, and this one has none (an image has none)")
     save(path, format_srt([cue]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,6 +18,10 @@ def _decoder(target: Target) -> tuple[str, ...]:
 
 def _encoders(target: Target) -> tuple[str, ...]:
     return target.encoder_formats
+
+
+if TYPE_CHECKING:
+    from ..runtime.viewing import Share
 
 
 @click.command("compile", short_help="Compile a checkpoint into a bundle.")
@@ -54,11 +59,11 @@ def _encoders(target: Target) -> tuple[str, ...]:
 )
 @click.option(
     "--visual-tokens",
-    type=float,
-    metavar="RATIO",
+    type=options.VisualShare(),
+    metavar="SHARE",
     multiple=True,
     help="AuroraCap: a share of visual tokens that can be kept at run time; repeatable, the first is the default.  "
-    "[default: 1, 0.5, 0.25, 0.1]",
+    "[default: 100%, 50%, 25%, 10%]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that exists.")
 @options.quiet
@@ -71,7 +76,7 @@ def compile_command(
     weights: str | None,
     encoder_weights: str | None,
     block_size: int | None,
-    visual_tokens: tuple[float, ...],
+    visual_tokens: tuple[Share, ...],
     overwrite: bool,
     quiet: bool,
 ) -> None:
@@ -90,7 +95,7 @@ def compile_command(
             weights=weights,
             encoder_weights=encoder_weights,
             block_size=block_size,
-            visual_tokens=visual_tokens or None,
+            visual_tokens=[share.ratio for share in visual_tokens] or None,
             overwrite=overwrite,
             progress=progress,
         )

@@ -17,6 +17,7 @@ from . import offers
 if TYPE_CHECKING:
     from ..runtime.captioner import Captioner
     from ..runtime.reading import Readers
+    from ..runtime.viewing import Share, TokenBudget
 
 Command = Callable[..., Any]
 
@@ -29,7 +30,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
         "scenes",
         "prompt",
         "prompts",
-        "no_audio",
+        "audio",
         "start",
         "end",
         "segments",
@@ -42,7 +43,6 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
         "strategy",
         "max_new_tokens",
         "candidates",
-        "n_best",
         "temperature",
         "top_p",
         "top_k",
@@ -55,12 +55,10 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
         "stop",
         "prefix",
         "contrast",
-        "contrasts",
         "contrast_alpha",
         "contrast_beta",
         "noise_step",
         "retrospective",
-        "refine",
         "confidence",
         "deadline",
     ),
@@ -89,8 +87,22 @@ def sections(command: click.Command) -> dict[str, list[click.Option]]:
     return {title: options for title, options in found.items() if options}
 
 
+#: Options by the names that they had, before each had one name from here to the records.
+_OLD_NAMES = {
+    "decoding": "strategy",
+    "drop-duplicates": "duplicates",
+    "n-best": "candidates",
+    "no-refine": "no-retrospective",
+    "refine": "retrospective",
+}
+
+
 class Grouped(click.Command):
-    """A command with many options, whose help text shows them in sections."""
+    """A command with many options, whose help text shows them in sections. It takes their old names too."""
+
+    def __init__(self, *arguments: Any, **others: Any) -> None:
+        settings = {"token_normalize_func": lambda name: _OLD_NAMES.get(name, name)}
+        super().__init__(*arguments, **{"context_settings": settings, **others})
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         found = sections(self)
@@ -111,7 +123,7 @@ debug = click.option(
     "--debug", is_flag=True, expose_value=False, callback=_note_debug, help="Show an error with its traceback."
 )
 quiet = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
-no_audio = click.option("--no-audio", is_flag=True, help="Ignore the sound.")
+audio = click.option("--audio/--no-audio", default=True, help="Listen to the sound or ignore it.  [default: --audio]")
 
 
 def _only_one(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> str | None:
@@ -147,41 +159,79 @@ class Bytes(click.ParamType):
 
 
 class VisualTokens(click.ParamType):
-    """A ratio (``0.5`` or ``50%``) as a float, or a number of tokens as an int."""
+    """A budget of visual tokens: ``50%`` is a share, ``256`` a number of tokens."""
 
     name = "visual tokens"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
-        if isinstance(value, (int, float)):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> TokenBudget:
+        from ..runtime.viewing import parse_budget
+
+        if not isinstance(value, str):
             return value
         try:
-            if value.endswith("%"):
-                return float(value[:-1]) / 100
-            return int(value) if value.isdecimal() else float(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither a ratio (0.5, 50%) nor a number of tokens (256)", param, ctx)
+            return parse_budget(value)
+        except OptionError as error:
+            self.fail(str(error), param, ctx)
 
 
-def viewing_options(command: Command) -> Command:
-    """What of a clip the captioner looks at: ``visual_tokens`` and ``duplicates``."""
-    return _with_options(
-        command,
-        click.option(
-            "--visual-tokens",
-            type=VisualTokens(),
-            metavar="N|RATIO",
-            help="Keep this many visual tokens (256) or this share of them (0.5 or 50%); similar ones are merged.  "
-            "[default: all]",
-        ),
-        click.option(
-            "--drop-duplicates",
-            "duplicates",
-            type=click.FloatRange(min=0),
-            metavar="LEVELS",
-            help="Skip a frame that differs from the last kept one by at most this many grey levels (0 to 255).  "
-            "[default: keep all]",
-        ),
-    )
+class VisualShare(VisualTokens):
+    """A share of visual tokens only."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Share:
+        from ..runtime.viewing import Share
+
+        budget = super().convert(value, param, ctx)
+        if not isinstance(budget, Share):
+            self.fail(f"'{budget}' is a number of tokens, and a bundle holds shares: give one such as 50%", param, ctx)
+        return budget
+
+
+def viewing_options(*, span: bool = False) -> Callable[[Command], Command]:
+    """How a clip is viewed; ``span``: also ``--start`` and ``--end``. The command gets a ``Viewing``, ``viewing``."""
+    made = {name: option for name, option in _VIEWING.items() if span or name not in ("start", "end")}
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def with_viewing(*arguments: Any, **others: Any) -> Any:
+            from ..runtime.viewing import Viewing
+
+            viewing = Viewing(**{name: others.pop(name) for name in made})
+            return command(*arguments, viewing=viewing, **others)
+
+        return _with_options(with_viewing, *made.values())
+
+    return decorate
+
+
+#: The fields of ``Viewing`` as options.
+_VIEWING: dict[str, Callable[[Command], Command]] = {
+    "audio": audio,
+    "start": click.option("--start", type=float, metavar="SECONDS", help="Start here.  [default: the beginning]"),
+    "end": click.option("--end", type=float, metavar="SECONDS", help="Stop here.  [default: the end]"),
+    "visual_tokens": click.option(
+        "--visual-tokens",
+        type=VisualTokens(),
+        metavar="N|SHARE",
+        help="Keep this many visual tokens (256) or this share of them (50%); similar ones are merged.  [default: "
+        "100%]",
+    ),
+    "duplicates": click.option(
+        "--duplicates",
+        type=click.FloatRange(min=0),
+        metavar="LEVELS",
+        help="Skip a frame that differs from the last kept one by at most this many grey levels (0 to 255).  "
+        "[default: keep all]",
+    ),
+}
+
+item_timeout = click.option(
+    "--item-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give up on a file that takes longer to read.",
+)
 
 
 def decoding_options(command: Command) -> Command:
@@ -198,14 +248,13 @@ def decoding_options(command: Command) -> Command:
         for name, needed in _NEEDED.items():
             source = context.get_parameter_source(name)
             if strategy != needed and source is click.core.ParameterSource.COMMANDLINE:
-                raise OptionError(f"--{name.replace('_', '-')} does nothing without --decoding {needed}")
+                raise OptionError(f"--{name.replace('_', '-')} does nothing without --strategy {needed}")
         decoding = Decoding(strategy=strategy, **given)  # type: ignore[arg-type]
         return command(*arguments, decoding=decoding, **others)
 
     made = [click.option(f"--{name.replace('_', '-')}", name, **how) for name, how in _DECODING.items()]
     strategy = click.option(
-        "--decoding",
-        "strategy",
+        "--strategy",
         type=click.Choice(["greedy", "sample", "beam", "contrastive"]),
         default="greedy",
         show_default=True,

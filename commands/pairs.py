@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +15,9 @@ from . import FAILED, options
 from .outputs import check_output, check_record_name
 
 if TYPE_CHECKING:
-    from ..align.preference import Item, PairTally, Recipe, Scorer
-    from ..runtime.batch import BadLine, Entry, Settings
+    from ..align.preference import Item, PairTally, Scorer
+    from ..runtime.batch import BadLine, Entry
+    from ..runtime.viewing import Viewing
 
 #: Where the judge's key is looked for: a command line is seen by every user of a machine, and kept in histories.
 KEY = "INTERTITLE_JUDGE_API_KEY"
@@ -60,9 +58,9 @@ KEY = "INTERTITLE_JUDGE_API_KEY"
 )
 @click.option(
     "--contrast-alpha",
-    "contrasts",
     type=float,
     multiple=True,
+    default=(0.5,),
     help="Add a caption with temporal contrast of this weight; repeatable.  [default: 0.5]",
 )
 @click.option(
@@ -73,7 +71,7 @@ KEY = "INTERTITLE_JUDGE_API_KEY"
     help="Keep a pair if the scores of its two captions differ by at least this. A score is at most 13.5.",
 )
 @click.option(
-    "--refine/--no-refine",
+    "--retrospective/--no-retrospective",
     default=True,
     show_default=True,
     help="Caption again with each caption in the prompt, and add the results.",
@@ -85,7 +83,8 @@ KEY = "INTERTITLE_JUDGE_API_KEY"
     help="The instruction for the segments of a clip; '' uses --prompt. The default asks to say only what is certain.  "
     "[default: a cautious one]",
 )
-@options.no_audio
+@options.viewing_options()
+@options.item_timeout
 @click.option("--max-new-tokens", type=click.IntRange(1), help="Stop after this many tokens.  [default: the bundle's]")
 @click.option("--temperature", type=float, default=0.9, show_default=True, help="Sampling: divide the logits by this.")
 @click.option(
@@ -118,8 +117,8 @@ def pairs(
     judge_workers: int,
     judge_timeout: float,
     gap: float,
-    no_audio: bool,
-    contrasts: tuple[float, ...],
+    viewing: Viewing,
+    item_timeout: float,
     segment_prompt: str | None,
     device: str,
     threads: int | None,
@@ -141,15 +140,14 @@ def pairs(
     Example: intertitle pairs captioner holiday/ -o pairs.jsonl --scorer judge \\
                --judge-url http://localhost:8000/v1 --judge-model qwen-plus
     """
-    from ..align.preference import CAUTIOUS, PairFile, PairJob, Proposer, Recipe, read_pairs
-    from ..runtime.batch import Entry
+    from ..align.preference import CAUTIOUS, GAP, PairFile, PairJob, Proposer, Recipe, read_pairs
+    from ..runtime.batch import Entry, Settings
 
     name = scorer_name or ("scenes" if scenes is not None else "reference-free")
     _check(inputs, scenes, name, judge_url, judge_model)
     recipe = Recipe(
         **decoding,
-        audio=not no_audio,
-        contrasts=contrasts or Recipe.contrasts,
+        viewing=viewing,
         segment_prompt=CAUTIOUS if segment_prompt is None else segment_prompt or None,
     )
     entries = _entries(inputs, scenes)
@@ -164,12 +162,16 @@ def pairs(
     from ..runtime.batching import READ_AHEAD
     from ..runtime.captioner import Captioner
 
-    readers = options.start_readers(READ_AHEAD)
+    readers = options.start_readers(READ_AHEAD, item_timeout)
     with ProgressDisplay(quiet) as progress:
         captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress)
     options.say_device(captioner)
     captioner.readers = readers
-    settings = _settings(bundle, recipe, scorer=scorer.name, judge_model=judge_model, gap=gap)
+    settings = Settings.of(
+        bundle,
+        {**recipe.record, "scorer": scorer.name, "judge_model": judge_model, "gap": gap},
+        {**Recipe().record, "judge_model": None, "gap": GAP},
+    )
     debug = click.get_current_context().ensure_object(dict).get("debug", False)
     began = time.monotonic()
     with (
@@ -218,20 +220,6 @@ def _scorer(name: str, url: str | None, model: str | None, workers: int, timeout
     if name == "judge":
         return Judge(Endpoint(url or "", model or "", os.environ.get(KEY), timeout=timeout), workers)
     return GroundTruth() if name == "scenes" else ReferenceFree()
-
-
-def _settings(bundle: Path, recipe: Recipe, **scoring: Any) -> Settings:
-    """What the records depend on: what is not at its default, and the bundle, whose manifest names all its files."""
-    from ..align.preference import GAP, Recipe
-    from ..runtime.batch import Settings
-
-    usual = {**asdict(Recipe()), "judge_model": None, "gap": GAP}
-    # No instruction of their own has to differ from the setting's absence, which is the default.
-    given = {**asdict(recipe), "segment_prompt": recipe.segment_prompt or "", **scoring}
-    values = {name: value for name, value in given.items() if name not in usual or value != usual[name]}
-    values["bundle"] = hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()
-    # As they are read back: tuples are lists there.
-    return Settings(json.loads(json.dumps(values)))
 
 
 def _summary(tally: PairTally, in_file: int, seconds: float) -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Greedy tokens to compare."
 )
-@options.no_audio
+@options.audio
 @click.option("--json", "json_file", type=options.PATH, metavar="FILE", help="Write the report as JSON; - is stdout.")
 @options.quiet
 @options.debug
@@ -34,7 +34,7 @@ def verify(
     reference: Path,
     adapter: Path | None,
     max_new_tokens: int,
-    no_audio: bool,
+    audio: bool,
     json_file: Path | None,
     quiet: bool,
 ) -> None:
@@ -59,7 +59,7 @@ def verify(
             media or (DEMO_CLIP,),
             adapter=adapter,
             max_new_tokens=max_new_tokens,
-            audio=not no_audio,
+            audio=audio,
             progress=lambda text: progress(text, 0, 0),
         )
     if json_file is not None:

@@ -1,1 +1,1 @@
-"""What every room knows without importing another: the records of formats, dialects, targets, devices and bundles."""
+"""What all rooms agree on, as plain data: the manifest of a bundle, a family's pipeline, the registries."""

@@ -25,9 +25,10 @@ class Dialect:
         """How the weights of a format lie in its graphs."""
         return LAYOUTS[self.layouts[format]]
 
-    def graph_file(self, component: str) -> str:
-        """The file of a component's graph. The decoder's names the dialect, since the decoder is what differs most."""
-        return f"decoder.{self.name}.onnx" if component == "decoder" else f"{component}.onnx"
+
+def graph_file(component: str, dialect: str) -> str:
+    """The file of a component's graph in a bundle. The decoder's names the dialect, since it differs most."""
+    return f"{component}.{dialect}.onnx" if component == "decoder" else f"{component}.onnx"
 
 
 _PLAIN = {"fp32": "float32", "fp16": "float16"}

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated
 
-import msgspec
 from msgspec import Meta
+
+from .records import Name, Positive, Record
 
 
 @dataclass(frozen=True)
@@ -91,19 +92,18 @@ FormatName = Annotated[str, Meta(pattern=f"^({'|'.join(FORMATS)})$")]
 """A format's name in a manifest."""
 
 
-class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Rule(Record, frozen=True, kw_only=True):
     """One line of a recipe: the linear layers of a component that match a pattern get a format.
 
-    ``component``: of the checkpoint (``vision``, ``connector``, ``audio``, ``decoder``); if it is compiled to several
-    graphs, the rule is for all of them. ``pattern``: as ``fnmatch`` reads it, over the layer's name in that component
-    (``layers.*.mlp.down_proj``); ``*`` matches dots too. ``block_size``: the input channels that share a scale, if the
-    layout has blocks. The first rule that matches decides.
+    ``component``: a stage of the pipeline or ``decoder``. ``pattern``: as ``fnmatch`` reads it, over the layer's name
+    in that component (``layers.*.mlp.down_proj``); ``*`` matches dots too. ``block_size``: the input channels that
+    share a scale, if the layout has blocks. The first rule that matches decides.
     """
 
-    component: Annotated[str, Meta(min_length=1)]
+    component: Name
     pattern: Annotated[str, Meta(min_length=1, max_length=300)]
     format: FormatName
-    block_size: Annotated[int, Meta(ge=1)] | None = None
+    block_size: Positive | None = None
 
 
 def decide(recipe: Iterable[Rule], component: str, layer: str) -> Rule:

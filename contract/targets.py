@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from ..errors import OptionError, TargetError
-from .dialects import DIALECTS, Dialect
 from .formats import FORMATS
 
 
@@ -36,11 +35,6 @@ class Target:
     engines: bool = False
     head_multiple: int = 1
     version: str = ""
-
-    @property
-    def forms(self) -> Dialect:
-        """The record of its dialect."""
-        return DIALECTS[self.dialect]
 
     def matmul_type(self, name: str) -> str:
         """The type of the inputs and outputs of matmuls in a component of that format, and of its cache."""

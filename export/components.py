@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..calibration.recipe import component_rules
 from ..contract.formats import Rule
+from ..contract.pipeline import EachUnit, OneSound, Pipeline, Stage, WholeClip, Window
 from ..models import CaptionerCheckpoint
-from ..models.config import AudioConfig, ConnectorConfig, DecoderConfig, VisionConfig
-from ..models.connectors import SpatialTemporalConnector
+from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
+from ..models.stages import build_on_meta, meta_values
 from .dialects.forms import DIALECTS, Replacements, form_of
 from .dialects.layers import Stored, stored_layers
 from .targets import Target, matmul_dtype
@@ -24,27 +26,28 @@ from .trace import Signature, TracedGraph, trace
 class ComponentGraph:
     """One traced component: its graph, the format of its weights and the number of its parameters.
 
-    The entries of ``traced.weights`` are those of the state dict of the checkpoint's component ``source`` (the
-    connector becomes two graphs), where a quantized layer has the tensors of its layout in place of ``weight``.
-    ``stored`` has the quantized layers by name.
+    The entries of ``traced.weights`` are those of the state dict of the checkpoint's component ``name``, where a
+    quantized layer has the tensors of its layout in place of ``weight``. ``stored`` has the quantized layers by name.
     """
 
     name: str
     traced: TracedGraph
     weights: str
     parameters: int
-    source: str
     stored: Mapping[str, Stored]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A component to be traced: a module on the meta device, how it is called, and where its weights come from."""
+    """A graph to be traced: a module of the component ``name`` on the meta device, and how it is called.
+
+    ``keep``: the share of tokens that it keeps, for a form of a stage that merges tokens.
+    """
 
     name: str
-    source: str
     module: nn.Module
     signature: Signature
+    keep: float | None = None
 
 
 class _DecoderGraph(nn.Module):
@@ -62,39 +65,40 @@ class _DecoderGraph(nn.Module):
         return (logits, *(tensor for pair in present for tensor in pair))
 
 
-def vision_signature(config: VisionConfig) -> Signature:
-    """``pixel_values [N, 3, S, S]`` to ``features [N, P, D]``, any number of frames."""
-    size = config.image_size
-    return Signature((torch.zeros(2, 3, size, size),), ({0: "frames"},), ("pixel_values",), ("features",))
+#: How the units of a stage lie in front of each of its inputs: the name of the leading axis (``None``: it is 1), and
+#: example sizes for the given number of units. They are above 1: torch.export would take a 1 for a constant.
+_LEADING: dict[type, Callable[[Any, int], tuple[str | None, list[int]]]] = {
+    EachUnit: lambda unit, units: ("frames", [2]),
+    Window: lambda unit, units: ("slots", [2, unit.kernel]),
+    WholeClip: lambda unit, units: ("frames", [max(2, units)]),
+    OneSound: lambda unit, units: (None, [1]),
+}
 
 
-def connector_signature(config: ConnectorConfig, tokens_per_frame: int) -> Signature:
-    """``features [T, P, D]`` to ``visual_tokens [blocks, tokens, H]``, any T.
+def stage_signature(stage: Stage, pipeline: Pipeline, values: Mapping[str, Tensor]) -> Signature:
+    """The inputs of a stage, and ``[units, tokens, width]`` out; ``values`` are as ``models.stages.meta_values`` gives.
 
-    P varies too where each frame is a block, so that one graph serves every ratio of merging.
+    An input is ``[frames, ...]`` for each unit and for the whole clip, ``[slots, kernel, ...]`` for windows and
+    ``[1, ...]`` for a sound, with any number of frames or slots; behind it stand the axes of one unit of its source
+    (``[3, S, S]`` for pixels, ``[frames, mels]`` for sound, ``[tokens, width]`` for a stage). ``tokens`` varies where
+    the source has variants with different numbers of tokens, so that one graph serves them all.
     """
-    axes = {0: "frames", 1: "tokens"} if config.per_frame else {0: "frames"}
-    # Example sizes above 1: torch.export would take a 1 for a constant.
-    example = torch.zeros(max(2, config.num_frames), max(2, tokens_per_frame), config.in_size)
-    return Signature((example,), (axes,), ("features",), ("visual_tokens",))
+    arguments, axes = [], []
+    for place, value in enumerate(stage.inputs):
+        units = pipeline.units(value.source, pipeline.sampling.count)
+        axis, sizes = _LEADING[type(stage.unit)](stage.unit, units)
+        arguments.append(torch.zeros(*sizes, *values[value.source].shape[1:]))
+        varying = {} if axis is None else {0: axis}
+        if varies(pipeline, value.source):
+            varying[len(sizes)] = f"{value.name}.tokens" if place else "tokens"
+        axes.append(varying)
+    names = tuple(value.name for value in stage.inputs)
+    return Signature(tuple(arguments), tuple(axes), names, (stage.output,))
 
 
-def frame_connector_signature(config: ConnectorConfig, tokens_per_frame: int) -> Signature:
-    """``features [T, P, D]`` to ``frame_tokens [T, P, C]``, any T."""
-    example = torch.zeros(2, tokens_per_frame, config.in_size)
-    return Signature((example,), ({0: "frames"},), ("features",), ("frame_tokens",))
-
-
-def slot_signature(config: ConnectorConfig, tokens_per_frame: int, time_kernel: int) -> Signature:
-    """``windows [S, kt, P, C]`` to ``visual_tokens [S, tokens, H]``, any S."""
-    example = torch.zeros(2, time_kernel, tokens_per_frame, config.out_size)
-    return Signature((example,), ({0: "slots"},), ("windows",), ("visual_tokens",))
-
-
-def audio_signature(config: AudioConfig) -> Signature:
-    """``fbank [1, frames, mel]`` to ``audio_tokens [1, tokens, H]``."""
-    example = torch.zeros(1, config.num_frames, config.num_mel_bins)
-    return Signature((example,), ({},), ("fbank",), ("audio_tokens",))
+def varies(pipeline: Pipeline, source: str) -> bool:
+    """Whether the units of what a stage takes have another number of tokens in another variant."""
+    return any(stage.name == source for stage in pipeline.stages) and len(pipeline.token_counts(source)) > 1
 
 
 def decoder_signature(config: DecoderConfig, cache_dtype: torch.dtype = torch.float32) -> Signature:
@@ -129,24 +133,22 @@ def decoder_signature(config: DecoderConfig, cache_dtype: torch.dtype = torch.fl
 
 
 def captioner_parts(
-    source: CaptionerCheckpoint, tokens_per_frame: int, cache_dtype: torch.dtype = torch.float32
+    source: CaptionerCheckpoint, pipeline: Pipeline, cache_dtype: torch.dtype = torch.float32
 ) -> Iterator[Part]:
-    """The components of a captioner in the order in which data passes them; the tower gives ``tokens_per_frame``."""
+    """The graphs of a captioner in the order in which data passes them, a stage's variants one after the other.
+
+    ``pipeline``: that of the checkpoint with its numbers of tokens (``models.stages.measured``).
+    """
     config = source.config
-    yield Part("vision", "vision", source.module("vision"), vision_signature(config.vision))
-    connector, spec = source.module("connector"), config.connector
-    if not isinstance(connector, SpatialTemporalConnector):
-        yield Part("connector", "connector", connector, connector_signature(spec, tokens_per_frame))
-    else:
-        framewise = connector.frame_part()
-        if framewise is not None:
-            signature = frame_connector_signature(spec, tokens_per_frame)
-            yield Part("frame_connector", "connector", framewise, signature)
-        signature = slot_signature(spec, tokens_per_frame, connector.time_kernel)
-        yield Part("connector", "connector", connector.slot_part(), signature)
-    if config.audio is not None:
-        yield Part("audio", "audio", source.module("audio"), audio_signature(config.audio))
-    yield Part("decoder", "decoder", source.module("decoder"), decoder_signature(config.decoder, cache_dtype))
+    values = meta_values(config)
+    for stage in pipeline.stages:
+        signature = stage_signature(stage, pipeline, values)
+        if not stage.variants:
+            yield Part(stage.name, source.module(stage.name), signature)
+        for variant in stage.variants:
+            form = config.keeping(variant.keep).part(stage.name)
+            yield Part(stage.name, build_on_meta(form), signature, variant.keep)
+    yield Part("decoder", source.module("decoder"), decoder_signature(config.decoder, cache_dtype))
 
 
 def lower(module: nn.Module, replacements: Replacements) -> nn.Module:
@@ -166,19 +168,16 @@ def component_graph(
     signature: Signature,
     target: Target,
     weights: str,
-    source: str | None = None,
     recipe: Sequence[Rule] | None = None,
 ) -> ComponentGraph:
     """Lower a component (on the meta device) to the target's dialect and trace it.
 
-    ``weights`` is the format of the component. ``source``: the checkpoint's component that the weights are of, where
-    its name is another. ``recipe``: the format of each linear layer, the component's default when ``None``. The module
-    is not usable afterwards.
+    ``weights`` is the format of the component. ``recipe``: the format of each linear layer, the component's default
+    when ``None``. The module is not usable afterwards.
     """
-    source = name if source is None else source
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    recipe = component_rules(source, module, target, weights) if recipe is None else recipe
-    dialect, form = DIALECTS[target.dialect], form_of(module, source, recipe, matmul_dtype(target, weights))
+    recipe = component_rules(name, module, target, weights) if recipe is None else recipe
+    dialect, form = DIALECTS[target.dialect], form_of(module, name, recipe, matmul_dtype(target, weights))
     lowered = lower(module, dialect.replacements(form))
     stored = stored_layers(lowered)
     is_decoder = isinstance(lowered, Decoder)
@@ -187,12 +186,12 @@ def component_graph(
     dialect.finish(traced, form, is_decoder)
     _drop_unused_inputs(traced)
     if not is_decoder:
-        return ComponentGraph(name, traced, weights, parameters, source, stored)
+        return ComponentGraph(name, traced, weights, parameters, stored)
     entries = {
         initializer: replace(weight, entry=weight.entry.removeprefix("decoder."))
         for initializer, weight in traced.weights.items()
     }
-    return ComponentGraph(name, TracedGraph(traced.model, entries), weights, parameters, source, stored)
+    return ComponentGraph(name, TracedGraph(traced.model, entries), weights, parameters, stored)
 
 
 def _drop_unused_inputs(graph: TracedGraph) -> None:

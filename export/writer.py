@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from ..contract.manifest import MANIFEST_FILE, FileRecord, Manifest
 from ..errors import IntertitleError, OptionError
-from ..runtime.bundle import MANIFEST_FILE, FileRecord, Manifest, is_plain_name, parse_manifest
+from ..runtime.bundle import is_plain_name, parse_manifest
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

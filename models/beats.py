@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..contract.pipeline import SOUND, OneSound, SoundPlan, Stage, StageInput
 from . import attention
-from .config import AudioConfig
+from .config import AudioConfig, Part
 from .connectors import build_mlp
 
+#: The sound that the tower hears at once: Hz, seconds (docs/facts.md 1.4).
+SAMPLE_RATE, SECONDS = 16000, 30
 FBANK_MEAN = 15.41663
 FBANK_STD = 6.55582
 
@@ -154,3 +157,19 @@ class AudioBranch(nn.Module):
     def forward(self, fbank: Tensor) -> Tensor:
         """fbank float32 ``[B, 2998, 128]`` -> audio tokens ``[B, 1496, out_size]``."""
         return self.projector(self.features(fbank))
+
+
+def sound_plan(config: AudioConfig) -> SoundPlan:
+    """How sound becomes the filter bank that the tower takes."""
+    return SoundPlan(
+        sample_rate=SAMPLE_RATE,
+        num_samples=SAMPLE_RATE * SECONDS,
+        num_mel_bins=config.num_mel_bins,
+        num_frames=config.num_frames,
+    )
+
+
+def audio_part(config: AudioConfig) -> Part:
+    """The stage ``audio``: ``fbank [1, frames, mels]`` to ``audio_tokens [1, tokens, H]``."""
+    inputs = (StageInput("fbank", SOUND),)
+    return Part(Stage(name="audio", unit=OneSound(), inputs=inputs, output="audio_tokens"), AudioBranch, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,14 +12,11 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .adapters import Adapter
-from .beats import AudioBranch
 from .checkpoint import Checkpoint
 from .config import CaptionerConfig
-from .connectors import build_connector
 from .decoder import Decoder
 from .families import FAMILIES, find_family
 from .sources import Source
-from .vision import VisionTower
 
 
 def open_checkpoint(
@@ -26,31 +24,30 @@ def open_checkpoint(
 ) -> CaptionerCheckpoint:
     """Open a checkpoint folder in a released layout, with a LoRA adapter folder merged in if given.
 
-    ``keep``: AuroraCap's ratio of visual tokens that merging keeps. Reads configs and tensor headers, no weights.
+    ``keep``: the ratio of visual tokens that a tower with merging (AuroraCap's) keeps. Reads configs and tensor
+    headers, no weights.
     Raises CheckpointError (see ``CaptionerCheckpoint.validate``) and OptionError for a ``keep`` that cannot be.
     """
     checkpoint = Checkpoint.open(path)
     family = find_family(checkpoint)
-    config = family.read_config(checkpoint, keep)
+    config = family.read_config(checkpoint)
+    if keep is not None:
+        config = config.keeping(keep)
     opened = CaptionerCheckpoint(checkpoint, config, None if adapter is None else Adapter.open(adapter))
     opened.validate()
     return opened
 
 
 class CaptionerCheckpoint:
-    """One captioner on disk. Components are ``vision``, ``connector``, ``audio`` (where there is one), ``decoder``."""
+    """One captioner on disk. Its components are the stages of its pipeline and ``decoder``."""
 
     def __init__(self, checkpoint: Checkpoint, config: CaptionerConfig, adapter: Adapter | None = None) -> None:
         self.checkpoint = checkpoint
         self.config = config
         self.adapter = adapter
         self._builders: dict[str, Callable[[], nn.Module]] = {
-            "vision": lambda: VisionTower(config.vision),
-            "connector": lambda: build_connector(config.connector),
+            part.stage.name: partial(part.build, part.config) for part in config.parts
         }
-        if config.audio is not None:
-            audio = config.audio
-            self._builders["audio"] = lambda: AudioBranch(audio)
         self._builders["decoder"] = lambda: Decoder(config.decoder)
         shapes = {
             name: {entry: tuple(value.shape) for entry, value in self.module(name).state_dict().items()}
@@ -90,7 +87,10 @@ class CaptionerCheckpoint:
         return module.requires_grad_(False)
 
     def embedding(self) -> Tensor:
-        """The embedding table ``[vocabulary, hidden]``; dtype and errors as for ``tensor``."""
+        """The embedding table ``[vocabulary or more, hidden]``; dtype and errors as for ``tensor``.
+
+        Rows behind the vocabulary are learned vectors of prompts (``contract.manifest.Embedding``).
+        """
         return self._build(self._translation.sources["embedding"]["weight"])
 
     def to_checkpoint(self, component: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

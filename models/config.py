@@ -6,24 +6,16 @@ Shapes in the docstrings use: N frames, P patch tokens of a frame, D tower width
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
+from ..contract.pipeline import ImagePlan, Mode, Pipeline, PromptLayout, Sampling, SoundPlan, Stage
+from ..contract.records import DecoderShape, Generation
+from ..errors import OptionError
 
-@dataclass(frozen=True)
-class ImageProcessing:
-    """How a decoded RGB frame becomes the tower's input.
-
-    ``resize`` is ``"exact"`` (both sides to ``size``, the SigLIP processor) or ``"shortest_edge"`` (the shorter side
-    to ``size``, then a centre crop of ``crop``, the CLIP processor). Resampling is Pillow's antialiased bicubic on
-    uint8; then ``(x / 255 - mean) / std`` per channel.
-    """
-
-    resize: Literal["exact", "shortest_edge"]
-    size: int
-    crop: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -63,18 +55,15 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ConnectorConfig:
-    """From tower features ``[N, P, in_size]`` to visual tokens ``[blocks, tokens, out_size]``.
+    """From tower features ``[N, P, in_size]`` to visual tokens of width ``out_size``.
 
-    ``kind`` is the checkpoint's ``mm_projector_type``; ``per_frame`` families (AuroraCap) get one block a frame,
-    the others one block for the clip. ``grid`` is the side of the patch grid, ``num_frames`` the frames of one clip.
+    ``kind`` is the checkpoint's ``mm_projector_type``, ``grid`` the side of the patch grid.
     """
 
     kind: str
     in_size: int
     out_size: int
     grid: int
-    num_frames: int
-    per_frame: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,49 +114,80 @@ class DecoderConfig:
     qkv_bias: bool = False
     tie_embeddings: bool = False
 
+    @property
+    def shape(self) -> DecoderShape:
+        """What a bundle says of it."""
+        return DecoderShape(**{name: getattr(self, name) for name in DecoderShape.__struct_fields__})
+
 
 @dataclass(frozen=True)
-class PromptTemplate:
-    """The text around the visual (or audio) blocks of one mode.
+class Part:
+    """A stage of the pipeline and the module that computes it, ``build(config)``.
 
-    Tokens: ``prefix`` + block (+ ``separator`` + block)... + ``suffix``, each text piece tokenized on its own without
-    special tokens, ``bos_token_id`` (if any) first. ``{instruction}`` in ``prefix`` or ``suffix`` is the user's text.
-    ``sentinel`` is the negative id that stands for a block in the reference implementation's ids.
+    The module's positional arguments are the stage's inputs: ``[units, tokens, width]`` each, for a window
+    ``[windows, kernel, tokens, width]``, for pixels ``[places, 3, S, S]`` and for sound ``[1, frames, mels]``. It gives
+    ``[units, tokens, width]``. ``vary(config, keep)``: the config of the form that keeps a share of the tokens, where
+    the stage merges tokens.
     """
 
-    prefix: str
-    suffix: str
-    separator: str = ""
-    bos_token_id: int | None = None
-    sentinel: int = -200
-
-
-@dataclass(frozen=True)
-class GenerationDefaults:
-    """What the checkpoint's generation settings say. ``repetition_penalty`` sees generated tokens only (docs/facts.md
-    1.7)."""
-
-    eos_token_ids: tuple[int, ...]
-    repetition_penalty: float = 1.0
-    temperature: float = 0.2
-    top_p: float = 0.9
-    top_k: int = 0
-    max_new_tokens: int = 2048
+    stage: Stage
+    build: Callable[[Any], nn.Module]
+    config: Any
+    vary: Callable[[Any, float], Any] | None = None
 
 
 @dataclass(frozen=True)
 class CaptionerConfig:
-    """One captioner, whole."""
+    """One captioner, whole: what its family's ``config.py`` declares of it."""
 
     family: str
-    num_frames: int
-    frame_rule: Literal["centered", "linspace"]
-    image: ImageProcessing
-    vision: VisionConfig
-    connector: ConnectorConfig
+    sampling: Sampling
+    image: ImagePlan
+    parts: tuple[Part, ...]
+    """The stages in the order in which data passes them, the tokens of their units not yet known."""
+    prompts: dict[Mode, PromptLayout]
+    """The layout of each mode: ``video``, and with an audio branch ``audio`` and ``audiovideo``."""
     decoder: DecoderConfig
-    generation: GenerationDefaults
-    audio: AudioConfig | None = None
-    prompts: dict[str, PromptTemplate] = field(default_factory=dict)
-    """Templates by mode: ``video``, and where there is an audio tower ``audio`` and ``audiovideo``."""
+    generation: Generation
+    sound: SoundPlan | None = None
     default_instruction: str = "Describe the video in detail."
+
+    def part(self, name: str) -> Part:
+        """The part of a name. ``KeyError`` for an unknown one."""
+        for part in self.parts:
+            if part.stage.name == name:
+                return part
+        raise KeyError(name)
+
+    @property
+    def merging(self) -> Part | None:
+        """The part that merges tokens, if there is one."""
+        return next((part for part in self.parts if part.vary is not None), None)
+
+    def keeping(self, keep: float) -> CaptionerConfig:
+        """The same captioner with another share of tokens kept. ``OptionError`` where it has no merging, or for a
+        share out of (0, 1]."""
+        if not 0 < keep <= 1:
+            raise OptionError(f"the ratio of visual tokens must be above 0 and at most 1, not {keep:g}")
+        if self.merging is None:
+            if keep != 1:
+                raise OptionError(
+                    f"a captioner of the family {self.family} has no token merging: leave the ratio of visual tokens "
+                    "out"
+                )
+            return self
+        parts = tuple(
+            part if part.vary is None else replace(part, config=part.vary(part.config, keep)) for part in self.parts
+        )
+        return replace(self, parts=parts)
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The pipeline as data."""
+        return Pipeline(
+            sampling=self.sampling,
+            image=self.image,
+            sound=self.sound,
+            stages=tuple(part.stage for part in self.parts),
+            prompts=self.prompts,
+        )

@@ -15,13 +15,14 @@ padding 1 on all three axes, so it adds an empty time slot at either end; ``spat
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..contract.pipeline import EachUnit, Stage, StageInput, Unit, WholeClip, Window
 from ..errors import CheckpointError
-from .config import ConnectorConfig
+from .config import ConnectorConfig, Part
 
 REGSTAGE_DEPTH = 4
 NORM_EPS = 1e-5
@@ -41,16 +42,23 @@ def build_mlp(kind: str, in_size: int, out_size: int) -> nn.Module:
 
 
 class MLPConnector(nn.Module):
-    """A projector per token, over each frame (``per_frame``) or over the mean of all frames."""
+    """A projector for each token of each frame."""
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
-        self.per_frame = config.per_frame
         self.mlp = build_mlp(config.kind, config.in_size, config.out_size)
 
     def forward(self, features: Tensor) -> Tensor:
-        """features ``[N, P, in]`` -> tokens ``[N, P, out]`` per frame, ``[1, P, out]`` pooled."""
-        return self.mlp(features if self.per_frame else features.mean(0, keepdim=True))
+        """features ``[N, P, in]`` -> tokens ``[N, P, out]``."""
+        return self.mlp(features)
+
+
+class PooledConnector(MLPConnector):
+    """A projector for the mean of all frames."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features ``[N, P, in]`` -> tokens ``[1, P, out]``."""
+        return self.mlp(features.mean(0, keepdim=True))
 
 
 class Convolution(nn.Module):
@@ -119,16 +127,6 @@ class RegStage(nn.Module):
         return x
 
 
-def group(x: Tensor, kernel: int, padding: int) -> Tensor:
-    """Frames ``[T, ...]`` in the windows of a convolution over time: ``[(T + 2 padding) // kernel, kernel, ...]``.
-
-    Zero frames are added in front and behind; what does not fill a window at the end is dropped.
-    """
-    empty = x.new_zeros(padding, *x.shape[1:])
-    x = torch.cat((empty, x, empty))
-    return x[: len(x) // kernel * kernel].unflatten(0, (-1, kernel))
-
-
 def patches(x: Tensor, kernel: tuple[int, int], padding: int) -> Tensor:
     """Non-overlapping windows of ``x [S, kt, H, W, C]`` over height and width: ``[S, h, w, kt * kh * kw, C]``.
 
@@ -144,7 +142,10 @@ def patches(x: Tensor, kernel: tuple[int, int], padding: int) -> Tensor:
 
 
 class Sampler(nn.Module):
-    """A 3-D window operation whose stride is its kernel, as what it does to one window of time."""
+    """A 3-D window operation whose stride is its kernel, as what it does to one window of time.
+
+    ``padding``: zeros on all four sides of a frame. Those in front of the clip and behind it are the stage's.
+    """
 
     def __init__(self, kernel: tuple[int, int, int], padding: int) -> None:
         super().__init__()
@@ -154,13 +155,9 @@ class Sampler(nn.Module):
         """``[..., kt * kh * kw, C]`` -> ``[..., C]``."""
         raise NotImplementedError
 
-    def sample(self, windows: Tensor) -> Tensor:
-        """windows ``[S, kt, H, W, C]`` -> ``[S, h, w, C]``; time is already padded and grouped (``group``)."""
+    def forward(self, windows: Tensor) -> Tensor:
+        """windows ``[S, kt, H, W, C]`` -> ``[S, h, w, C]``."""
         return F.silu(self.reduce(patches(windows, self.kernel[1:], self.padding)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x ``[T, H, W, C]`` -> ``[t, h, w, C]``."""
-        return self.sample(group(x, self.kernel[0], self.padding))
 
 
 class ConvSampler(Sampler):
@@ -185,88 +182,82 @@ class PoolSampler(Sampler):
 
 
 class FramePart(nn.Module):
-    """What a spatio-temporal connector does to each frame on its own: its first RegStage."""
+    """What a spatio-temporal connector does to each frame alone: its first RegStage."""
 
-    def __init__(self, grid: int, s1: nn.Module) -> None:
+    def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
-        self.grid, self.s1 = grid, s1
+        self.grid, self.s1 = config.grid, RegStage(config.in_size, config.out_size)
 
     def forward(self, features: Tensor) -> Tensor:
         """features ``[N, P, in]`` of any frames -> ``[N, P, out]``."""
         return self.s1(features.unflatten(1, (self.grid, self.grid))).flatten(1, 2)
 
 
-class SlotPart(nn.Module):
-    """What a spatio-temporal connector does to each window of time on its own: sampler, second RegStage, readout."""
+@dataclass(frozen=True)
+class _Geometry:
+    """A spatio-temporal connector: how its sampler pools, and whether RegStages stand around it."""
 
-    def __init__(self, grid: int, sampler: Sampler, s2: nn.Module, readout: nn.Module) -> None:
+    kernel: tuple[int, int, int]
+    padding: int
+    pools: bool
+    stages: bool
+
+
+_GEOMETRIES = {
+    "stc_connector": _Geometry((2, 2, 2), 1, pools=False, stages=True),
+    "stc_connector_v35": _Geometry((2, 2, 2), 0, pools=False, stages=True),
+    "stp_connector": _Geometry((2, 2, 2), 0, pools=True, stages=True),
+    "spatial_conv": _Geometry((1, 2, 2), 1, pools=False, stages=False),
+    "spatial_pool": _Geometry((1, 2, 2), 0, pools=True, stages=False),
+}
+
+
+class SlotPart(nn.Module):
+    """What a spatio-temporal connector does to each window of time alone: sampler, second RegStage, readout."""
+
+    def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
-        self.grid, self.sampler, self.s2, self.readout = grid, sampler, s2, readout
+        how, size = _GEOMETRIES[config.kind], config.out_size
+        self.grid = config.grid
+        self.sampler = PoolSampler(how.kernel) if how.pools else ConvSampler(size, how.kernel, how.padding)
+        self.s2 = RegStage(size, size) if how.stages else nn.Identity()
+        self.readout = build_mlp("mlp2x_gelu", size, size)
 
     def forward(self, windows: Tensor) -> Tensor:
         """windows ``[S, kt, P, C]`` -> tokens ``[S, h * w, out]``, one time slot each."""
-        x = self.sampler.sample(windows.unflatten(2, (self.grid, self.grid)))
+        x = self.sampler(windows.unflatten(2, (self.grid, self.grid)))
         return self.readout(self.s2(x).flatten(1, 2))
 
 
-class SpatialTemporalConnector(nn.Module):
-    """RegStage, sampler, RegStage, two-layer readout; the ``spatial_*`` kinds have no RegStages.
+def connector_parts(config: ConnectorConfig, source: str = "vision") -> tuple[Part, ...]:
+    """The stages of the connector of ``config.kind``, from the features of the stage ``source``; the last is
+    ``connector``.
 
-    Only the sampler mixes frames, and only inside its windows: ``frame_part`` and ``slot_part`` with ``group`` between
-    them compute the same as ``forward``, frame by frame and window by window.
+    A spatio-temporal connector mixes frames only in the windows of its sampler. Raises CheckpointError for a kind that
+    is not known, or whose sizes the reference could not run either.
     """
-
-    def __init__(self, config: ConnectorConfig, sampler: Sampler, *, stages: bool) -> None:
-        super().__init__()
-        self.grid, self.stages = config.grid, stages
-        self.s1 = RegStage(config.in_size, config.out_size) if stages else nn.Identity()
-        self.sampler = sampler
-        self.s2 = RegStage(config.out_size, config.out_size) if stages else nn.Identity()
-        self.readout = build_mlp("mlp2x_gelu", config.out_size, config.out_size)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """features ``[N, P, in]`` of the N frames of one clip -> tokens ``[1, t * h * w, out]``, t outermost."""
-        x = features.unflatten(1, (self.grid, self.grid))
-        x = self.s2(self.sampler(self.s1(x)))
-        return self.readout(x.flatten(0, 2).unsqueeze(0))
-
-    @property
-    def time_kernel(self) -> int:
-        """Frames in one window."""
-        return self.sampler.kernel[0]
-
-    @property
-    def time_padding(self) -> int:
-        """Zero frames (of ``frame_part``'s output) in front of the first window's frames and behind the last."""
-        return self.sampler.padding
-
-    def frame_part(self) -> FramePart | None:
-        """The part before the sampler, sharing its modules with this one; ``None`` where there is nothing to do."""
-        return FramePart(self.grid, self.s1) if self.stages else None
-
-    def slot_part(self) -> SlotPart:
-        """The part from the sampler on, sharing its modules with this one."""
-        return SlotPart(self.grid, self.sampler, self.s2, self.readout)
-
-
-def build_connector(config: ConnectorConfig) -> nn.Module:
-    """The connector of ``config.kind``: features ``[N, P, in_size]`` -> tokens ``[blocks, tokens, out_size]``.
-
-    Raises CheckpointError for a kind that is not known, or whose sizes the reference could not run either.
-    """
-    size = config.out_size
-    if config.kind.startswith("spatial_") and config.in_size != size:
+    how = _GEOMETRIES.get(config.kind)
+    if how is None:
+        build_mlp(config.kind, 1, 1)  # refuses an unknown kind
+        return (Part(_stage("connector", WholeClip(), "features", source), PooledConnector, config),)
+    if not how.stages and config.in_size != config.out_size:
         raise CheckpointError(
-            f"projector type {config.kind!r} needs a vision tower as wide as the decoder ({size}), not {config.in_size}"
+            f"projector type {config.kind!r} needs a vision tower as wide as the decoder ({config.out_size}), not "
+            f"{config.in_size}"
         )
-    if config.kind == "stc_connector":
-        return SpatialTemporalConnector(config, ConvSampler(size, (2, 2, 2), padding=1), stages=True)
-    if config.kind == "stc_connector_v35":
-        return SpatialTemporalConnector(config, ConvSampler(size, (2, 2, 2), padding=0), stages=True)
-    if config.kind == "stp_connector":
-        return SpatialTemporalConnector(config, PoolSampler((2, 2, 2)), stages=True)
-    if config.kind == "spatial_conv":
-        return SpatialTemporalConnector(config, ConvSampler(size, (1, 2, 2), padding=1), stages=False)
-    if config.kind == "spatial_pool":
-        return SpatialTemporalConnector(config, PoolSampler((1, 2, 2)), stages=False)
-    return MLPConnector(config)
+    parts = []
+    if how.stages:
+        stage = _stage("frame_connector", EachUnit(), "features", source, output="frame_tokens")
+        parts.append(Part(stage, FramePart, config))
+        source = stage.name
+    window = Window(how.kernel[0], how.kernel[0], how.padding)
+    return (*parts, Part(_stage("connector", window, "windows", source), SlotPart, config))
+
+
+def mlp_part(config: ConnectorConfig, source: str = "vision") -> Part:
+    """The stage ``connector`` that projects each token of each frame."""
+    return Part(_stage("connector", EachUnit(), "features", source), MLPConnector, config)
+
+
+def _stage(name: str, unit: Unit, takes: str, source: str, output: str = "visual_tokens") -> Stage:
+    return Stage(name=name, unit=unit, inputs=(StageInput(takes, source),), output=output)

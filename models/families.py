@@ -21,7 +21,7 @@ class Family:
     """What a family's folder provides."""
 
     matches: Callable[[Checkpoint], bool]
-    read_config: Callable[[Checkpoint, float | None], CaptionerConfig]
+    read_config: Callable[[Checkpoint], CaptionerConfig]
     translate: Callable[[Checkpoint, CaptionerConfig, Mapping[str, Mapping[str, Shape]]], Translation]
 
 

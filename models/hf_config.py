@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..contract.pipeline import ImagePlan
+from ..contract.records import Generation
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
-from .config import DecoderConfig, GenerationDefaults, ImageProcessing, VisionConfig
+from .config import DecoderConfig, VisionConfig
 from .fields import MOST_LAYERS, Fields, shown
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -112,13 +114,13 @@ def check_heads(fields: Fields, hidden_size: int, num_heads: int) -> None:
         raise CheckpointError(f"{fields.where}: hidden_size {hidden_size} does not divide into {num_heads} heads")
 
 
-def read_image_processing(values: dict[str, Any] | None, where: str, vision: VisionConfig) -> ImageProcessing:
+def read_image_processing(values: dict[str, Any] | None, where: str, vision: VisionConfig) -> ImagePlan:
     """A CLIP or SigLIP ``preprocessor_config.json``; where there is none, the tower kind's released processor."""
     size = vision.image_size
     if values is None:
         if vision.kind == "clip":
-            return ImageProcessing("shortest_edge", size, size, CLIP_MEAN, CLIP_STD)
-        return ImageProcessing("exact", size, size, SIGLIP_MEAN, SIGLIP_STD)
+            return ImagePlan("shortest_edge", size, size, CLIP_MEAN, CLIP_STD)
+        return ImagePlan("exact", size, size, SIGLIP_MEAN, SIGLIP_STD)
     fields = Fields(values, where)
     for key, needed in (("do_resize", True), ("do_rescale", True), ("do_normalize", True), ("resample", 3)):
         if fields.get(key, needed) != needed:
@@ -146,7 +148,7 @@ def read_image_processing(values: dict[str, Any] | None, where: str, vision: Vis
     std = _triple(fields, "image_std", CLIP_STD if vision.kind == "clip" else SIGLIP_STD)
     if min(std) < 1e-3:
         raise CheckpointError(f"{where}: image_std must be above 0, not {shown(list(std))}")
-    return ImageProcessing("shortest_edge" if shortest else "exact", edge, size, mean, std)
+    return ImagePlan("shortest_edge" if shortest else "exact", edge, size, mean, std)
 
 
 def _triple(fields: Fields, key: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
@@ -218,7 +220,7 @@ def read_generation(
     max_new_tokens: int,
     extra_eos: int | None,
     sampling: tuple[float, float] | None = None,
-) -> GenerationDefaults:
+) -> Generation:
     """``generation_config.json`` with ``config.json`` for what it lacks.
 
     ``max_new_tokens``: the longest caption where the checkpoint does not say, as the family's own inference has it.
@@ -236,11 +238,11 @@ def read_generation(
         )
     if extra_eos is not None and extra_eos not in eos:
         eos = [*eos, extra_eos]
-    defaults = GenerationDefaults(eos_token_ids=tuple(eos))
+    defaults = Generation(eos_token_ids=tuple(eos))
     if sampling is None:
         temperature = _share(fields, "temperature", defaults.temperature, 100.0)
         sampling = (temperature, _share(fields, "top_p", defaults.top_p, 1.0))
-    return GenerationDefaults(
+    return Generation(
         eos_token_ids=tuple(eos),
         repetition_penalty=fields.number("repetition_penalty", 1.0, least=1e-2, most=100.0),
         # transformers' own default, which holds whenever the file does not set another.

@@ -6,12 +6,15 @@ after the selected hidden state, the final norm and SigLIP's pooling head do not
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..contract.pipeline import PIXELS, EachUnit, Stage, StageInput
 from . import attention
-from .config import VisionConfig
+from .config import Part, VisionConfig
 from .merging import merge_counts, merge_tokens
 
 
@@ -126,3 +129,14 @@ class VisionTower(nn.Module):
             x = self.encoder(self.pre_layrnorm(x))
             return x[:, 1:]
         return self.encoder(x)
+
+
+def tower_part(config: VisionConfig, merges: bool = False) -> Part:
+    """The stage ``vision``: pixels ``[N, 3, S, S]`` to ``features [N, P, D]``, frame by frame. ``merges``: its share of
+    tokens may be chosen."""
+    stage = Stage(name="vision", unit=EachUnit(), inputs=(StageInput("pixel_values", PIXELS),), output="features")
+    return Part(stage, VisionTower, config, _keeping if merges else None)
+
+
+def _keeping(config: VisionConfig, keep: float) -> VisionConfig:
+    return replace(config, keep=float(keep))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import BundleError, IntertitleError, ItemError, TargetError, TransientMediaError
 from .caption import Caption
@@ -15,6 +15,7 @@ from .media.doors import reason
 from .runner import Runner
 from .task import CaptionTask
 from .timing import Stages
+from .viewing import Viewing
 
 #: Clips that are read ahead of the encoder, beside the one it works on.
 READ_AHEAD = 2
@@ -28,6 +29,13 @@ class BatchItem:
     prompt: str | None = None
     start: float | None = None
     end: float | None = None
+
+    def viewing(self, common: Viewing) -> Viewing:
+        """How it is viewed in a batch: its own span, where it has one, in place of the batch's.
+
+        ``OptionError`` for a span that cannot be.
+        """
+        return common if self.start is self.end is None else replace(common, start=self.start, end=self.end)
 
 
 @dataclass(frozen=True)
@@ -46,13 +54,15 @@ class Pipeline:
 
     ``read``: from an item to its clip, in a thread. ``task``: from a clip to a task, encoding it. ``open``: a scheduler
     whose rows hold so many tokens at least; ``OptionError``, which ends the batch, where the memory does not suffice
-    for one caption. ``stop``: ends the reads that are under way.
+    for one caption. ``stop``: ends the reads that are under way. ``alone``: encoders and decoder are never loaded
+    together, so that a clip is encoded only when no caption is being generated.
     """
 
     read: Callable[[BatchItem, Stages], Clip]
     task: Callable[[BatchItem, Clip, Stages], CaptionTask]
     open: Callable[[int], Scheduler]
     stop: Callable[[], None] = lambda: None
+    alone: bool = False
 
 
 def run_batch(pipeline: Pipeline, items: Iterable[BatchItem]) -> Iterator[BatchResult]:
@@ -171,6 +181,10 @@ class _Batch:
     def _encode_ready(self) -> Iterator[BatchResult]:
         """Make a task of a clip that is read, if there is a row for it."""
         busy = self._runner is not None and not self._runner.idle
+        if self._pipeline.alone:
+            if busy:
+                return
+            self._runner = None
         while self._held is None and self._reading and not (busy and not self._has_room()):
             done, _ = wait(self._reading, timeout=0 if busy else None, return_when=FIRST_COMPLETED)
             ready = next((future for future in self._reading if future in done), None)

@@ -1,4 +1,4 @@
-"""A compiled captioner on disk: the schema of ``bundle.json``, and opening a bundle without trusting it.
+"""A compiled captioner on disk: opening a bundle without trusting it (the schema is ``contract.manifest``).
 
 A bundle is a directory of plain files, every one of them named by ``bundle.json`` with its size and sha256. See
 ``ARCHITECTURE.md``, "Bundle". Shapes: V vocabulary, H decoder width.
@@ -12,201 +12,32 @@ import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from msgspec import Meta
 
-from ..contract.formats import FormatName, Rule, block_size_problem
+from ..contract.dialects import graph_file
+from ..contract.formats import block_size_problem
+from ..contract.manifest import (
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    TOKENIZER_FILE,
+    Component,
+    Embedding,
+    FileRecord,
+    Manifest,
+)
+from ..contract.migration import MIGRATIONS
 from ..errors import BundleError
 from . import integrity
 from .graph_check import MOST_GRAPH_BYTES, check_graph
 from .integrity import FileState, Progress
-from .manifest_check import signature_problem, size_problem
-from .preprocess.image import ImageSpec
-from .text import PromptSpec
-
-SCHEMA_VERSION = 2
-MANIFEST_FILE = "bundle.json"
-TOKENIZER_FILE = "tokenizer.json"
+from .manifest_check import pipeline_problem, signature_problem, size_problem
 
 _MAX_MANIFEST_BYTES = 16 << 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
-
-Positive = Annotated[int, Meta(ge=1)]
-NonNegative = Annotated[int, Meta(ge=0)]
-Name = Annotated[str, Meta(min_length=1)]
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-TensorType = Annotated[str, Meta(pattern="^(float32|float16|bfloat16|int64|int32|int8|uint8|bool)$")]
-
-
-class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An input or output of a graph. ``shape`` holds sizes, and names for the axes that may vary."""
-
-    name: Name
-    dtype: TensorType
-    shape: list[Positive | Name]
-
-
-class Component(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One graph. ``data`` is its external data, ``block_size`` the weights that share a scale, if quantized."""
-
-    graph: str
-    data: str | None = None
-    weights: FormatName
-    block_size: Positive | None = None
-    parameters: NonNegative
-    inputs: list[TensorSpec]
-    outputs: list[TensorSpec]
-
-
-class Embedding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The table of token embeddings ``[V, H]``: a raw file, row by row, little-endian."""
-
-    file: str
-    dtype: Annotated[str, Meta(pattern="^(float32|float16|bfloat16)$")]
-    shape: tuple[Positive, Positive]
-
-
-class DecoderSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Sizes of the decoder; ``context_length`` is the largest number of positions."""
-
-    num_layers: Positive
-    num_kv_heads: Positive
-    head_dim: Positive
-    vocab_size: Positive
-    hidden_size: Positive
-    context_length: Positive
-
-
-class AudioSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Sound into the audio component: ``num_samples`` at ``sample_rate`` Hz, ``num_frames`` fbank frames."""
-
-    sample_rate: Positive
-    num_samples: Positive
-    num_mel_bins: Positive
-    num_frames: Positive
-    num_tokens: Positive
-
-
-class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """From media to tensors. ``frame_rule`` says which ``num_frames`` frames of a video are taken (docs/facts.md 1.6,
-    2.4)."""
-
-    num_frames: Positive
-    frame_rule: Literal["centered", "linspace"]
-    image: ImageSpec
-    audio: AudioSpec | None = None
-
-
-class GenerationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The checkpoint's decoding defaults; ``top_k`` 0 is off."""
-
-    eos_token_ids: Annotated[list[NonNegative], Meta(min_length=1)]
-    repetition_penalty: Annotated[float, Meta(gt=0)]
-    temperature: Annotated[float, Meta(ge=0)]
-    top_p: Annotated[float, Meta(gt=0, le=1)]
-    top_k: NonNegative
-    max_new_tokens: Positive
-
-
-class MergingRatio(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A vision graph that merges tokens: ``keep`` as AuroraCap counts it, what it gives for a frame.
-
-    The graphs of all ratios share the external data of the component ``vision``.
-    """
-
-    keep: Annotated[float, Meta(gt=0, le=1)]
-    graph: str
-    tokens_per_block: Positive
-
-
-class VisualSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the connector gives for a clip of all frames, and how its graphs are called.
-
-    ``per_frame``: a block of tokens for each frame, the graph ``connector`` takes frames ``[N, P, D]``. ``pooled``: one
-    block from the mean of all frames, which it takes together. Otherwise one block of time slots: it takes windows
-    ``[S, time_kernel, P, C]`` of what ``frame_connector`` (where there is one) gives for each frame, with
-    ``time_padding`` zero frames in front of and behind the clip; frames that fill no window are left out.
-    ``ratios``: the compiled ratios of a tower that merges tokens, the default first.
-    """
-
-    blocks: Positive
-    tokens_per_block: Positive
-    per_frame: bool = False
-    pooled: bool = False
-    time_kernel: Positive = 1
-    time_padding: NonNegative = 0
-    ratios: list[MergingRatio] = []
-
-    @property
-    def keep(self) -> float | None:
-        """The default ratio, for a tower that merges tokens."""
-        return self.ratios[0].keep if self.ratios else None
-
-
-class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the bundle was made from, and with what."""
-
-    checkpoint: str
-    checkpoint_sha256: Sha256
-    adapter: str | None = None
-    adapter_sha256: Sha256 | None = None
-    intertitle: str
-    tools: dict[str, str]
-
-
-class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file of the bundle, ``bundle.json`` itself aside."""
-
-    sha256: Sha256
-    size: NonNegative
-
-
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """``bundle.json``. ``files`` is filled in by the writer; every file must have a role in the other fields.
-
-    ``recipe``: the format of each linear layer; empty in older bundles, which have the default of their formats.
-    """
-
-    schema_version: int = SCHEMA_VERSION
-    name: Name
-    family: Name
-    target: Name
-    dialect: Name
-    weights: FormatName
-    recipe: list[Rule] = []
-    components: dict[str, Component]
-    embedding: Embedding
-    decoder: DecoderSpec
-    preprocessing: Preprocessing
-    prompts: dict[str, PromptSpec]
-    default_instruction: str
-    generation: GenerationSpec
-    visual: VisualSpec
-    provenance: Provenance
-    files: dict[str, FileRecord] = {}
-
-    @property
-    def shortlist(self) -> int:
-        """Tokens of each row that the component ``selection`` gives; 0 without it."""
-        selection = self.components.get("selection")
-        size = next((value.shape[-1] for value in selection.outputs if value.name == "ids"), 0) if selection else 0
-        return size if isinstance(size, int) else 0
-
-    @property
-    def cache_dtype(self) -> str:
-        """Of the decoder's keys and values."""
-        inputs = self.components["decoder"].inputs
-        return next((value.dtype for value in inputs if value.name.startswith("past.")), "float32")
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of keys and values for one token."""
-        decoder, size = self.decoder, 4 if self.cache_dtype == "float32" else 2
-        return 2 * size * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim
 
 
 class _Version(msgspec.Struct):
@@ -240,7 +71,7 @@ class Bundle:
         since (by inode, size, modification and status change time; ``integrity`` says what that cannot notice).
         Both look into graphs that they have not seen before (``graph_check``). ``"sizes"``: names and sizes only.
         ``progress(done, total)`` counts the bytes hashed. Raises ``BundleError``, one line, for anything but a whole
-        and unaltered bundle of this schema version.
+        and unaltered bundle of a schema version that is known.
         """
         directory = Path(path)
         manifest_bytes = _read_manifest(directory)
@@ -307,22 +138,38 @@ class Bundle:
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """The manifest in a ``bundle.json``, checked in itself. ``BundleError`` begins with ``where``."""
+    """The manifest in a ``bundle.json``, of this schema version or an older one, checked in itself.
+
+    ``BundleError`` begins with ``where``.
+    """
     try:
         version = msgspec.json.decode(data, type=_Version).schema_version
-        if version != SCHEMA_VERSION:
-            remedy = "use a newer intertitle" if version > SCHEMA_VERSION else "compile the checkpoint again"
-            raise BundleError(
-                f"{where}: schema version {version} is not known, this intertitle reads version {SCHEMA_VERSION}; "
-                f"{remedy}"
-            )
-        manifest = msgspec.json.decode(data, type=Manifest)
+        if version == SCHEMA_VERSION:
+            manifest = msgspec.json.decode(data, type=Manifest)
+        else:
+            manifest = _migrated(data, version, where)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{where}: not a bundle manifest: {_one_line(error)}") from error
     problem = _inconsistency(manifest)
     if problem is not None:
         raise BundleError(f"{where}: {_one_line(problem)}")
     return manifest
+
+
+def _migrated(data: bytes, version: int, where: str) -> Manifest:
+    if version not in MIGRATIONS:
+        remedy = "use a newer intertitle" if version > SCHEMA_VERSION else "compile the checkpoint again"
+        known = ", ".join(map(str, (*sorted(MIGRATIONS), SCHEMA_VERSION)))
+        raise BundleError(
+            f"{where}: schema version {version} is not known, this intertitle reads versions {known}; {remedy}"
+        )
+    found = msgspec.json.decode(data)
+    try:
+        while version in MIGRATIONS:
+            found, version = MIGRATIONS[version](found), version + 1
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise BundleError(f"{where}: not a bundle manifest: {_one_line(error)} is missing or wrong") from error
+    return msgspec.convert(found, Manifest)
 
 
 def is_plain_name(name: str) -> bool:
@@ -341,21 +188,17 @@ def _stored_dtype(embedding: Embedding) -> np.dtype[Any]:
 
 def _inconsistency(manifest: Manifest) -> str | None:
     """The first thing in which a manifest contradicts itself."""
-    names = set(manifest.components)
-    audio = manifest.preprocessing.audio is not None
-    expected = {"vision", "connector", "decoder"} | ({"audio"} if audio else set())
-    if names - {"frame_connector", "selection"} != expected:
-        return f"components are {_listed(sorted(names))}, expected {_listed(sorted(expected))}"
-    problem = _visual_inconsistency(manifest)
+    pipeline = manifest.pipeline
+    problem = pipeline_problem(manifest)
     if problem is not None:
         return problem
-    modes = {"video", "audio", "audiovideo"} if audio else {"video"}
-    if not modes <= set(manifest.prompts):
-        return f"no prompt for {_listed(sorted(modes - set(manifest.prompts)))}"
-
-    roles = [TOKENIZER_FILE, manifest.embedding.file, *(ratio.graph for ratio in manifest.visual.ratios[1:])]
+    names, expected = set(manifest.components), {"decoder", *(stage.name for stage in pipeline.stages)}
+    if names - {"selection"} != expected:
+        return f"components are {_listed(sorted(names))}, expected {_listed(sorted(expected))}"
+    variants = [variant.graph for stage in pipeline.stages for variant in stage.variants[1:]]
+    roles = [TOKENIZER_FILE, manifest.embedding.file, *variants]
     for name, component in manifest.components.items():
-        graph = f"decoder.{manifest.dialect}.onnx" if name == "decoder" else f"{name}.onnx"
+        graph = graph_file(name, manifest.dialect)
         if component.graph != graph:
             return f"the graph of component '{name}' is {component.graph!r}, expected '{graph}'"
         if component.data not in (None, f"{graph}.data"):
@@ -369,6 +212,9 @@ def _inconsistency(manifest: Manifest) -> str | None:
     if manifest.components["decoder"].weights != manifest.weights:
         return f"weights are {manifest.weights}, but the decoder's are {manifest.components['decoder'].weights}"
 
+    if strange := sorted({rule.component for rule in manifest.recipe} - expected):
+        return f"recipe: there is no component {_listed(strange)}"
+
     for name in manifest.files:
         if not is_plain_name(name):
             return f"{_quoted(name)} is not a plain file name"
@@ -380,7 +226,7 @@ def _inconsistency(manifest: Manifest) -> str | None:
         return f"files: {_listed(unused)} belongs to no component"
 
     decoder, embedding = manifest.decoder, manifest.embedding
-    if embedding.shape != (decoder.vocab_size, decoder.hidden_size):
+    if embedding.shape[0] < decoder.vocab_size or embedding.shape[1] != decoder.hidden_size:
         return f"embedding table {list(embedding.shape)} for a decoder of {decoder.vocab_size} x {decoder.hidden_size}"
     size = manifest.files[embedding.file].size
     if size != embedding_bytes(embedding):
@@ -388,47 +234,18 @@ def _inconsistency(manifest: Manifest) -> str | None:
             f"'{embedding.file}' has {size} bytes, but {embedding.dtype} {list(embedding.shape)} "
             f"takes {embedding_bytes(embedding)}"
         )
-    image = manifest.preprocessing.image
-    if image.size < 1 or image.crop < 1 or (image.resize == "shortest_edge" and image.crop > image.size):
-        return f"image: size {image.size}, crop {image.crop}"
-    if min(image.std) <= 0:
-        return f"image: std {list(image.std)}"
-    if any(prompt.sentinel >= 0 for prompt in manifest.prompts.values()):
-        return "the sentinel of a prompt is not negative, so it is also a token"
-    bos = [prompt.bos_token_id for prompt in manifest.prompts.values() if prompt.bos_token_id is not None]
-    if not all(0 <= token < decoder.vocab_size for token in (*bos, *manifest.generation.eos_token_ids)):
-        return f"a BOS or EOS token id is outside the vocabulary of {decoder.vocab_size}"
+    if not all(token < decoder.vocab_size for token in manifest.generation.eos_token_ids):
+        return f"an EOS token id is outside the vocabulary of {decoder.vocab_size}"
     return size_problem(manifest) or signature_problem(manifest)
 
 
-def _visual_inconsistency(manifest: Manifest) -> str | None:
-    visual, frames = manifest.visual, manifest.preprocessing.num_frames
-    if visual.per_frame or visual.pooled:
-        if visual.per_frame and visual.pooled:
-            return "visual: per_frame and pooled exclude each other"
-        if "frame_connector" in manifest.components or (visual.time_kernel, visual.time_padding) != (1, 0):
-            return "visual: windows of time where the connector takes frames"
-    elif frames + 2 * visual.time_padding < visual.time_kernel:
-        return f"visual: {frames} frames fill no window of {visual.time_kernel}"
-    for index, ratio in enumerate(visual.ratios):
-        graph = f"vision.keep{ratio.keep}.onnx" if index else "vision.onnx"
-        if ratio.graph != graph:
-            return f"the graph of the merging ratio {ratio.keep:g} is {_quoted(ratio.graph)}, expected '{graph}'"
-    if visual.ratios and not visual.per_frame:
-        return "visual: merging ratios where frames are not blocks of their own"
-    if visual.ratios and visual.ratios[0].tokens_per_block != visual.tokens_per_block:
-        return (
-            f"visual: {visual.tokens_per_block} tokens a block, {visual.ratios[0].tokens_per_block} by its first ratio"
-        )
-    if len({ratio.keep for ratio in visual.ratios}) != len(visual.ratios):
-        return "visual: a merging ratio is there twice"
-    return None
-
-
 def _graphs(manifest: Manifest) -> list[tuple[str, Component]]:
-    """Every graph with its component, those of the merging ratios too."""
-    ratios = [(ratio.graph, manifest.components["vision"]) for ratio in manifest.visual.ratios[1:]]
-    return [(component.graph, component) for component in manifest.components.values()] + ratios
+    """Every graph with its component, those of the variants too."""
+    components = manifest.components
+    variants = [
+        (variant.graph, components[stage.name]) for stage in manifest.pipeline.stages for variant in stage.variants[1:]
+    ]
+    return [(component.graph, component) for component in components.values()] + variants
 
 
 def _check_graph(directory: Path, manifest: Manifest, graph: str, component: Component) -> None:
@@ -446,7 +263,7 @@ def _check_graph(directory: Path, manifest: Manifest, graph: str, component: Com
             ("outputs", facts.outputs, component.outputs),
         ):
             has = {value.name: (value.dtype, value.shape) for value in found}
-            # The graphs of the merging ratios differ from the default's in how many tokens they give.
+            # The graphs of the variants differ from the default's in how many tokens they give.
             ranks_only = side == "outputs" and graph != component.graph
             says = {value.name: (value.dtype, value.shape) for value in listed}
             if ranks_only:

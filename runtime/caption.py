@@ -30,8 +30,8 @@ class Caption:
     ``prompt_tokens``: text, visual and audio tokens before the first generated one, in the last pass.
     ``prompt_tokens_reused``: how many of them the cache still held from an earlier caption, candidate or pass. They
     were not computed again, so ``timings["prefill"]`` does not contain them (``Captioner.forget``).
-    ``instruction``: the one that was asked, the default one where none was given. ``settings``: the decoding settings
-    that were in effect in the last pass, those of the checkpoint filled in.
+    ``instruction``: the one that was asked, the default one where none was given. ``decoding``: the settings of
+    ``Decoding`` that were in effect in the last pass, those of the checkpoint filled in.
     """
 
     text: str
@@ -49,7 +49,7 @@ class Caption:
     draft: str | None = None
     prompt_tokens_reused: int = 0
     instruction: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
+    decoding: dict[str, Any] = field(default_factory=dict)
 
     @property
     def mean_logprob(self) -> float:

@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import DeadlineError, OptionError
-from .backends import Backend, Decoder, Options, OrtBackend, open_backend
+from .backends import Backend, Options, OrtBackend, open_backend
 from .batching import READ_AHEAD, BatchItem, BatchResult, Pipeline, run_batch
 from .bundle import Bundle
 from .caption import Caption, CaptionStream
 from .clip import Clip, array_clip, read_clip
+from .contrast import Contrast
 from .decoding import Decoding, Scheduler, Token, TokenSearch, generate, log_likelihoods, resolve
 from .encoder import EncodedClip, Encoder
 from .guard import Guard
 from .inference import FloatArray, Inference
-from .prepared import MediaOptions, PreparedClip, Source
+from .prepared import (
+    Arrays,
+    MediaOptions,
+    PreparedClip,
+    Source,
+    ViewingOptions,
+    viewing_and_arrays,
+    viewing_of,
+)
 from .reading import TIME_LIMIT, Readers, start_readers
+from .residency import Residency
 from .runner import Runner
-from .task import CaptionTask, Model
+from .task import CaptionTask, Model, contrast_of
 from .text import check_text, load_tokenizer
 from .timing import Progress, Stages, deadline_at
+from .viewing import Viewing
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -39,9 +48,6 @@ _log = logging.getLogger(__name__)
 #: Captions that ``caption_batch`` and ``candidates`` generate together unless told otherwise: beyond 8 rows the tokens
 #: per second hardly grow on a CPU (benchmarks/results).
 DEFAULT_ROWS = 8
-#: Rows are made a multiple of so many tokens long, so that the next clip, a little longer, finds them long enough, and
-#: that there are few sizes: on a GPU cuDNN plans its attention for each.
-_LENGTH_STEP = 256
 
 
 class Captioner:
@@ -59,18 +65,17 @@ class Captioner:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.tokenizer = load_tokenizer(bundle.file("tokenizer.json"))
-        self._backend: Backend | None = OrtBackend(bundle) if backend is None else backend
-        self.encoder = Encoder(bundle, self.tokenizer, self._backend, staged)
-        self._staged, self.device_notes = staged, tuple(notes)
+        backend = OrtBackend(bundle) if backend is None else backend
+        self.encoder = Encoder(bundle, self.tokenizer, backend, staged)
+        self._loaded = Residency(bundle, backend, self.encoder, staged)
+        self.device_notes = tuple(notes)
         """Why better devices are not used, a line each."""
-        self._device = self._backend.device
-        self._guard = Guard(forks=self._backend.forks)
+        self._device = backend.device
+        self._guard = Guard(forks=backend.forks)
         self._model = Model(bundle, self.tokenizer, self.encoder)
-        self._decoder: Decoder | None = None
         self.readers: Readers | None = None
         """Processes that read the files of ``caption``, ``read`` and ``caption_batch``. ``None``: those of a batch are
         read in its own, others in this one."""
-        self._scheduler: Scheduler | None = None
         self._threads: int | None = None
 
     @classmethod
@@ -107,8 +112,8 @@ class Captioner:
     @property
     def device(self) -> str:
         """What the captioner runs on."""
-        if self._backend is not None:
-            self._device = self._backend.device
+        if self._loaded.backend is not None:
+            self._device = self._loaded.backend.device
         return self._device
 
     def __repr__(self) -> str:
@@ -132,8 +137,7 @@ class Captioner:
             if was_open:
                 # What ``device`` says from now on.
                 self._device = self.device
-                self.encoder.close()
-                self._scheduler = self._decoder = self._backend = None
+                self._loaded.close()
                 if self.readers is not None:
                     self.readers.close()
                 _log.info("closed %s", self.bundle.path)
@@ -148,7 +152,7 @@ class Captioner:
         with self._guard.use():
             stages = Stages(progress)
             self.encoder.load(stages)
-            self._load_decoder(stages)
+            self._loaded.load_decoder(stages)
 
     def forget(self) -> None:
         """Forget the prompts that the cache holds: the next caption computes its whole prompt, as the first one did.
@@ -156,13 +160,7 @@ class Captioner:
         For measuring (``Caption.prompt_tokens_reused`` is then 0 for a clip's first pass); captions do not change.
         """
         with self._guard.use():
-            if self._scheduler is not None:
-                self._scheduler.forget()
-
-    @property
-    def per_frame(self) -> bool:
-        """Whether the prompt has a block for each frame (AuroraCap) instead of one for the clip."""
-        return self.manifest.visual.per_frame
+            self._loaded.forget()
 
     def caption(
         self,
@@ -212,7 +210,7 @@ class Captioner:
         until = deadline_at(deadline)
         stages = Stages(progress, until)
         with self._guard.use():
-            task = self._task(source, prompt, decoding or Decoding(), stages, media)
+            (task,) = self._tasks(source, prompt, [decoding or Decoding()], stages, media)
         task.deadline = until
         stream = CaptionStream(iter(()))
         stream._pieces = self._pieces(task, stream)
@@ -259,17 +257,14 @@ class Captioner:
         if decoding.strategy == "beam" and decoding.beams < count:
             raise OptionError(f"{count} captions need at least so many beams, not {decoding.beams}")
         stages = Stages(progress, until)
-        encoded, clip = self._encoded(source, stages, media, prompt, decoding)
         if decoding.strategy == "beam":
-            tasks = [CaptionTask(self._model, encoded, prompt, decoding, stages, clip, num_results=count)]
+            each, results = [decoding], count
         else:
             seeds = [decoding.seed, *np.random.SeedSequence(decoding.seed).generate_state(count - 1, np.uint64)]
-            tasks = [
-                CaptionTask(self._model, encoded, prompt, replace(decoding, seed=int(seed)), stages, clip)
-                for seed in seeds
-            ]
+            each, results = [replace(decoding, seed=int(seed)) for seed in seeds], 1
+        tasks = self._tasks(source, prompt, each, stages, media, results)
         together = min(rows, len(tasks)) * tasks[0].rows
-        runner = Runner(self._idle_scheduler(together, max(task.max_length for task in tasks), stages, True))
+        runner = Runner(self._loaded.idle_scheduler(together, max(task.max_length for task in tasks), stages, True))
         for task in tasks:
             task.deadline = until
             runner.add(task)
@@ -285,27 +280,26 @@ class Captioner:
         items: Iterable[Source | BatchItem],
         *,
         prompt: str | None = None,
-        audio: bool = True,
         decoding: Decoding | None = None,
-        visual_tokens: int | float | None = None,
-        duplicates: float | None = None,
         rows: int | None = None,
         memory: int | None = None,
         progress: Progress | None = None,
         isolate: bool = True,
         item_timeout: float = TIME_LIMIT,
+        **viewing: Unpack[ViewingOptions],
     ) -> Iterator[BatchResult]:
         """Caption many clips, several at once: each result as soon as it is complete, with the place of its item.
 
         A caption is the same as alone, token by token, whatever else is under way. Items are taken as they are needed;
-        one that cannot be captioned gives a result with an ``error`` and does not stop the others. ``rows``: captions
+        one that cannot be captioned gives a result with an ``error`` and does not stop the others. ``viewing`` holds
+        for all of them; the span of an item, where it has one, takes the place of its span. ``rows``: captions
         generated together (8, or as many as fit into ``memory``: bytes of cache). ``OptionError`` when not even one
         fits. ``progress`` hears ``("captions", done, 0)``. Beside the cache, what is held at once are the tokens of the
         clips of the rows and ``batching.READ_AHEAD`` clips with their frames. ``isolate``: files are read in processes
         of their own, so that one that crashes a decoder, or takes more than ``item_timeout`` seconds to read, costs
         only its own caption.
         """
-        how = decoding or Decoding()
+        how, view = decoding or Decoding(), viewing_of(viewing)
         if rows is not None and rows < 1:
             raise OptionError(f"rows must be at least 1, not {rows}")
         per_caption = resolve(how, self.manifest.generation).rows
@@ -313,17 +307,8 @@ class Captioner:
         readers = (self.readers or start_readers(READ_AHEAD, item_timeout)) if isolate else None
 
         def read(item: BatchItem, stages: Stages) -> Clip:
-            return (read_clip if readers is None else readers.read)(
-                item.source,
-                self.manifest.preprocessing,
-                self.per_frame,
-                audio,
-                stages,
-                start=item.start,
-                end=item.end,
-                duplicates=duplicates,
-                threads=self._threads,
-            )
+            read_it = read_clip if readers is None else readers.read
+            return read_it(item.source, self.manifest.pipeline, item.viewing(view), stages, threads=self._threads)
 
         def stop() -> None:
             if readers is not None:
@@ -331,19 +316,16 @@ class Captioner:
 
         def task(item: BatchItem, clip: Clip, stages: Stages) -> CaptionTask:
             asked = prompt if item.prompt is None else item.prompt
-            self._model.check_length(clip, visual_tokens, asked, how)
-            encoded = self.encoder.encode(clip, stages, visual_tokens=visual_tokens, keep_features=_contrasts(how))
-            _drop_frames(clip, how)
-            return CaptionTask(self._model, encoded, asked, how, stages, clip)
+            self._model.check_length(clip, view.visual_tokens, asked, how)
+            prepared = self._encode(clip, view, stages, keep_features=how.contrast == "temporal")
+            return self._captions_of(prepared, asked, [how], stages)[0]
 
         def open_scheduler(max_length: int) -> Scheduler:
-            count = self._rows_in(memory, _rounded(max_length, self.manifest.decoder.context_length), per_caption)
-            return self._idle_scheduler(
-                min(rows or DEFAULT_ROWS, count) * per_caption, max_length, Stages(), exact=True
-            )
+            count = min(rows or DEFAULT_ROWS, self._loaded.captions_in(memory, max_length, per_caption))
+            return self._loaded.idle_scheduler(count * per_caption, max_length, Stages(), exact=True)
 
         wanted = (item if isinstance(item, BatchItem) else BatchItem(item) for item in items)
-        results = run_batch(Pipeline(read, task, open_scheduler, stop), wanted)
+        results = run_batch(Pipeline(read, task, open_scheduler, stop, self._loaded.staged), wanted)
         try:
             for done, result in enumerate(self._guarded(results), 1):
                 if progress is not None:
@@ -369,7 +351,7 @@ class Captioner:
             return self._score(source, text, prompt, media)
 
     def _score(self, source: Source | PreparedClip | None, text: str, prompt: str | None, media: MediaOptions) -> float:
-        encoded, _ = self._encoded(source, Stages(), media)
+        encoded = self._prepared(source, Stages(), media).encoded
         token_ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         token_ids.append(self.manifest.generation.eos_token_ids[0])
         instruction = self._model.instruction(prompt)
@@ -390,42 +372,44 @@ class Captioner:
         What their prompts have in common, the clip above all, is also prefilled once while nothing else is captioned.
         """
         with self._guard.use():
-            encoded, clip = self._encoded(source, Stages(progress), media, keep_features=True)
-        return PreparedClip(clip, encoded)
+            return self._prepared(source, Stages(progress), media, keep_features=True)
 
     def read(
         self,
         source: Source | None = None,
         *,
-        audio: bool = True,
-        frames: npt.ArrayLike | None = None,
-        waveform: npt.ArrayLike | None = None,
-        sample_rate: int | None = None,
-        start: float | None = None,
-        end: float | None = None,
-        duplicates: float | None = None,
         stages: Stages | None = None,
+        **media: Unpack[MediaOptions],
     ) -> Clip:
         """The frames and the sound that the captioner would look at and listen to."""
-        arrays = frames is not None or waveform is not None
-        if (source is None) != arrays:
+        viewing, arrays = viewing_and_arrays(media)
+        return self._read(source, viewing, arrays, stages or Stages())
+
+    def _read(self, source: Source | None, viewing: Viewing, arrays: Arrays, stages: Stages) -> Clip:
+        frames, waveform = arrays.get("frames"), arrays.get("waveform")
+        if (source is None) != (frames is not None or waveform is not None):
             raise OptionError("give either a file or arrays (frames=, waveform=), not both and not neither")
-        spec = self.manifest.preprocessing
+        pipeline, times, seconds = self.manifest.pipeline, arrays.get("frame_times"), arrays.get("seconds")
         if source is not None:
-            stages = stages or Stages()
+            if times is not None or seconds is not None:
+                raise OptionError("frame_times= and seconds= are for arrays, not for files")
             read = read_clip if self.readers is None else self.readers.read
-            span = {"start": start, "end": end}
-            return read(
-                source, spec, self.per_frame, audio, stages, **span, duplicates=duplicates, threads=self._threads
-            )
-        if start is not None or end is not None:
+            return read(source, pipeline, viewing, stages, threads=self._threads)
+        if viewing.start is not None or viewing.end is not None:
             raise OptionError("start= and end= are for files, not for arrays")
-        heard = waveform if audio else None
-        return array_clip(frames, heard, sample_rate, spec, self.per_frame, duplicates=duplicates)
+        return array_clip(
+            frames,
+            waveform if viewing.audio else None,
+            arrays.get("sample_rate"),
+            pipeline,
+            frame_times=times,
+            seconds=seconds,
+            duplicates=viewing.duplicates,
+        )
 
     def open_inference(self, max_length: int, rows: int = 1, stages: Stages | None = None) -> Inference:
         """A decoder with an empty cache for ``rows`` sequences of ``max_length`` tokens."""
-        return self._load_decoder(stages or Stages()).open(rows=rows, max_length=max_length)
+        return self._loaded.open(max_length, rows, stages or Stages())
 
     def generate_tokens(self, embeds: FloatArray, max_new_tokens: int) -> Iterator[Token]:
         """Greedy tokens that follow a prompt given as embeddings ``[S, H]``."""
@@ -433,18 +417,21 @@ class Captioner:
         inference = self.open_inference(len(embeds) + max_new_tokens)
         return generate(inference, inference.prefill(0, embeds)[0], TokenSearch(settings))
 
-    def _task(
+    def _tasks(
         self,
         source: Source | PreparedClip | None,
         prompt: str | None,
-        decoding: Decoding,
+        decodings: Sequence[Decoding],
         stages: Stages,
         media: MediaOptions,
-    ) -> CaptionTask:
-        encoded, clip = self._encoded(source, stages, media, prompt, decoding)
-        return CaptionTask(self._model, encoded, prompt, decoding, stages, clip)
+        num_results: int = 1,
+    ) -> list[CaptionTask]:
+        """A task for each of ``decodings``, which have the contrast in common, of one clip."""
+        how = decodings[0]
+        prepared = self._prepared(source, stages, media, prompt, how, keep_features=how.contrast == "temporal")
+        return self._captions_of(prepared, prompt, decodings, stages, num_results, isinstance(source, PreparedClip))
 
-    def _encoded(
+    def _prepared(
         self,
         source: Source | PreparedClip | None,
         stages: Stages,
@@ -452,25 +439,49 @@ class Captioner:
         prompt: str | None = None,
         decoding: Decoding | None = None,
         keep_features: bool = False,
-    ) -> tuple[EncodedClip, Clip]:
-        """A clip, read and encoded. With ``decoding`` it is for one caption: what cannot fit is refused before any
-        encoder runs, and of the frames nothing is kept that the caption does not need."""
+    ) -> PreparedClip:
+        """A clip, read and encoded. With ``decoding``, what cannot fit is refused before any encoder runs."""
         if isinstance(source, PreparedClip):
             if media:
                 raise OptionError(f"the clip is prepared already: {', '.join(media)} cannot change it")
-            return source.encoded, source.clip
-        visual_tokens = media.get("visual_tokens")
-        options: dict[str, Any] = {name: value for name, value in media.items() if name != "visual_tokens"}
-        clip = self.read(source, **options, stages=stages)
+            return source
+        viewing, arrays = viewing_and_arrays(media)
+        clip = self._read(source, viewing, arrays, stages)
         if decoding is not None:
-            self._model.check_length(clip, visual_tokens, prompt, decoding)
-            keep_features = _contrasts(decoding)
-        if self._staged:
-            self._scheduler = self._decoder = None
-        encoded = self.encoder.encode(clip, stages, visual_tokens=visual_tokens, keep_features=keep_features)
-        if decoding is not None:
-            _drop_frames(clip, decoding)
-        return encoded, clip
+            self._model.check_length(clip, viewing.visual_tokens, prompt, decoding)
+        return self._encode(clip, viewing, stages, keep_features)
+
+    def _encode(self, clip: Clip, viewing: Viewing, stages: Stages, keep_features: bool) -> PreparedClip:
+        self._loaded.make_room()
+        budget = viewing.visual_tokens
+        encoded = self.encoder.encode(clip, stages, visual_tokens=budget, keep_features=keep_features)
+        return PreparedClip(clip, encoded)
+
+    def _captions_of(
+        self,
+        prepared: PreparedClip,
+        prompt: str | None,
+        decodings: Sequence[Decoding],
+        stages: Stages,
+        num_results: int = 1,
+        keep_frames: bool = False,
+    ) -> list[CaptionTask]:
+        """Tasks that need no encoder any more: the contrasted views, each once, are encoded here.
+
+        The clip's frames go with that, but for ``keep_frames``.
+        """
+        views: dict[Contrast, EncodedClip] = {}
+        tasks: list[CaptionTask] = []
+        for how in decodings:
+            view = contrast_of(how, prepared.encoded.mode)
+            if view is not None and view not in views:
+                self._loaded.make_room()
+                views[view] = self.encoder.contrast(prepared.clip, prepared.encoded, view, stages)
+            other = None if view is None else views[view]
+            tasks.append(CaptionTask(self._model, prepared, other, prompt, how, stages, num_results))
+        if not keep_frames:
+            prepared.clip.frames = None
+        return tasks
 
     def _guarded(self, results: Iterator[BatchResult]) -> Iterator[BatchResult]:
         """The results, each made while this captioner is held."""
@@ -487,7 +498,7 @@ class Captioner:
     def _pieces(self, task: CaptionTask, stream: CaptionStream) -> Iterator[str]:
         """Pieces of text; sets ``stream.caption`` at the end."""
         with self._guard.use():
-            runner = Runner(self._idle_scheduler(task.rows, task.max_length, task.stages))
+            runner = Runner(self._loaded.idle_scheduler(task.rows, task.max_length, task.stages))
             runner.add(task)
         shown = 0
         try:
@@ -511,57 +522,3 @@ class Captioner:
         stream.caption = task.captions[0]
         if len(stream.caption.text) > shown:
             yield stream.caption.text[shown:]
-
-    def _idle_scheduler(self, rows: int, max_length: int, stages: Stages, exact: bool = False) -> Scheduler:
-        """The captioner's scheduler, if it has the rows and nobody uses it, else a new one in its place.
-
-        What its rows hold is reused by prompts that begin alike. ``exact``: no more and no longer rows than asked for,
-        which bounds the memory and what is generated together.
-        """
-        length = _rounded(max_length, self._load_decoder(stages).longest)
-        kept = self._scheduler
-        if kept is not None and kept.idle:
-            size = kept.inference.rows, kept.inference.max_length
-            if size == (rows, length) or (not exact and size[0] >= rows and size[1] >= max_length):
-                return kept
-        kept = self._scheduler = None  # free its cache before the next is made
-        self._scheduler = Scheduler(self.open_inference(length, rows, stages))
-        return self._scheduler
-
-    def _load_decoder(self, stages: Stages) -> Decoder:
-        if self._decoder is None:
-            if self._staged:
-                self.encoder.release()
-            assert self._backend is not None
-            started = time.perf_counter()
-            with stages.measure("load"):
-                self._decoder = self._backend.decoder()
-            _log.debug("loaded the decoder in %.2f s", time.perf_counter() - started)
-        return self._decoder
-
-    def _rows_in(self, memory: int | None, max_length: int, per_caption: int) -> int:
-        """Captions whose cache fits into ``memory`` bytes."""
-        if memory is None:
-            return sys.maxsize
-        row = self.manifest.cache_bytes * max_length
-        count = memory // (row * per_caption)
-        if count < 1:
-            raise OptionError(
-                f"a caption takes {row * per_caption / 2**20:,.0f} MiB of cache, the limit is {memory / 2**20:,.0f} MiB"
-            )
-        return count
-
-
-def _contrasts(decoding: Decoding) -> bool:
-    """Whether per-frame features are worth keeping: another stream will be made of them."""
-    return decoding.contrast == "temporal"
-
-
-def _drop_frames(clip: Clip, decoding: Decoding) -> None:
-    """Free the frames of a clip that is encoded for one caption. A noise contrast makes its view of them."""
-    if decoding.contrast != "noise":
-        clip.frames = None
-
-
-def _rounded(max_length: int, longest: int) -> int:
-    return min(-(-max_length // _LENGTH_STEP) * _LENGTH_STEP, max(longest, max_length))

@@ -9,16 +9,18 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from ..contract.pipeline import Mode, Pipeline, SoundPlan
 from ..errors import MediaError, OptionError
-from .bundle import AudioSpec, Preprocessing
 from .inference import FloatArray
 from .media import Media, as_frames, as_waveform, open_media
 from .media.doors import media_errors
 from .media.source import check_total
 from .preprocess.audio import audio_policy, clip_bounds, join_clips, resample, video_policy
-from .preprocess.duplicates import check_threshold, distinct_frames
-from .preprocess.frames import sample_indices, span_frames
+from .preprocess.duplicates import distinct_frames
+from .preprocess.frames import Places, sample_places, span_frames
+from .prompt import Timing
 from .timing import Stages
+from .viewing import Viewing
 
 
 @dataclass
@@ -29,7 +31,8 @@ class Clip:
     each of the T places the model looks at (short clips, images and dropped near-duplicates repeat frames). ``sound``
     float32 ``[n]`` in [-1, 1] at the bundle's sample rate, after the audio policy. Either may be missing, not both.
     ``notes`` says in words what was substituted, ``seconds`` how long the source lasts, or the span of it that was
-    taken, where it has a duration; ``start`` where in the source that span begins, in seconds.
+    taken, where it has a duration; ``start`` where in the source that span begins, in seconds. ``timing``: what a
+    prompt may say of the places' times, counted from the beginning of the span; ``None`` for images.
     """
 
     frames: npt.NDArray[np.uint8] | None = None
@@ -38,9 +41,10 @@ class Clip:
     notes: list[str] = field(default_factory=list)
     seconds: float | None = None
     start: float = 0.0
+    timing: Timing | None = None
 
     @property
-    def mode(self) -> str:
+    def mode(self) -> Mode:
         """``video``, ``audio`` or ``audiovideo``: which prompt template applies."""
         if self.frames is None:
             return "audio"
@@ -66,41 +70,24 @@ class _Span:
     def length(self) -> float | None:
         return None if self.end is None else self.end - self.offset
 
-    def check(self) -> None:
-        """``OptionError`` for times that make no span."""
-        for name, time in (("start", self.start), ("end", self.end)):
-            if time is not None and not (math.isfinite(time) and time >= 0):
-                raise OptionError(f"{name} of a span is seconds from 0 on, not {time}")
-        if self.end is not None and self.end <= self.offset:
-            raise OptionError(f"a span ends after it starts, not at {self.end:g} s when it starts at {self.offset:g} s")
-
 
 def read_clip(
     source: str | os.PathLike[str],
-    spec: Preprocessing,
-    per_frame: bool,
-    audio: bool,
+    pipeline: Pipeline,
+    viewing: Viewing,
     stages: Stages,
     *,
-    start: float | None = None,
-    end: float | None = None,
-    duplicates: float | None = None,
     threads: int | None = None,
 ) -> Clip:
     """Open a file or folder and keep what the model needs of it.
 
-    ``per_frame``: one block of tokens a frame (an image is then one frame; else it is repeated ``num_frames`` times,
-    as VideoLLaMA2's ``process_image`` does). ``audio=False`` leaves the sound out. ``start`` and ``end`` (seconds) take
-    only that span of the pictures and the sound, as if it were the whole source. ``duplicates`` drops sampled frames
-    that differ by no more than so many grey levels from the last kept one (``distinct_frames``): their places show the
-    kept one, or with ``per_frame`` are dropped too. ``threads`` decode video (``open_media``). ``MediaError`` when
-    nothing is left or the source ends before ``start``, ``OptionError`` for a span of images and for times or a
-    threshold that cannot be.
+    An image is one frame where the pipeline is framewise; else it stands at every place, as in VideoLLaMA2's
+    ``process_image``. ``viewing``: which span of the pictures and the sound, and whether the sound counts; the places
+    of near-duplicate frames (``distinct_frames``) show the kept one, or are dropped too where the pipeline is
+    framewise. ``threads`` decode video (``open_media``). ``MediaError`` when nothing is left or the source ends before
+    the span, ``OptionError`` for a span of images.
     """
-    span = _Span(start, end)
-    span.check()
-    if duplicates is not None:
-        check_threshold(duplicates)
+    span = _Span(viewing.start, viewing.end)
     with stages.measure("open"):
         media = open_media(source, threads)
     name = os.fspath(source)
@@ -110,22 +97,21 @@ def read_clip(
             clip.seconds = _span_seconds(media, span)
         if media.has_video:
             with stages.measure("read_frames"):
-                _take_frames(clip, media, spec, per_frame, span)
-        listens = spec.audio is not None and audio
-        if media.has_audio and listens:
-            assert spec.audio is not None
+                _take_frames(clip, media, pipeline, span)
+        plan = pipeline.sound if viewing.audio else None
+        if media.has_audio and plan is not None:
             with stages.measure("read_audio"):
-                _take_sound(clip, media, spec.audio, span)
-        elif media.kind == "video" and listens:
+                _take_sound(clip, media, plan, span)
+        elif media.kind == "video" and plan is not None:
             clip.notes.append("no audio track: captioned from the pictures alone")
         if clip.frames is None and clip.sound is None:
             if not media.has_audio:
                 raise MediaError(f"{name}: holds neither pictures nor sound")
-            why = "sound was switched off" if spec.audio is not None else "this captioner has no audio branch"
+            why = "sound was switched off" if pipeline.sound is not None else "this captioner has no audio branch"
             raise MediaError(f"{name}: holds only sound, and {why}")
         clip.notes.extend(media.notes)
-    if duplicates is not None:
-        _drop_duplicates(clip, duplicates, per_frame)
+    if viewing.duplicates is not None:
+        _drop_duplicates(clip, viewing.duplicates, pipeline.framewise)
     return clip
 
 
@@ -133,38 +119,76 @@ def array_clip(
     frames: npt.ArrayLike | None,
     waveform: npt.ArrayLike | None,
     sample_rate: int | None,
-    spec: Preprocessing,
-    per_frame: bool,
+    pipeline: Pipeline,
     *,
+    frame_times: npt.ArrayLike | None = None,
+    seconds: float | None = None,
     duplicates: float | None = None,
 ) -> Clip:
     """The same from arrays: frames ``[T, H, W, 3]`` uint8, waveform float or int16 mono or with channels.
 
-    Exactly ``num_frames`` frames are taken as already sampled; otherwise the sampling rule picks from them.
+    With ``frame_times`` (seconds of each frame, ascending) the frames are taken as already sampled, and so are exactly
+    as many as the pipeline has places; otherwise the sampling rule picks from them. ``seconds``: how long the clip
+    lasts, by default until its last frame. ``OptionError`` for arrays and numbers that do not fit each other.
     """
-    clip = Clip()
+    clip = Clip(seconds=_given_seconds(seconds))
     if frames is not None:
-        array = as_frames(frames)
-        count = len(array)
-        image = count == 1
-        order = np.arange(count) if count == spec.num_frames else _order(count, spec, image and per_frame)
-        unique, clip.order = np.unique(order, return_inverse=True)
+        array, plan = as_frames(frames), pipeline.sampling
+        times = None if frame_times is None else _given_times(frame_times, len(array), clip.seconds)
+        places = _array_places(len(array), pipeline) if times is None else np.arange(len(array))
+        if times is not None:
+            clip.timing = Timing(float(times[-1]) if clip.seconds is None else clip.seconds, times)
+            if not pipeline.framewise and len(array) != plan.count:
+                raise OptionError(f"frame_times= is for {len(array)} frames, this captioner looks at {plan.count}")
+        unique, clip.order = np.unique(places, return_inverse=True)
         check_total("frames", array.shape[2], array.shape[1], len(unique))
         clip.frames = array[unique]
+    elif frame_times is not None:
+        raise OptionError("frame_times= needs frames=")
     if waveform is not None:
-        if spec.audio is None:
+        sound_plan = pipeline.sound
+        if sound_plan is None:
             raise OptionError("waveform= was given, but this captioner has no audio branch")
         if sample_rate is None:
             raise OptionError("waveform= needs sample_rate= (in Hz)")
         sound = as_waveform(waveform, sample_rate)
         if frames is None:
-            _note_crop(clip, sound.samples.shape[-1] / sample_rate, spec.audio)
-            clip.sound = audio_policy(sound.samples, sample_rate)
+            _note_crop(clip, sound.samples.shape[-1] / sample_rate, sound_plan)
+            clip.sound = audio_policy(sound.samples, sample_rate, sound_plan.num_samples)
         else:
-            clip.sound = video_policy(resample(sound.samples, sample_rate, spec.audio.sample_rate))
+            heard = resample(sound.samples, sample_rate, sound_plan.sample_rate)
+            clip.sound = video_policy(heard, num_samples=sound_plan.num_samples)
     if duplicates is not None:
-        _drop_duplicates(clip, duplicates, per_frame)
+        _drop_duplicates(clip, duplicates, pipeline.framewise)
     return clip
+
+
+def _given_seconds(seconds: float | None) -> float | None:
+    if seconds is not None and not (isinstance(seconds, (int, float)) and math.isfinite(seconds) and seconds >= 0):
+        raise OptionError(f"seconds must be a number from 0 on, not {seconds!r}")
+    return None if seconds is None else float(seconds)
+
+
+def _given_times(given: npt.ArrayLike, count: int, seconds: float | None) -> npt.NDArray[np.float64]:
+    try:
+        times = np.asarray(given, np.float64)
+    except (TypeError, ValueError):
+        raise OptionError("frame_times must be the seconds of each frame") from None
+    if times.shape != (count,):
+        raise OptionError(f"frame_times must be one number for each of the {count} frames, not {list(times.shape)}")
+    if not np.isfinite(times).all() or times[0] < 0 or (np.diff(times) < 0).any():
+        raise OptionError("frame_times must be seconds from 0 on in ascending order")
+    if seconds is not None and times[-1] > seconds:
+        raise OptionError(f"the last of frame_times is {times[-1]:g} s, but the clip lasts {seconds:g} s")
+    return times
+
+
+def _array_places(count: int, pipeline: Pipeline) -> npt.NDArray[np.int64]:
+    """The places of frames whose times are not known."""
+    if count == pipeline.sampling.count or (count == 1 and pipeline.framewise):
+        return np.arange(count)
+    # Of a pipeline that is not framewise, an image stands at every place.
+    return sample_places(count, 0.0, pipeline.sampling).index
 
 
 def _span_seconds(media: Media, span: _Span) -> float | None:
@@ -180,22 +204,29 @@ def _span_seconds(media: Media, span: _Span) -> float | None:
     return end - span.offset
 
 
-def _take_frames(clip: Clip, media: Media, spec: Preprocessing, per_frame: bool, span: _Span) -> None:
+def _take_frames(clip: Clip, media: Media, pipeline: Pipeline, span: _Span) -> None:
+    plan = pipeline.sampling
     try:
         first, last = span_frames(
-            media.num_frames, media.fps, span.start, span.end, spec.frame_rule, media.times, media.duration
+            media.num_frames, media.fps, span.start, span.end, plan.rule, media.times, media.duration
         )
+        total = last - first + 1
+        if media.kind == "image":
+            count = 1 if pipeline.framewise else plan.count
+            places = Places(np.zeros(count, np.int64))
+        else:
+            places = sample_places(total, media.fps, plan)
     except MediaError as error:
         raise MediaError(f"{media.path}: {error}") from None
-    total = last - first + 1
-    order = _order(total, spec, media.kind == "image" and per_frame)
-    unique, clip.order = np.unique(order, return_inverse=True)
+    unique, clip.order = np.unique(places.index, return_inverse=True)
     clip.frames = media.read_frames(first + unique)
-    if total < len(order) and media.num_frames > 1:
-        clip.notes.append(f"only {total} frames for {len(order)} places: frames were repeated")
+    if places.times is not None and places.seconds is not None:
+        clip.timing = Timing(places.seconds, places.times)
+    if total < len(places.index) and media.num_frames > 1:
+        clip.notes.append(f"only {total} frames for {len(places.index)} places: frames were repeated")
 
 
-def _drop_duplicates(clip: Clip, threshold: float, per_frame: bool) -> None:
+def _drop_duplicates(clip: Clip, threshold: float, framewise: bool) -> None:
     if clip.frames is None or clip.order is None:
         return
     stands = distinct_frames(clip.frames, threshold)
@@ -203,39 +234,35 @@ def _drop_duplicates(clip: Clip, threshold: float, per_frame: bool) -> None:
     dropped = len(stands) - len(kept)
     clip.frames = clip.frames[kept]
     clip.order = places[clip.order]
-    if per_frame:
+    if framewise:
         # A frame that a short clip repeats is its own duplicate.
         dropped = len(clip.order) - len(kept)
-        clip.order = np.arange(len(kept))
+        clip.order, left = np.unique(clip.order, return_index=True)
+        if clip.timing is not None:
+            clip.timing = Timing(clip.timing.seconds, clip.timing.times[left])
     if dropped:
-        what = "dropped" if per_frame else "replaced by the one before"
+        what = "dropped" if framewise else "replaced by the one before"
         clip.notes.append(f"{dropped} near-duplicate frames were {what}")
 
 
-def _order(total: int, spec: Preprocessing, single: bool) -> npt.NDArray[np.int64]:
-    return np.zeros(1, np.int64) if single else sample_indices(total, spec.num_frames, spec.frame_rule)
-
-
-def _take_sound(clip: Clip, media: Media, spec: AudioSpec, span: _Span) -> None:
+def _take_sound(clip: Clip, media: Media, plan: SoundPlan, span: _Span) -> None:
     if media.kind == "audio":
-        _note_crop(clip, clip.seconds or 0.0, spec)
-        limit = spec.num_samples / spec.sample_rate
-        seconds = limit if span.length is None else min(limit, span.length)
+        _note_crop(clip, clip.seconds or 0.0, plan)
+        seconds = plan.seconds if span.length is None else min(plan.seconds, span.length)
         sound = media.read_audio(seconds=seconds, start=span.offset, timed=not span.whole)
         try:
-            clip.sound = audio_policy(sound.samples, sound.sample_rate)
+            clip.sound = audio_policy(sound.samples, sound.sample_rate, plan.num_samples)
         except MediaError as error:
             raise MediaError(f"{media.path}: {error}") from None
         return
     try:
-        clips = media.read_audio_parts(spec.sample_rate, clip_bounds, span.length, span.offset, timed=not span.whole)
-        clip.sound = join_clips(clips)
+        clips = media.read_audio_parts(plan.sample_rate, clip_bounds, span.length, span.offset, timed=not span.whole)
+        clip.sound = join_clips(clips, plan.num_samples)
     except MediaError as error:
         # The reference hears 30 s of silence here; the pictures alone say as much, at half the tokens.
         clip.notes.append(f"the sound cannot be used ({error}): captioned from the pictures alone")
 
 
-def _note_crop(clip: Clip, seconds: float, spec: AudioSpec) -> None:
-    limit = spec.num_samples / spec.sample_rate
-    if seconds > limit:
-        clip.notes.append(f"the sound lasts {seconds:.0f} s: its first {limit:.0f} s were heard")
+def _note_crop(clip: Clip, seconds: float, plan: SoundPlan) -> None:
+    if seconds > plan.seconds:
+        clip.notes.append(f"the sound lasts {seconds:.0f} s: its first {plan.seconds:.0f} s were heard")

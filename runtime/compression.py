@@ -9,30 +9,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import OptionError
 from .inference import FloatArray
 
 #: Rows of the similarity matrix that are computed at once.
 _CHUNK = 512
-
-
-def check_visual_tokens(value: object) -> None:
-    """``OptionError`` unless ``value`` is a ratio in (0, 1] (a float), a number of tokens (an int) or ``None``."""
-    if value is None:
-        return
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return
-    if isinstance(value, float) and 0 < value <= 1:
-        return
-    raise OptionError(f"visual_tokens must be a ratio (above 0.0, at most 1.0) or a number from 1 on, not {value!r}")
-
-
-def wanted_tokens(setting: int | float | None, available: int) -> int:
-    """The number M of tokens (1 to ``available``) that a setting asks for. A ratio is rounded."""
-    if setting is None:
-        return available
-    count = round(setting * available) if isinstance(setting, float) else setting
-    return min(available, max(1, count))
 
 
 def merge_tokens(tokens: FloatArray, count: int) -> tuple[FloatArray, npt.NDArray[np.int64]]:

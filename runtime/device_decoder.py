@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .bundle import DecoderSpec
+from ..contract.records import DecoderShape
 from .cuda import Array, Device, Memory
 from .inference import Choice, FloatArray, Shortlist
 from .rows import FilledRows
@@ -66,7 +66,7 @@ class DeviceInference:
         self,
         decoder: Program,
         selection: Program | None,
-        spec: DecoderSpec,
+        spec: DecoderShape,
         embed: Callable[[npt.NDArray[np.int64]], FloatArray],
         *,
         rows: int,

@@ -1,58 +1,87 @@
-"""From a clip to the decoder's input: towers, connector, and the splicing of their tokens into the prompt.
+"""From a clip to the decoder's input: the stages of the pipeline, and their tokens in the prompt.
 
-Shapes: U distinct frames of a clip, T places that the model looks at, P tokens of a frame, D tower width, C connector
-width, H decoder width.
+One interpreter for all families: what runs, in which order and on what is data (``contract.pipeline``). Shapes: T
+places of a clip, U distinct units of a stage, P tokens of a unit, W their width, H decoder width.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from ..contract.pipeline import PIXELS, SOUND, EachUnit, Mode, Piece, Stage, Variant, Window, stages_of
 from ..errors import ClosedError, OptionError
 from .backends import Backend, OrtBackend
-from .bundle import Bundle, MergingRatio
+from .bundle import Bundle
 from .clip import Clip
-from .compression import check_visual_tokens, merge_tokens, wanted_tokens
+from .compression import merge_tokens
 from .contrast import Contrast, diffuse, sparse_places
 from .inference import FloatArray
-from .preprocess.fbank import kaldi_fbank
+from .preprocess.fbank import sound_features
 from .preprocess.image import preprocess_frames
-from .text import build_prompt
+from .prompt import Slot, Timing, build_prompt, choose_pieces, joined, segments, unit_slots
 from .timing import Stages
+from .viewing import Share, TokenBudget
 
 _log = logging.getLogger(__name__)
 
-#: Patch tokens that one run of tower or connector takes in; more would cost memory and save no time on a CPU.
+#: Tokens that one run of a stage takes in; more would cost memory and save no time on a CPU.
 _RUN_TOKENS = 1024
 
 Order = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """What a stage gives the units of a clip: ``values [U, P, W]``, each distinct unit once, and ``order [units]``,
+    which of them each unit has. Of pixels the values are ``[U, 3, S, S]``."""
+
+    values: FloatArray
+    order: Order
+
+    @classmethod
+    def all_distinct(cls, values: FloatArray) -> Units:
+        """Units that are not known to repeat."""
+        return cls(values, np.arange(len(values)))
+
+    def expand(self) -> FloatArray:
+        """The values of all units, repeated ones too."""
+        return self.values[self.order]
 
 
 @dataclass(frozen=True)
 class EncodedClip:
     """The tokens of a clip, ready for any number of prompts.
 
-    ``blocks``: float32 ``[tokens, H]`` each, one for every place that the prompt template leaves for the clip.
-    ``notes``: what was done other than asked, in words. ``visual_tokens``: the setting it was encoded with.
-    ``features``: per distinct frame ``[U, P, C]``, where they were kept for a contrast.
+    ``tokens``: for each stage of the prompt its blocks, float32 ``[tokens, H]`` each, one for every slot of it.
+    ``pieces``: the layout that applies. ``places``: those of the clip. ``notes``: what was done other than asked.
+    ``visual_tokens``: the budget it was encoded with. ``kept``: what was kept for a contrast, by stage.
     """
 
-    mode: str
-    blocks: list[FloatArray]
+    mode: Mode
+    tokens: dict[str, list[FloatArray]]
+    pieces: tuple[Piece, ...]
+    places: int
+    timing: Timing | None = None
     notes: list[str] = field(default_factory=list)
-    visual_tokens: int | float | None = None
-    features: FloatArray | None = None
+    visual_tokens: TokenBudget | None = None
+    kept: dict[str, Units] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> list[FloatArray]:
+        """All blocks, stage by stage."""
+        return [block for blocks in self.tokens.values() for block in blocks]
 
 
 class Encoder:
-    """The encoders of a bundle. Sessions open at first use, so that a silent clip never loads the audio tower.
+    """The stages of a bundle. Sessions open at first use, so that a silent clip never loads the audio tower.
 
     ``staged``: one component at a time stays loaded.
     """
@@ -62,176 +91,171 @@ class Encoder:
     ) -> None:
         self._bundle, self._tokenizer = bundle, tokenizer
         self._backend: Backend | None = OrtBackend(bundle) if backend is None else backend
-        self._visual, self._staged = bundle.manifest.visual, staged
-        self._components: dict[str, tuple[str, Callable[[FloatArray], FloatArray]]] = {}
+        self._pipeline, self._staged = bundle.manifest.pipeline, staged
+        self._visual = {stage.name for stage in self._pipeline.visual()}
+        self._components: dict[str, tuple[str, Callable[..., FloatArray]]] = {}
 
     def encode(
         self,
         clip: Clip,
         stages: Stages,
         *,
-        visual_tokens: int | float | None = None,
+        visual_tokens: TokenBudget | None = None,
         keep_features: bool = False,
     ) -> EncodedClip:
-        """Run the encoders that the clip's mode needs, once for each distinct frame.
+        """Run the stages that the clip's mode needs, once for each distinct unit.
 
-        ``visual_tokens``: how many visual tokens the decoder gets, as a ratio (float, above 0, at most 1) or as a
-        number for the whole clip (int); ``None`` is what the model was made for. A tower that merges tokens takes a
-        compiled ratio, for other families ``compression`` merges what leaves the connector. ``keep_features``: keep
-        the features of the frames for ``contrast``. ``OptionError`` for a setting that cannot be.
+        ``visual_tokens``: how many visual tokens the decoder gets; ``None`` is what the model was made for. A stage
+        that merges tokens takes a compiled share, for other families ``compression`` merges what leaves the last
+        stage. ``keep_features``: keep what ``contrast`` needs. ``OptionError`` for a budget below all compiled shares.
         """
-        check_visual_tokens(visual_tokens)
-        visual = audio = features = None
-        notes: list[str] = []
+        pieces = choose_pieces(self._pipeline.prompts[clip.mode], clip.timing)
+        given: dict[str, Units] = {}
+        variant, notes, places = None, [], 0
         if clip.frames is not None:
             assert clip.order is not None
-            ratio, notes = self._merging(visual_tokens, len(clip.order))
-            features = self.frame_tokens(self.features(self._pixels(clip.frames, stages), stages, ratio), stages)
-            visual = self._compress(self.connect(features, clip.order, stages), visual_tokens, stages)
+            places = len(clip.order)
+            variant, notes = self._merging(visual_tokens, places)
+            given[PIXELS] = Units(self._pixels(clip.frames, stages), clip.order)
         if clip.sound is not None:
-            with stages.measure("fbank"):
-                fbank = kaldi_fbank(clip.sound)
-            audio = self.audio_tokens(fbank, stages)
-        blocks = splice_blocks(visual, audio)
-        return EncodedClip(clip.mode, blocks, notes, visual_tokens, features if keep_features else None)
-
-    def block_lengths(self, clip: Clip, visual_tokens: int | float | None = None) -> list[int]:
-        """Tokens of each block that ``encode`` would give for a clip, without running an encoder."""
-        check_visual_tokens(visual_tokens)
-        lengths: list[int] = []
-        if clip.frames is not None:
-            assert clip.order is not None
-            visual, places = self._visual, len(clip.order)
-            ratio, _ = self._merging(visual_tokens, places)
-            blocks, tokens = visual.blocks, (visual if ratio is None else ratio).tokens_per_block
-            if visual.per_frame:
-                blocks = places
-            elif not visual.pooled:
-                kernel, padding = visual.time_kernel, visual.time_padding
-                whole = np.arange(self._bundle.manifest.preprocessing.num_frames)
-                slots, usual = (len(time_windows(order, kernel, padding)) for order in (clip.order, whole))
-                tokens = tokens * slots // usual
-            lengths = [self._merged_length(visual_tokens, blocks, tokens)] * blocks
-        if clip.sound is not None:
-            spec = self._bundle.manifest.preprocessing.audio
-            assert spec is not None
-            lengths = [*lengths[:-1], sum(lengths[-1:]) + spec.num_tokens]
-        return lengths
+            given[SOUND] = self._sound(clip.sound, stages)
+        found = self._run(stages_of(pieces), given, stages, variant)
+        tokens = self._blocks(pieces, found, visual_tokens, stages)
+        kept = {}
+        if keep_features and (name := self._framewise_stage()) in found:
+            kept[name] = found[name]
+        return EncodedClip(clip.mode, tokens, pieces, places, clip.timing, notes, visual_tokens, kept)
 
     def contrast(self, clip: Clip, encoded: EncodedClip, contrast: Contrast, stages: Stages) -> EncodedClip:
         """The contrasted view of a clip that ``encode`` gave ``encoded`` for, its sound taken over.
 
-        Temporal views use the features that ``encoded`` kept. The setting of visual tokens is the same, a number of
-        them being that number's share for the places that are left. ``OptionError`` for a clip without pictures.
+        Temporal views use what ``encoded`` kept. The budget of visual tokens is the same, a number of them being that
+        number's share for the places that are left. ``OptionError`` for a clip without pictures.
         """
         if clip.order is None:
             raise OptionError("a contrast changes the pictures, and this clip has none")
-        setting, notes, order = encoded.visual_tokens, [], clip.order
-        ratio, _ = self._merging(setting, len(order))
+        setting, notes, places, timing = encoded.visual_tokens, [], len(clip.order), clip.timing
+        variant, _ = self._merging(setting, places)
+        given: dict[str, Units]
         if contrast.kind == "noise":
             assert clip.frames is not None
             with stages.measure("noise"):
                 pixels = diffuse(self._pixels(clip.frames, stages), contrast.noise_step, contrast.seed)
-            features = self.frame_tokens(self.features(pixels, stages, ratio), stages)
+            given = {PIXELS: Units(pixels, clip.order)}
         else:
-            least = self._visual.time_kernel - 2 * self._visual.time_padding
-            order = clip.order[sparse_places(len(clip.order), least)]
-            if len(order) == len(clip.order):
+            left = sparse_places(places, self._pipeline.least_places())
+            if len(left) == places:
                 notes.append("too few frames for a contrast in time: it is with the clip itself")
-            if isinstance(setting, int):
-                setting = max(1, round(setting * len(order) / len(clip.order)))
-            features = encoded.features
-            if features is None:
+            if setting is not None:
+                setting = setting.scaled(len(left), places)
+            if timing is not None:
+                timing = Timing(timing.seconds, timing.times[left])
+            places = len(left)
+            given = {name: Units(units.values, units.order[left]) for name, units in encoded.kept.items()}
+            if not given:
                 assert clip.frames is not None
-                distinct, order = np.unique(order, return_inverse=True)
-                pixels = self._pixels(clip.frames[distinct], stages)
-                features = self.frame_tokens(self.features(pixels, stages, ratio), stages)
-        visual = self._compress(self.connect(features, order, stages), setting, stages)
-        audio = None
-        if clip.sound is not None:
-            spec = self._bundle.manifest.preprocessing.audio
-            assert spec is not None
-            audio = encoded.blocks[-1][-spec.num_tokens :]
-        return EncodedClip(encoded.mode, splice_blocks(visual, audio), notes, encoded.visual_tokens)
+                distinct, order = np.unique(clip.order[left], return_inverse=True)
+                given = {PIXELS: Units(self._pixels(clip.frames[distinct], stages), order)}
+        seen = [name for name in stages_of(encoded.pieces) if name in self._visual]
+        found = self._run(seen, given, stages, variant)
+        heard = {name: blocks for name, blocks in encoded.tokens.items() if name not in self._visual}
+        tokens = self._blocks([piece for piece in encoded.pieces if _stage_of(piece) in seen], found, setting, stages)
+        return EncodedClip(encoded.mode, tokens | heard, encoded.pieces, places, timing, notes, encoded.visual_tokens)
 
-    def features(self, pixels: FloatArray, stages: Stages, ratio: MergingRatio | None = None) -> FloatArray:
-        """Tower features ``[N, P, D]`` of ``pixels [N, 3, S, S]``, a few frames at a time.
+    def run_stage(self, stage: Stage, inputs: Sequence[Units], stages: Stages, variant: Variant | None = None) -> Units:
+        """What a stage gives its units, from what its inputs have in the order in which the stage names them.
 
-        ``ratio``: which of the compiled ratios of merging, the default one when ``None``.
+        What is alike is computed once, some units in each run. ``variant``: the form of the stage, where it has
+        several.
         """
-        tower = self._component("vision", stages, None if ratio is None else ratio.graph)
-        with stages.measure("vision"):
-            parts = [tower(pixels[:1])]
-            batch = max(1, _RUN_TOKENS // parts[0].shape[1])
-            for start in range(1, len(pixels), batch):
-                stages.report("vision", start, len(pixels))
-                parts.append(tower(pixels[start : start + batch]))
-            return np.concatenate(parts)
-
-    def frame_tokens(self, features: FloatArray, stages: Stages) -> FloatArray:
-        """What the connector does to each frame alone: ``[N, P, C]`` of tower features ``[N, P, D]``."""
-        if "frame_connector" not in self._bundle.manifest.components:
-            return features
-        framewise = self._component("frame_connector", stages)
-        with stages.measure("connector"):
-            batch = max(1, _RUN_TOKENS // features.shape[1])
-            parts = []
-            for start in range(0, len(features), batch):
-                stages.report("connector", start, len(features))
-                parts.append(framewise(features[start : start + batch]))
-            return np.concatenate(parts)
-
-    def connect(self, frames: FloatArray, order: Order, stages: Stages) -> FloatArray:
-        """Visual tokens ``[blocks, tokens, H]`` of a clip that shows ``frames [U, P, C]`` in the order ``[T]``.
-
-        What is alike is computed once: a frame where each is a block, else a window of frames.
-        """
-        connector, visual = self._component("connector", stages), self._visual
-        with stages.measure("connector"):
-            if visual.pooled:
-                return connector(frames[order])
-            rows = order[:, np.newaxis]
-            if not visual.per_frame:
-                rows = time_windows(order, visual.time_kernel, visual.time_padding)
-            distinct, places = np.unique(rows, axis=0, return_inverse=True)
-            batch, parts = max(1, _RUN_TOKENS // (distinct.shape[1] * frames.shape[1])), []
-            for start in range(0, len(distinct), batch):
-                stages.report("connector", start, len(distinct))
-                some = distinct[start : start + batch]
-                windows = frames[some]
-                windows[some < 0] = 0
-                parts.append(connector(windows[:, 0] if visual.per_frame else windows))
-            tokens = np.concatenate(parts)[places.reshape(-1)]
-            return tokens if visual.per_frame else tokens.reshape(1, -1, tokens.shape[-1])
-
-    def audio_tokens(self, fbank: FloatArray, stages: Stages) -> FloatArray:
-        """``[tokens, H]`` of a filter bank ``[frames, mel]``."""
-        branch = self._component("audio", stages)
-        with stages.measure("audio"):
-            return branch(fbank[np.newaxis])[0]
+        graph = variant.graph if variant is not None and variant in stage.variants else None
+        component = self._component(stage.name, stages, graph)
+        with stages.measure(stage.name):
+            unit = stage.unit
+            if isinstance(unit, EachUnit):
+                return _run_each(stage, component, inputs, stages, self._run_size(stage, 1, variant))
+            if isinstance(unit, Window):
+                return _run_windows(stage, component, inputs, stages, self._run_size(stage, unit.kernel, variant), unit)
+            return Units.all_distinct(component(*(units.expand() for units in inputs)))
 
     def prompt_pieces(self, encoded: EncodedClip, instruction: str) -> list[FloatArray | list[int]]:
-        """The prompt in order: the template's text as lists of token ids, the clip's blocks ``[tokens, H]`` between."""
-        spec = self._bundle.manifest.prompts[encoded.mode]
-        chunks = build_prompt(self._tokenizer, spec, instruction, len(encoded.blocks))
-        pieces: list[FloatArray | list[int]] = []
-        for index, chunk in enumerate(chunks):
-            pieces.append(chunk)
-            if index < len(encoded.blocks):
-                pieces.append(encoded.blocks[index])
-        return pieces
+        """The prompt in order: the layout's texts as lists of token ids, the clip's blocks ``[tokens, H]`` between."""
+        units = {name: len(blocks) for name, blocks in encoded.tokens.items()}
+        built = build_prompt(self._tokenizer, encoded.pieces, instruction, units, encoded.timing, encoded.places)
+        return [encoded.tokens[part.stage][part.unit or 0] if isinstance(part, Slot) else part for part in built]
+
+    def prompt_segments(self, encoded: EncodedClip, instruction: str) -> list[FloatArray]:
+        """The prompt in what a cache keeps apart (``prompt.segments``), each float32 ``[S, H]``."""
+        parts = segments(self.prompt_pieces(encoded, instruction))
+        return [joined(part, self._bundle.embed) for part in parts if part]
 
     def prompt_embeds(self, encoded: EncodedClip, instruction: str) -> FloatArray:
         """The decoder's input ``[S, H]``: the pieces of the prompt, text through the embedding table."""
-        pieces = self.prompt_pieces(encoded, instruction)
-        return np.concatenate([self._bundle.embed(piece) if isinstance(piece, list) else piece for piece in pieces])
+        return joined(self.prompt_pieces(encoded, instruction), self._bundle.embed)
+
+    def prompt_length(self, clip: Clip, instruction: str, visual_tokens: TokenBudget | None = None) -> int:
+        """Tokens of the prompt that ``encode`` and ``prompt_embeds`` would give for a clip, without running a stage."""
+        pieces = choose_pieces(self._pipeline.prompts[clip.mode], clip.timing)
+        places = 0 if clip.order is None else len(clip.order)
+        variant, _ = self._merging(visual_tokens, places) if clip.order is not None else (None, [])
+        units, lengths = {}, {}
+        apart = unit_slots(pieces)
+        for name in stages_of(pieces):
+            count, tokens = self._pipeline.units(name, places), self._pipeline.tokens(name, variant)
+            blocks, length = (count, tokens) if name in apart else (1, count * tokens)
+            setting = visual_tokens if name in self._visual else None
+            units[name], lengths[name] = blocks, self._merged_length(setting, blocks, length)
+        built = build_prompt(self._tokenizer, pieces, instruction, units, clip.timing, places)
+        return sum(lengths[part.stage] if isinstance(part, Slot) else len(part) for part in built)
+
+    def _run(
+        self, names: Sequence[str], given: Mapping[str, Units], stages: Stages, variant: Variant | None
+    ) -> dict[str, Units]:
+        """All stages that lead from what is ``given`` to ``names``."""
+        found = dict(given)
+        for stage in self._pipeline.needed(*names, given=set(given)):
+            inputs = [found[value.source] for value in stage.inputs]
+            found[stage.name] = self.run_stage(stage, inputs, stages, variant)
+        return found
+
+    def _blocks(
+        self, pieces: Sequence[Piece], found: Mapping[str, Units], setting: TokenBudget | None, stages: Stages
+    ) -> dict[str, list[FloatArray]]:
+        """The blocks of each stage of a prompt, the visual ones merged to the setting."""
+        apart, tokens = unit_slots(pieces), {}
+        for name in stages_of(pieces):
+            values = found[name].expand()
+            blocks = values if name in apart else values.reshape(1, -1, values.shape[-1])
+            if name in self._visual:
+                blocks = self._compress(blocks, setting, stages)
+            tokens[name] = list(blocks)
+        return tokens
+
+    def _framewise_stage(self) -> str:
+        """The last visual stage that still looks at single places."""
+        name = PIXELS
+        for stage in self._pipeline.visual():
+            if isinstance(stage.unit, EachUnit) and stage.inputs[0].source == name:
+                name = stage.name
+        return name
+
+    def _run_size(self, stage: Stage, kernel: int, variant: Variant | None) -> int:
+        """How many units of a stage one run takes in."""
+        source = stage.inputs[0].source
+        taken = stage.name if source in (PIXELS, SOUND) else source
+        return max(1, _RUN_TOKENS // (kernel * self._pipeline.tokens(taken, variant)))
 
     def _pixels(self, frames: npt.NDArray[np.uint8], stages: Stages) -> FloatArray:
         with stages.measure("preprocess"):
-            return preprocess_frames(frames, self._bundle.manifest.preprocessing.image)
+            return preprocess_frames(frames, self._pipeline.image)
 
-    def _compress(self, tokens: FloatArray, setting: int | float | None, stages: Stages) -> FloatArray:
-        """``tokens [blocks, tokens, H]`` merged to the setting, where the tower has not merged them."""
+    def _sound(self, sound: FloatArray, stages: Stages) -> Units:
+        assert self._pipeline.sound is not None
+        with stages.measure("fbank"):
+            return Units.all_distinct(sound_features(sound, self._pipeline.sound)[np.newaxis])
+
+    def _compress(self, tokens: FloatArray, setting: TokenBudget | None, stages: Stages) -> FloatArray:
+        """``tokens [blocks, tokens, H]`` merged to the setting, where no stage has merged them."""
         blocks, available = tokens.shape[:2]
         count = self._merged_length(setting, blocks, available)
         if count == available:
@@ -239,35 +263,34 @@ class Encoder:
         with stages.measure("compress"):
             return np.stack([merge_tokens(block, count)[0] for block in tokens])
 
-    def _merged_length(self, setting: int | float | None, blocks: int, available: int) -> int:
+    def _merged_length(self, setting: TokenBudget | None, blocks: int, available: int) -> int:
         """Tokens of each block after ``_compress``."""
-        if setting is None or self._visual.ratios:
+        if setting is None or self._pipeline.merging is not None:
             return available
-        return max(1, wanted_tokens(setting, blocks * available) // blocks)
+        return max(1, setting.of(blocks * available) // blocks)
 
-    def _merging(self, setting: int | float | None, num_frames: int) -> tuple[MergingRatio | None, list[str]]:
-        """The compiled ratio of merging that a setting comes to, and what to say about it; None without merging."""
-        ratios = self._visual.ratios
-        if not ratios or setting is None:
-            return (ratios[0] if ratios else None), []
-        if isinstance(setting, float):
-            exact = next((ratio for ratio in ratios if ratio.keep == setting), None)
-            fitting = [ratio for ratio in ratios if ratio.keep <= setting]
-        else:
-            exact = next((ratio for ratio in ratios if ratio.tokens_per_block * num_frames == setting), None)
-            fitting = [ratio for ratio in ratios if ratio.tokens_per_block * num_frames <= setting]
+    def _merging(self, setting: TokenBudget | None, places: int) -> tuple[Variant | None, list[str]]:
+        """The compiled share of tokens that a setting comes to, and what to say about it; None without merging."""
+        stage = self._pipeline.merging
+        if stage is None or setting is None:
+            return (None if stage is None else stage.variants[0]), []
+        variants = stage.variants
+        spare = {variant: setting.spare(variant.keep, variant.tokens * places) for variant in variants}
+        fitting = [variant for variant in variants if spare[variant] >= 0]
+        exact = next((variant for variant in fitting if spare[variant] == 0), None)
         if exact is not None:
             return exact, []
         if not fitting:
-            there = ", ".join(f"{r.keep:g} ({r.tokens_per_block * num_frames} tokens)" for r in ratios)
+            there = ", ".join(f"{Share(each.keep)} ({each.tokens * places} tokens)" for each in variants)
             raise OptionError(
                 f"no compiled ratio of merging gives as few visual tokens as {setting}; there are {there}"
             )
-        ratio = max(fitting, key=lambda ratio: ratio.keep)
-        count = ratio.tokens_per_block * num_frames
-        note = f"visual tokens {setting:g}: merged at the next lower compiled ratio, {ratio.keep:g} ({count} tokens)"
+        variant = max(fitting, key=lambda variant: variant.keep)
+        count = variant.tokens * places
+        share = Share(variant.keep)
+        note = f"visual tokens {setting}: merged at the next lower compiled ratio, {share} ({count} tokens)"
         # Of a clip that has no more tokens than the limit nothing was taken away.
-        return ratio, [] if ratio.keep == 1 else [note]
+        return variant, [] if variant.keep == 1 else [note]
 
     def release(self) -> None:
         """Unload the components; they are loaded again when they are needed."""
@@ -277,17 +300,15 @@ class Encoder:
 
     def load(self, stages: Stages) -> None:
         """Load all components now, in their default form; a staged encoder keeps the last one only."""
-        ratios = self._visual.ratios
-        for name in self._bundle.manifest.components:
-            if name not in ("decoder", "selection"):
-                self._component(name, stages, ratios[0].graph if ratios and name == "vision" else None)
+        for stage in self._pipeline.stages:
+            self._component(stage.name, stages)
 
     def close(self) -> None:
         """Unload the components and let go of the device. What is needed afterwards cannot be loaded."""
         self.release()
         self._backend = None
 
-    def _component(self, name: str, stages: Stages, graph: str | None = None) -> Callable[[FloatArray], FloatArray]:
+    def _component(self, name: str, stages: Stages, graph: str | None = None) -> Callable[..., FloatArray]:
         """The session of a component, or of another graph of it: the last one is kept, each holds all the weights."""
         graph = self._bundle.manifest.components[name].graph if graph is None else graph
         held = self._components.get(name)
@@ -305,20 +326,53 @@ class Encoder:
         return held[1]
 
 
-def time_windows(order: Order, kernel: int, padding: int) -> Order:
-    """The windows of a convolution over time whose stride is its kernel, as frame numbers ``[slots, kernel]``.
-
-    -1 is an empty frame: ``padding`` of them in front of ``order [T]`` and behind it. What fills no window is dropped.
-    """
-    empty = np.full(padding, -1, np.int64)
+def time_windows(order: Order, window: Window) -> Order:
+    """The windows of a convolution over time, as numbers of units ``[windows, kernel]``; -1 is an empty unit."""
+    empty = np.full(window.padding, -1, np.int64)
     padded = np.concatenate((empty, order, empty))
-    return padded[: len(padded) // kernel * kernel].reshape(-1, kernel)
+    starts = np.arange(window.count(len(order))) * window.stride
+    return padded[starts[:, np.newaxis] + np.arange(window.kernel)]
 
 
-def splice_blocks(visual: FloatArray | None, audio: FloatArray | None) -> list[FloatArray]:
-    """Blocks of the prompt: each row of ``visual [blocks, tokens, H]``; sound follows the last one without a
-    separator (VideoLLaMA2 ``prepare_inputs_labels_for_multimodal``), or stands alone."""
-    blocks = [] if visual is None else list(visual)
-    if audio is not None:
-        blocks = [*blocks[:-1], np.concatenate([*blocks[-1:], audio])]
-    return blocks
+def _run_each(
+    stage: Stage, component: Callable[..., FloatArray], inputs: Sequence[Units], stages: Stages, size: int
+) -> Units:
+    """Each distinct unit once; several inputs repeat units together."""
+    first = inputs[0]
+    if any(not np.array_equal(units.order, first.order) for units in inputs[1:]):
+        inputs = [Units.all_distinct(units.expand()) for units in inputs]
+    parts = []
+    count = len(inputs[0].values)
+    # A tower begins with one frame. How int8 kernels round depends on the shape of a run, so it must stay.
+    first_run = 1 if stage.inputs[0].source == PIXELS else size
+    for start, stop in pairwise([0, *range(first_run, count, size), count]):
+        stages.report(stage.name, start, count)
+        parts.append(component(*(units.values[start:stop] for units in inputs)))
+    return Units(np.concatenate(parts), inputs[0].order)
+
+
+def _run_windows(
+    stage: Stage,
+    component: Callable[..., FloatArray],
+    inputs: Sequence[Units],
+    stages: Stages,
+    size: int,
+    window: Window,
+) -> Units:
+    """Each distinct window once; several inputs are cut into the same windows."""
+    orders = [time_windows(units.order, window) for units in inputs]
+    distinct, places = np.unique(np.concatenate(orders, axis=1), axis=0, return_inverse=True)
+    parts = []
+    for start in range(0, len(distinct), size):
+        stages.report(stage.name, start, len(distinct))
+        taken = []
+        for units, rows in zip(inputs, np.split(distinct[start : start + size], len(inputs), axis=1), strict=True):
+            windows = units.values[rows]
+            windows[rows < 0] = 0
+            taken.append(windows)
+        parts.append(component(*taken))
+    return Units(np.concatenate(parts), places.reshape(-1))
+
+
+def _stage_of(piece: Piece) -> str | None:
+    return next(iter(stages_of((piece,))), None)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..contract.records import DecoderShape
 from ..errors import BundleError, OptionError, TargetError
-from .bundle import DecoderSpec
 from .guard import leave_to_parent
 from .huge_pages import huge_pages
 from .inference import FloatArray, FullLogits
@@ -65,19 +65,20 @@ def cannot_run(graph: str, error: Exception) -> BundleError:
 
 
 class OrtComponent:
-    """An encoder with one input and one output."""
+    """A stage's graph: one or several inputs, one output."""
 
     def __init__(self, graph: Path, threads: int | None = None) -> None:
         self._session, self._name = open_session(graph, threads), graph.name
-        self._input = self._session.get_inputs()[0].name
+        self._inputs = [value.name for value in self._session.get_inputs()]
         self._run_options = load_onnxruntime().RunOptions()
         # Activations of the encoders are large and needed once a clip: hand them back after each run.
         self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
-    def __call__(self, value: FloatArray) -> FloatArray:
-        """Run on one float32 array; shapes are those of the bundle's component."""
+    def __call__(self, *values: FloatArray) -> FloatArray:
+        """Run on one float32 array for each input; shapes are those of the bundle's component."""
+        given = {name: np.ascontiguousarray(value) for name, value in zip(self._inputs, values, strict=True)}
         try:
-            return self._session.run(None, {self._input: np.ascontiguousarray(value)}, self._run_options)[0]
+            return self._session.run(None, given, self._run_options)[0]
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
             raise cannot_run(self._name, error) from error
 
@@ -88,7 +89,7 @@ class OrtDecoder:
     def __init__(
         self,
         graph: Path,
-        spec: DecoderSpec,
+        spec: DecoderShape,
         embed: Callable[[npt.NDArray[np.int64]], FloatArray],
         threads: int | None = None,
         cache_dtype: npt.DTypeLike = np.float32,
@@ -108,7 +109,7 @@ class OrtDecoder:
         return OrtInference(self.session, self.spec, self.embed, rows, max_length, self._cache_dtype)
 
 
-def check_context(max_length: int, spec: DecoderSpec) -> None:
+def check_context(max_length: int, spec: DecoderShape) -> None:
     """``OptionError`` for rows longer than what a decoder was trained for."""
     if max_length > spec.context_length:
         raise OptionError(
@@ -127,7 +128,7 @@ class OrtInference(FullLogits):
     def __init__(
         self,
         session: Any,
-        spec: DecoderSpec,
+        spec: DecoderShape,
         embed: Callable[[npt.NDArray[np.int64]], FloatArray],
         rows: int,
         max_length: int,
@@ -203,7 +204,7 @@ class _Bound:
     """
 
     def __init__(
-        self, session: Any, cache: dict[str, npt.NDArray[Any]], spec: DecoderSpec, length: int, asked: int
+        self, session: Any, cache: dict[str, npt.NDArray[Any]], spec: DecoderShape, length: int, asked: int
     ) -> None:
         rows = next(iter(cache.values())).shape[0]
         self.embeds: FloatArray = np.zeros((rows, length, spec.hidden_size), np.float32)

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..contract.records import DecoderShape
 from ..errors import IntertitleError, TargetError
-from .bundle import DecoderSpec
 from .cuda import Device
 from .device_decoder import STEP, Context, DeviceInference, Shape
 from .inference import FloatArray
@@ -178,19 +178,20 @@ def _release(session: Any, graph_id: int) -> None:
 
 
 class OrtCudaComponent:
-    """An encoder on the GPU. Its input and output are in host memory."""
+    """A stage's graph on the GPU. Its inputs and its output are in host memory."""
 
     def __init__(self, graph: Path, device: Device, options: Mapping[str, str]) -> None:
         self._session = open_cuda_session(graph, device, options)
-        self._name, self._input = graph.stem, self._session.get_inputs()[0].name
+        self._name, self._inputs = graph.stem, [value.name for value in self._session.get_inputs()]
         self._options = load_onnxruntime().RunOptions()
         # As on the CPU: activations are large and needed once per clip.
         self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0")
 
-    def __call__(self, value: FloatArray) -> FloatArray:
-        """Run on one float32 array; the shapes are those of the bundle's component."""
+    def __call__(self, *values: FloatArray) -> FloatArray:
+        """Run on one float32 array for each input; the shapes are those of the bundle's component."""
+        given = {name: np.ascontiguousarray(value) for name, value in zip(self._inputs, values, strict=True)}
         with device_errors(self._name):
-            return self._session.run(None, {self._input: np.ascontiguousarray(value)}, self._options)[0]
+            return self._session.run(None, given, self._options)[0]
 
 
 class OrtCudaDecoder:
@@ -200,7 +201,7 @@ class OrtCudaDecoder:
         self,
         program: OrtProgram,
         selection: OrtProgram,
-        spec: DecoderSpec,
+        spec: DecoderShape,
         embed: Callable[[npt.NDArray[np.int64]], FloatArray],
         *,
         cache_dtype: npt.DTypeLike,

@@ -1,36 +1,62 @@
-"""What is given to a captioner: a source, what of it counts, and a clip that is encoded already."""
+"""What is given to a captioner: a source, how it is viewed, and a clip that is encoded already."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import TypedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict
 
 import numpy.typing as npt
 
 from .clip import Clip
 from .encoder import EncodedClip
+from .viewing import TokenBudget, Viewing
 
 Source = str | os.PathLike[str]
 
 
-class MediaOptions(TypedDict, total=False):
-    """What of a source is looked at and listened to, and in how many tokens.
+class ViewingOptions(TypedDict, total=False):
+    """A ``Viewing``, and its fields by name, which take the place of those of ``viewing``."""
 
-    ``audio=False`` leaves the sound out. ``frames`` uint8 ``[T, H, W, 3]`` RGB; ``waveform`` float (in [-1, 1]) or
-    int16, mono or with channels, at ``sample_rate`` Hz: in place of a file. ``start`` and ``end``: a span in seconds.
-    ``duplicates``: drop sampled frames that differ by no more grey levels than this from the last one kept.
-    ``visual_tokens``: a ratio (float up to 1) or a number (int) of visual tokens to keep of the clip.
-    """
-
+    viewing: Viewing | None
     audio: bool
-    frames: npt.ArrayLike | None
-    waveform: npt.ArrayLike | None
-    sample_rate: int | None
     start: float | None
     end: float | None
     duplicates: float | None
-    visual_tokens: int | float | None
+    visual_tokens: TokenBudget | None
+
+
+class Arrays(TypedDict, total=False):
+    """Frames and sound in place of a file.
+
+    ``frames`` uint8 ``[T, H, W, 3]`` RGB. ``frame_times`` [T]: the second at which each of them is seen; they are then
+    taken as already sampled. ``waveform`` float (in [-1, 1]) or int16, mono or with channels, at ``sample_rate`` Hz.
+    ``seconds``: how long the clip lasts.
+    """
+
+    frames: npt.ArrayLike | None
+    frame_times: npt.ArrayLike | None
+    waveform: npt.ArrayLike | None
+    sample_rate: int | None
+    seconds: float | None
+
+
+class MediaOptions(ViewingOptions, Arrays, total=False):
+    """What of a source is looked at and listened to, as in ``Viewing``, or arrays in place of a file, as in
+    ``Arrays``."""
+
+
+def viewing_of(options: Mapping[str, Any]) -> Viewing:
+    """The ``Viewing`` that ``ViewingOptions`` stand for. ``TypeError`` for a name that is none of theirs."""
+    fields = {name: value for name, value in options.items() if name != "viewing"}
+    return replace(options.get("viewing") or Viewing(), **fields)
+
+
+def viewing_and_arrays(media: MediaOptions) -> tuple[Viewing, Arrays]:
+    """The two parts of ``MediaOptions``."""
+    arrays: Any = {name: value for name, value in media.items() if name in Arrays.__annotations__}
+    return viewing_of({name: value for name, value in media.items() if name not in arrays}), arrays
 
 
 @dataclass(frozen=True, eq=False, repr=False)

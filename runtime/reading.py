@@ -15,11 +15,13 @@ from typing import IO, cast
 
 import numpy as np
 
+from ..contract.pipeline import Pipeline
 from ..errors import IntertitleError, ItemError, MediaError, OptionError, TransientMediaError
-from .bundle import Preprocessing
 from .clip import Clip
+from .prompt import Timing
 from .reading_worker import Answer, DurationRequest, ReadRequest, Request, SpansRequest, decode_text, receive, send
 from .timing import Stages
+from .viewing import Viewing
 
 #: Seconds that one file may take to be read, unless told otherwise.
 TIME_LIMIT = 600.0
@@ -31,7 +33,7 @@ _START = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from {pac
 
 
 #: The arrays of an answer, and their types.
-_ARRAYS = {"frames": "|u1", "order": "<i8", "sound": "<f4"}
+_ARRAYS = {"frames": "|u1", "order": "<i8", "sound": "<f4", "times": "<f8"}
 
 
 class Readers:
@@ -57,22 +59,23 @@ class Readers:
     def read(
         self,
         source: str | os.PathLike[str],
-        spec: Preprocessing,
-        per_frame: bool,
-        audio: bool,
+        pipeline: Pipeline,
+        viewing: Viewing,
         stages: Stages,
         *,
-        start: float | None = None,
-        end: float | None = None,
-        duplicates: float | None = None,
         threads: int | None = None,
     ) -> Clip:
         """See ``read_clip``. ``MediaError`` also for a file that crashes its decoder or takes too long."""
         name = os.fsencode(source)
-        answer, arrays = self._ask(ReadRequest(name, spec, per_frame, audio, start, end, duplicates, threads))
+        answer, arrays = self._ask(ReadRequest(name, pipeline, viewing, threads))
         for stage, seconds in answer.timings.items():
             stages.add(stage, seconds)
-        return Clip(**arrays, notes=[*map(decode_text, answer.notes)], seconds=answer.seconds, start=answer.start)
+        times = arrays.pop("times", None)
+        clip = Clip(notes=[*map(decode_text, answer.notes)], seconds=answer.seconds, start=answer.start)
+        clip.frames, clip.order, clip.sound = (arrays.get(name) for name in ("frames", "order", "sound"))
+        if times is not None and answer.frame_seconds is not None:
+            clip.timing = Timing(answer.frame_seconds, times)
+        return clip
 
     def spans(self, source: str | os.PathLike[str], segments: float | None) -> list[tuple[float, float]]:
         """See ``media_spans``."""

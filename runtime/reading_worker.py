@@ -22,12 +22,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from ..contract.pipeline import Pipeline
 from ..errors import IntertitleError, TransientMediaError
-from .bundle import Preprocessing
 from .clip import Clip, read_clip
 from .media.doors import media_errors, reason
 from .media.segments import media_duration, media_spans
 from .timing import Stages
+from .viewing import Viewing
 
 _LENGTH = struct.Struct("<Q")
 
@@ -36,12 +37,8 @@ class ReadRequest(msgspec.Struct, tag="read"):
     """The arguments of ``read_clip``. File names are bytes: not every name is text."""
 
     source: bytes
-    preprocessing: Preprocessing
-    per_frame: bool
-    audio: bool
-    start: float | None
-    end: float | None
-    duplicates: float | None
+    pipeline: Pipeline
+    viewing: Viewing
     threads: int | None
 
 
@@ -76,13 +73,15 @@ class ArrayInfo(msgspec.Struct):
 class Answer(msgspec.Struct):
     """``error``: the class of one of our errors; ``ItemError`` stands for one that is not ours.
 
-    What may hold the name of a file is bytes (``encode_text``). ``spent``: memory ran out, and who knows what is left.
+    What may hold the name of a file is bytes (``encode_text``). ``frame_seconds``: the length of the clip's timing.
+    ``spent``: memory ran out, and who knows what is left.
     """
 
     arrays: list[ArrayInfo] = []
     notes: list[bytes] = []
     seconds: float | None = None
     start: float = 0.0
+    frame_seconds: float | None = None
     timings: dict[str, float] = {}
     spans: list[tuple[float, float]] = []
     error: str | None = None
@@ -157,13 +156,9 @@ def _answer(request: Request) -> tuple[Answer, list[npt.NDArray[Any]]]:
             stages = Stages()
             clip = read_clip(
                 name,
-                request.preprocessing,
-                request.per_frame,
-                request.audio,
+                request.pipeline,
+                request.viewing,
                 stages,
-                start=request.start,
-                end=request.end,
-                duplicates=request.duplicates,
                 threads=request.threads,
             )
     except TransientMediaError as error:
@@ -186,10 +181,12 @@ def _refusal(kind: str, message: str) -> Answer:
 
 
 def _clip_answer(clip: Clip, stages: Stages) -> tuple[Answer, list[npt.NDArray[Any]]]:
-    found = {"frames": clip.frames, "order": clip.order, "sound": clip.sound}
+    times = None if clip.timing is None else clip.timing.times
+    found = {"frames": clip.frames, "order": clip.order, "sound": clip.sound, "times": times}
     arrays = {name: array for name, array in found.items() if array is not None}
     infos = [ArrayInfo(name, array.dtype.str, list(array.shape)) for name, array in arrays.items()]
-    answer = Answer(infos, [*map(encode_text, clip.notes)], clip.seconds, clip.start, stages.seconds)
+    answer = Answer(infos, [*map(encode_text, clip.notes)], clip.seconds, clip.start, timings=stages.seconds)
+    answer.frame_seconds = None if clip.timing is None else clip.timing.seconds
     return answer, list(arrays.values())
 
 

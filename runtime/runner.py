@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterator
 from functools import partial
 
-from ..errors import DeadlineError
 from .decoding import Request, Scheduler, Ticket
 from .task import CaptionTask
 from .transcript import FinishReason
@@ -75,12 +74,7 @@ class Runner:
         return overdue
 
     def _next_pass(self, task: CaptionTask, passes: Iterator[Request]) -> bool:
-        try:
-            request = next(passes, None)
-        except DeadlineError:
-            # In the encoding of a contrasted view.
-            task.stop("deadline")
-            return False
+        request = next(passes, None)
         if request is not None:
             self._waiting.append((task, passes, request))
         return request is not None

@@ -17,14 +17,14 @@ class Cue:
     text: str
 
 
-def cue_of(text: str, start: float | None, end: float | None, seconds: float | None) -> Cue | None:
-    """The cue of a caption of ``start`` to ``end`` (seconds), or of ``seconds`` from there on; None without an end."""
+def cue_of(text: str, start: float | None, seconds: float | None) -> Cue | None:
+    """The cue of a caption of what lasts ``seconds`` from ``start`` (seconds) on; ``None`` for what has no time.
+
+    ``Caption.start`` and ``Caption.seconds``, alone, of a batch or of a segment: the span that was seen, which ends
+    with the clip wherever a longer one was asked for.
+    """
     begin = start or 0.0
-    if end is None:
-        if not seconds:
-            return None
-        end = begin + seconds
-    return Cue(begin, end, text)
+    return Cue(begin, begin + seconds, text) if seconds else None
 
 
 def format_srt(cues: Iterable[Cue]) -> str:

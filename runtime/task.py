@@ -17,10 +17,11 @@ from .clip import Clip
 from .contrast import Contrast
 from .decoding import BeamSearch, Decoding, Request, Search, Segment, Settings, Token, TokenSearch, resolve
 from .encoder import EncodedClip, Encoder
-from .inference import FloatArray
-from .text import build_prompt, check_text
+from .prepared import PreparedClip
+from .text import check_text
 from .timing import Stages
 from .transcript import FinishReason, Transcript, contains_stop
+from .viewing import TokenBudget
 
 _log = logging.getLogger(__name__)
 
@@ -41,12 +42,9 @@ class Model:
         """The tokens of the beginning that a caption must have."""
         return self.tokenizer.encode(decoding.prefix, add_special_tokens=False).ids if decoding.prefix else []
 
-    def check_length(self, clip: Clip, visual_tokens: int | float | None, prompt: str | None, how: Decoding) -> None:
+    def check_length(self, clip: Clip, visual_tokens: TokenBudget | None, prompt: str | None, how: Decoding) -> None:
         """``OptionError`` when the prompt and the new tokens do not fit the context. Runs no encoder."""
-        blocks = self.encoder.block_lengths(clip, visual_tokens)
-        spec = self.bundle.manifest.prompts[clip.mode]
-        chunks = build_prompt(self.tokenizer, spec, self.instruction(prompt), len(blocks))
-        self.new_tokens(sum(map(len, chunks)) + sum(blocks), how)
+        self.new_tokens(self.encoder.prompt_length(clip, self.instruction(prompt), visual_tokens), how)
 
     def new_tokens(self, prompt_tokens: int, how: Decoding) -> int:
         """The limit of new tokens. The checkpoint's own is a wish that the context may cut short; the caller's is an
@@ -75,26 +73,39 @@ class _Pass:
     tokens_reused: int
 
 
-class CaptionTask:
-    """A clip, an instruction and a ``Decoding``; ``passes`` is its course.
+def contrast_of(decoding: Decoding, mode: str) -> Contrast | None:
+    """The view of a clip of this ``mode`` that a ``decoding`` contrasts with; ``None`` without contrast or pictures."""
+    if decoding.contrast is None or mode == "audio":
+        return None
+    if decoding.contrast == "temporal":
+        return Contrast("temporal")
+    return Contrast(decoding.contrast, decoding.noise_step, decoding.seed)
 
-    ``transcript`` is that of the pass under way, ``is_last`` whether no other can follow it. ``num_results``: captions
-    that a beam search is to give. ``deadline``: when to stop, in the seconds of ``time.perf_counter``. Raises
-    ``OptionError`` when the prompt and the new tokens do not fit the context.
+
+class CaptionTask:
+    """A clip, an instruction and a ``Decoding``; ``passes`` is its course. It needs no encoder.
+
+    ``other``: the view that ``contrast_of`` names, encoded. ``transcript`` is that of the pass under way, ``is_last``
+    whether no other can follow it. ``num_results``: captions that a beam search is to give. ``deadline``: when to stop,
+    in the seconds of ``time.perf_counter``. Raises ``OptionError`` when the prompt and the new tokens do not fit the
+    context.
     """
 
     def __init__(
         self,
         model: Model,
-        encoded: EncodedClip,
+        prepared: PreparedClip,
+        other: EncodedClip | None,
         prompt: str | None,
         decoding: Decoding,
         stages: Stages,
-        clip: Clip,
         num_results: int = 1,
     ) -> None:
         self.stages, self.decoding = stages, decoding
-        self._model, self._encoded, self._clip, self._num_results = model, encoded, clip, num_results
+        self._model, self._clip, self._num_results = model, prepared.clip, num_results
+        # What it keeps was for the other view.
+        encoded = self._encoded = replace(prepared.encoded, kept={})
+        self._other = other
         self._instruction = model.instruction(prompt)
         self.deadline: float | None = None
         #: Tokens of the prompt of the pass under way that the cache held already.
@@ -103,13 +114,11 @@ class CaptionTask:
         self._passes: list[str] = []
         self._draft: str | None = None
         self._whole: _Pass | None = None
-        self._contrast = decoding.contrast is not None
-        if self._contrast and encoded.mode == "audio":
-            self._contrast = False
+        self._contrast = other is not None
+        if decoding.contrast is not None and other is None:
             self._notes.append("there are no pictures to contrast with: decoded without contrast")
         self._forced = model.forced_ids(decoding)
         self._settings = resolve(decoding, model.bundle.manifest.generation, contrast=False)
-        self._other: EncodedClip | None = None
         self._prompt_tokens = sum(map(len, self._prompt_segments(encoded, self._instruction)))
         self.max_new_tokens = model.new_tokens(self._prompt_tokens, decoding)
         #: Tokens that a row must hold for every pass (a retrospective one as far as the context goes).
@@ -177,7 +186,9 @@ class CaptionTask:
         self._passes.append(f"{settings.strategy}{kind}{suffix}")
         prompts = [self._prompt_segments(self._encoded, instruction)]
         if contrast:
-            prompts.append(self._prompt_segments(self._contrasted(), instruction))
+            assert self._other is not None
+            prompts.append(self._prompt_segments(self._other, instruction))
+            self._notes.extend(note for note in self._other.notes if note not in self._notes)
         self._prompt_tokens = sum(map(len, prompts[0]))
         self.transcript = Transcript(self._model.tokenizer, self.decoding.stop)
         self._search = self._make_search(settings)
@@ -199,15 +210,6 @@ class CaptionTask:
 
     def _mean_logprob(self) -> float:
         return float(np.mean([token.logprob for token in self.transcript.tokens]))
-
-    def _contrasted(self) -> EncodedClip:
-        if self._other is None:
-            how = self.decoding
-            assert how.contrast is not None
-            view = Contrast(how.contrast, how.noise_step, how.seed)
-            self._other = self._model.encoder.contrast(self._clip, self._encoded, view, self.stages)
-            self._notes.extend(note for note in self._other.notes if note not in self._notes)
-        return self._other
 
     def _retrospective(self, caption: str) -> str:
         template = self.decoding.retrospective_template
@@ -234,14 +236,8 @@ class CaptionTask:
         return self.max_length - length
 
     def _prompt_segments(self, encoded: EncodedClip, instruction: str) -> list[Segment]:
-        """The text before the clip, the clip with what separates its blocks, and the text after it."""
-        pieces = [self._embedded(piece) for piece in self._model.encoder.prompt_pieces(encoded, instruction)]
-        parts = [pieces[:1], pieces[1:-1], pieces[-1:]]
-        joined = [part[0] if len(part) == 1 else np.concatenate(part) for part in parts]
-        return [Segment(part) for part in joined if len(part)]
-
-    def _embedded(self, piece: FloatArray | Sequence[int]) -> FloatArray:
-        return piece if isinstance(piece, np.ndarray) else self._model.bundle.embed(np.array(piece, np.int64))
+        """The prompt in the segments that a cache keeps apart."""
+        return [Segment(part) for part in self._model.encoder.prompt_segments(encoded, instruction)]
 
     def _finish(self) -> None:
         transcripts = [self.transcript]
@@ -288,7 +284,7 @@ class CaptionTask:
             draft=self._draft,
             prompt_tokens_reused=self.tokens_reused,
             instruction=self._instruction,
-            settings=self._in_effect(),
+            decoding=self._in_effect(),
         )
 
     def _in_effect(self) -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""The text side of a captioner, with ``tokenizers`` alone: prompts in, UTF-8 text out, stop strings.
-
-Token ids are Python ints; a negative id is a sentinel, the place of a visual or audio block in the reference's ids.
-"""
+"""The text side of a captioner, with ``tokenizers`` alone: the tokenizer, UTF-8 text out, stop strings."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
 from tokenizers import Tokenizer
 
 from ..errors import BundleError, OptionError
@@ -23,19 +19,6 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 #: Normalizers of released captioners replace a space by one character and put one in front.
 _MOST_GROWTH = 256
-
-
-class PromptSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The text around the visual (or audio) blocks of one mode; the bundle's form of ``models.config.PromptTemplate``.
-
-    ``{instruction}`` in ``prefix`` or ``suffix`` is the user's text.
-    """
-
-    prefix: str
-    suffix: str
-    separator: str = ""
-    bos_token_id: int | None = None
-    sentinel: int = -200
 
 
 def check_text(name: str, value: str) -> str:
@@ -77,30 +60,6 @@ def _growth(step: dict) -> int:
     if step["type"] == "Sequence":
         return math.prod(_growth(inner) for inner in step["normalizers"])
     return max(1, len(step.get("content") or "")) + len(step.get("prepend") or "")
-
-
-def build_prompt(tokenizer: Tokenizer, spec: PromptSpec, instruction: str, num_blocks: int) -> list[list[int]]:
-    """Token ids around ``num_blocks`` blocks: ``num_blocks + 1`` chunks (prefix, separators, suffix).
-
-    Each chunk is tokenized on its own without special tokens, the BOS (if any) put in front of the first: the rule of
-    VideoLLaMA2 ``mm_utils.tokenizer_multimodal_token``, and AuroraCap's (docs/facts.md 1.5, 2.4).
-    """
-    if num_blocks < 1:
-        raise ValueError(f"a prompt has at least one block, not {num_blocks}")
-    prefix, suffix = (text.replace("{instruction}", instruction) for text in (spec.prefix, spec.suffix))
-    texts = [prefix, *[spec.separator] * (num_blocks - 1), suffix]
-    chunks = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    if spec.bos_token_id is not None:
-        chunks[0].insert(0, spec.bos_token_id)
-    return chunks
-
-
-def prompt_ids(chunks: Sequence[Sequence[int]], sentinel: int) -> list[int]:
-    """The chunks of ``build_prompt`` joined by the sentinel, as the reference implementation's ``input_ids``."""
-    ids = list(chunks[0])
-    for chunk in chunks[1:]:
-        ids += [sentinel, *chunk]
-    return ids
 
 
 class IncrementalDecoder:

@@ -86,9 +86,18 @@ def manifest_json() -> dict[str, Any]:
             **more,
         }
 
-    prompt = {"prefix": "USER: ", "suffix": "{instruction}", "separator": "", "bos_token_id": 1, "sentinel": -200}
+    def prompt(*stages: str) -> dict[str, Any]:
+        tokens = [{"type": "tokens", "stage": stage} for stage in stages]
+        begin = [{"type": "ids", "ids": [1]}, {"type": "text", "text": "USER: "}]
+        return {"pieces": [*begin, *tokens, {"type": "text", "text": "{instruction}"}]}
+
+    def stage(name: str, source: str, unit: dict[str, Any], tokens: int) -> dict[str, Any]:
+        graph = component(f"{name}.onnx")
+        inputs = [{"name": graph["inputs"][0]["name"], "source": source}]
+        return {"name": name, "unit": unit, "inputs": inputs, "output": graph["outputs"][0]["name"], "tokens": tokens}
+
     return {
-        "schema_version": 2,
+        "schema_version": 3,
         "name": "tiny",
         "family": "videollama2",
         "target": "cpu",
@@ -109,19 +118,21 @@ def manifest_json() -> dict[str, Any]:
             "hidden_size": WIDTH,
             "context_length": 64,
         },
-        "preprocessing": {
-            "num_frames": 8,
-            "frame_rule": "centered",
+        "pipeline": {
+            "sampling": {"rule": "centered", "count": 8},
             "image": {"resize": "exact", "size": 8, "crop": 8, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
-            "audio": {
-                "sample_rate": 16000,
-                "num_samples": 480000,
-                "num_mel_bins": 128,
-                "num_frames": 2998,
-                "num_tokens": 1496,
+            "sound": {"sample_rate": 16000, "num_samples": 480000, "num_mel_bins": 128, "num_frames": 2998},
+            "stages": [
+                stage("vision", "pixels", {"type": "frame"}, 5),
+                stage("connector", "vision", {"type": "window", "kernel": 1, "stride": 1}, 5),
+                stage("audio", "sound", {"type": "sound"}, 1496),
+            ],
+            "prompts": {
+                "video": prompt("connector"),
+                "audio": prompt("audio"),
+                "audiovideo": prompt("connector", "audio"),
             },
         },
-        "prompts": {"video": prompt, "audio": prompt, "audiovideo": prompt},
         "default_instruction": "Describe the video in detail.",
         "generation": {
             "eos_token_ids": [2],
@@ -131,7 +142,6 @@ def manifest_json() -> dict[str, Any]:
             "top_k": 0,
             "max_new_tokens": 16,
         },
-        "visual": {"blocks": 1, "tokens_per_block": 5},
         "provenance": {
             "checkpoint": "tiny",
             "checkpoint_sha256": "0" * 64,

@@ -202,8 +202,10 @@ def test_one_file_several_files_and_streamed(compiled: Compiled, run: Callable[.
 
 
 def test_several_captions_of_a_clip_are_numbered(compiled: Compiled, run: Callable[..., Result], pictures: Path):
-    arguments = ["caption", compiled("av-qwen2"), pictures / "frame0.png", "-q", "--decoding", "beam", "--n-best", 3]
-    arguments += ["--max-new-tokens", 4]
+    arguments = ["caption", compiled("av-qwen2"), pictures / "frame0.png", "-q", "--max-new-tokens", 4]
+    older = [*arguments, "--decoding", "beam", "--n-best", 3]
+    arguments += ["--strategy", "beam", "--candidates", 3]
+    assert run(*older).out == run(*arguments).out
     records = [json.loads(line) for line in run(*arguments, "--json").out.splitlines()]
     scores = [record["mean_logprob"] for record in records]
     assert len(scores) == 3
@@ -266,7 +268,7 @@ def test_options_reach_the_captioner(compiled: Compiled, run: Callable[..., Resu
         (["--prompt", "What is heard?"], {"prompt": "What is heard?"}),
         (["--stop", "never said", "--stop", stop], {"decoding": {"stop": ("never said", stop)}}),
         (
-            ["--decoding", "sample", "--temperature", 1.5, "--top-p", 0.95, "--top-k", 40, "--seed", 3],
+            ["--strategy", "sample", "--temperature", 1.5, "--top-p", 0.95, "--top-k", 40, "--seed", 3],
             {"decoding": {"strategy": "sample", **hot}},
         ),
         (["--threads", 1, "--device", "cpu"], {}),
@@ -292,10 +294,10 @@ def test_options_of_another_strategy_are_refused(
     compiled: Compiled, run: Callable[..., Result], option: str, value: float, needed: str
 ):
     options = ["-q", "--no-audio", "--max-new-tokens", 2]
-    for strategy in ([], ["--decoding", "greedy"]):
+    for strategy in ([], ["--strategy", "greedy"]):
         result = run("caption", compiled("av-qwen2"), DEMO_CLIP, option, value, *strategy, *options)
         assert result.code == 2
-        assert result.errors == [f"intertitle: {option} does nothing without --decoding {needed}"]
+        assert result.errors == [f"intertitle: {option} does nothing without --strategy {needed}"]
     assert run("caption", compiled("av-qwen2"), DEMO_CLIP, "--seed", 7, *options).err == ""
 
 
@@ -476,7 +478,11 @@ def test_no_arguments_show_the_help(run: Callable[..., Result]):
         (["nonsense"], "No such command 'nonsense'"),
         (["compile", "checkpoint"], "Missing option '-o'"),
         (["compile", "checkpoint", "-o", "x", "--wieghts", "int4"], "--weights"),
-        (["compile", "checkpoint", "-o", "x", "--visual-tokens", "many"], "'many' is not a valid float"),
+        (["compile", "checkpoint", "-o", "x", "--visual-tokens", "0.5"], "a share such as 50% or a number such as 256"),
+        (["compile", "checkpoint", "-o", "x", "--visual-tokens", "256"], "'256' is a number of tokens, and a bundle"),
+        (["caption", "bundle", "a.mp4", "--visual-tokens", "1.0"], "a share such as 50% or a number such as 256"),
+        (["batch", "bundle", "a.mp4", "-o", "x", "--visual-tokens", "many"], "a share such as 50% or a number such as"),
+        (["pairs", "bundle", "a.mp4", "-o", "x", "--visual-tokens", "0"], "a whole number from 1 on, not 0"),
         (["compile", "checkpoint", "-o", "x", "--target", "toaster"], "unknown target 'toaster'; known: cpu"),
         (["compile", "checkpoint", "-o", "x", "--weights", "int3"], "takes weights int4 or fp32, not 'int3'"),
         (["compile", "checkpoint", "-o", "missing/x"], "there is no directory"),
@@ -484,17 +490,17 @@ def test_no_arguments_show_the_help(run: Callable[..., Result]):
         (["compile", "checkpoint", "-o", "x"], "checkpoint is not a folder"),
         (["caption", "bundle"], "Missing argument 'MEDIA...'"),
         (["caption", "bundle", "a.mp4"], "bundle: there is no such directory"),
-        (["caption", "bundle", "a.mp4", "--decoding", "beams"], "'beams' is not one of 'greedy', 'sample', 'beam'"),
+        (["caption", "bundle", "a.mp4", "--strategy", "beams"], "'beams' is not one of 'greedy', 'sample', 'beam'"),
         (["caption", "bundle", "a.mp4", "--stream", "--json"], "exclude each other"),
         (["caption", "bundle", "a.mp4", "b.mp4", "--srt", "x.srt"], "--srt takes one clip"),
         (["caption", "bundle", "a.mp4", "--srt", "missing/x.srt"], "there is no directory missing"),
         (["caption", "bundle", "a.mp4", "--max-new-tokens", "0"], "at least 1"),
         (
-            ["caption", "bundle", "a.mp4", "--decoding", "sample", "--temperature", "0"],
+            ["caption", "bundle", "a.mp4", "--strategy", "sample", "--temperature", "0"],
             "temperature must be a positive number",
         ),
-        (["caption", "bundle", "a.mp4", "--decoding", "sample", "--top-p", "nan"], "top_p must be in (0, 1]"),
-        (["caption", "bundle", "a.mp4", "--decoding", "sample", "--top-k", "-1"], "top_k must be 0 (off) or more"),
+        (["caption", "bundle", "a.mp4", "--strategy", "sample", "--top-p", "nan"], "top_p must be in (0, 1]"),
+        (["caption", "bundle", "a.mp4", "--strategy", "sample", "--top-k", "-1"], "top_k must be 0 (off) or more"),
         (["caption", "bundle", "a.mp4", "--seed", "-1"], "seed must be in"),
         (["caption", "bundle", "a.mp4", "--stop", ""], "a stop text is empty"),
         (["caption", "bundle", "a.mp4", "--threads", "0"], "0 is not in the range"),

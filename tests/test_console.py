@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from intertitle.console import BatchDisplay, ProgressDisplay, check_savable, describe, one_line, save, show, table
+from intertitle.contract.pipeline import EachOf, EachUnit, PromptLayout, Stage, StageInput, Variant
 from intertitle.errors import OptionError
 from intertitle.runtime.batch import Tally
-from intertitle.runtime.bundle import Bundle, MergingRatio, VisualSpec
+from intertitle.runtime.bundle import Bundle
 from msgspec.structs import replace
 from rich.table import Table
 
@@ -186,7 +187,7 @@ def test_a_bundle_described(write_bundle: Callable[..., Path], tmp_path: Path):
     first, parts, facts = describe(Bundle.open(write_bundle(tmp_path / "bundle")).manifest)
     assert first == "tiny: videollama2, for cpu (ort), decoder int4"
     assert cells(facts) == {
-        "pictures": "8 frames of a clip (centered), 5 visual tokens",
+        "pictures": "8 frames of a clip (centered), 40 visual tokens",
         "sound": "1496 audio tokens",
         "modes": "video, audio, audiovideo",
         "prompt": '"Describe the video in detail." unless another is given',
@@ -225,13 +226,17 @@ def test_the_shipped_bundle_described_fits_80_columns(
 
 def test_ratios_of_merging_described(write_bundle: Callable[..., Path], tmp_path: Path):
     manifest = Bundle.open(write_bundle(tmp_path / "bundle")).manifest
-    ratios = [
-        MergingRatio(keep=1.0, graph="a", tokens_per_block=9),
-        MergingRatio(keep=0.1, graph="b", tokens_per_block=2),
-    ]
-    for count, said in ((2, "72 visual tokens (ratio of merging: 1 gives 72, 0.1 gives 16)"), (1, "72 visual tokens")):
-        visual = VisualSpec(blocks=8, tokens_per_block=9, per_frame=True, ratios=ratios[:count])
-        *_, facts = describe(replace(manifest, visual=visual))
+    whole, tenth = (Variant(keep=keep, graph="a", tokens=tokens) for keep, tokens in ((1.0, 9), (0.1, 2)))
+    for variants, said in (
+        ((whole, tenth), "72 visual tokens (merging: 100% gives 72, 10% gives 16)"),
+        ((whole,), "72 visual tokens"),
+        ((tenth,), "16 visual tokens (merging: 10% gives 16)"),
+    ):
+        inputs = (StageInput("pixels", "pixels"),)
+        stage = Stage(name="vision", unit=EachUnit(), inputs=inputs, output="x", tokens=9, variants=variants)
+        prompts = {"video": PromptLayout((EachOf("vision"),))}
+        pipeline = replace(manifest.pipeline, stages=(stage,), prompts=prompts, sound=None)
+        *_, facts = describe(replace(manifest, pipeline=pipeline))
         assert cells(facts)["pictures"] == f"8 frames of a clip (centered), {said}"
 
 

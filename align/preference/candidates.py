@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ...errors import BundleError, IntertitleError, MediaError, OptionError, TargetError
@@ -17,6 +17,7 @@ from ...runtime.caption import Caption
 from ...runtime.captioner import Captioner, PreparedClip
 from ...runtime.decoding import Decoding
 from ...runtime.media.segments import SHORTEST, Span, media_duration
+from ...runtime.viewing import Viewing
 from ..scenes import SECONDS, Scene
 from .items import Item, equal_spans, scene_media
 
@@ -32,22 +33,22 @@ class Recipe:
     """How many candidates of which kind, and how they are decoded.
 
     ``candidates`` are sampled from one prefill at SynPO's temperature, top-p and top-k (docs/facts.md 2.2); beside them
-    come a greedy caption and one for each alpha in ``contrasts`` (temporal, 0.5 is SynPO's). ``refine``: every caption,
-    those of segments too, is replaced by what a second look makes of it. ``prompt``: ``None`` is the bundle's own
-    instruction; ``segment_prompt``: ``None`` is that of the whole clip. The seed of an item follows from ``seed`` and
-    its key, not from its place.
+    come a greedy caption and one for each of ``contrast_alpha`` (temporal, 0.5 is SynPO's). ``retrospective``: every
+    caption, those of segments too, is replaced by what a second look makes of it. ``prompt``: ``None`` is the bundle's
+    own instruction; ``segment_prompt``: ``None`` is that of the whole clip. ``viewing``: of every clip, whose span is
+    its own. The seed of an item follows from ``seed`` and its key, not from its place.
     """
 
     candidates: int = 8
-    contrasts: tuple[float, ...] = (0.5,)
+    contrast_alpha: tuple[float, ...] = (0.5,)
     temperature: float = 0.9
     top_p: float = 0.95
     top_k: int = 32
-    refine: bool = True
+    retrospective: bool = True
     max_new_tokens: int | None = None
     prompt: str | None = None
     segment_prompt: str | None = CAUTIOUS
-    audio: bool = True
+    viewing: Viewing = field(default_factory=Viewing)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,9 +56,15 @@ class Recipe:
             raise OptionError(f"candidates to be sampled are 1 or more, not {self.candidates}")
         self.decodings("")  # a Decoding refuses what cannot be
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """Its fields as a record has them. No instruction of the segments' own is an empty text."""
+        fields = {name: value for name, value in asdict(self).items() if name != "viewing"}
+        return fields | self.viewing.record | {"segment_prompt": self.segment_prompt or ""}
+
     def decodings(self, key: str) -> dict[str, Decoding]:
         """By origin. The sampled ones, which are several, come first."""
-        common: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "retrospective": self.refine}
+        common: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "retrospective": self.retrospective}
         drawn = hashlib.sha256(f"{self.seed} {key}".encode()).digest()
         sampled = Decoding(
             "sample",
@@ -69,7 +76,7 @@ class Recipe:
         )
         contrasts = {
             f"contrast {alpha:g}": Decoding(contrast="temporal", contrast_alpha=alpha, **common)
-            for alpha in self.contrasts
+            for alpha in self.contrast_alpha
         }
         return {"sample": sampled, "greedy": Decoding(**common), **contrasts}
 
@@ -145,11 +152,11 @@ class Proposer:
     def segment_captions(self, items: Sequence[Item]) -> dict[str, list[str] | IntertitleError]:
         """The captions of each item's segments by its key, or the first error among them.
 
-        A retrospective greedy caption of each (docs/facts.md 2.2), greedy alone without ``refine``. An image has no
+        A retrospective greedy caption of each (docs/facts.md 2.2), or greedy alone. An image has no
         segments.
         """
         recipe = self.recipe
-        decoding = Decoding(max_new_tokens=recipe.max_new_tokens, retrospective=recipe.refine)
+        decoding = Decoding(max_new_tokens=recipe.max_new_tokens, retrospective=recipe.retrospective)
         found: dict[str, list[str] | IntertitleError] = {}
         asked: list[BatchItem] = []
         places: list[tuple[str, int]] = []
@@ -167,7 +174,7 @@ class Proposer:
                 continue
             asked += [BatchItem(item.source, self._segment_prompt(item), *span) for span in spans]
             places += [(item.key, number) for number in range(len(spans))]
-        results = self.captioner.caption_batch(asked, audio=recipe.audio, decoding=decoding)
+        results = self.captioner.caption_batch(asked, viewing=recipe.viewing, decoding=decoding)
         for result in results:
             key, number = places[result.index]
             captions = found[key]
@@ -226,7 +233,8 @@ class Proposer:
         if item.scene is not None:
             return self.captioner.prepare(**self._media(item.scene, (0.0, SECONDS)))
         assert item.entry is not None
-        return self.captioner.prepare(item.source, audio=self.recipe.audio, start=item.entry.start, end=item.entry.end)
+        viewing = replace(self.recipe.viewing, start=item.entry.start, end=item.entry.end)
+        return self.captioner.prepare(item.source, viewing=viewing)
 
     def _segment_prompt(self, item: Item) -> str | None:
         return self._prompt(item) if self.recipe.segment_prompt is None else self.recipe.segment_prompt
@@ -237,7 +245,8 @@ class Proposer:
         return self.captioner.caption(prompt=self._segment_prompt(item), decoding=decoding, **media).text.strip()
 
     def _media(self, scene: Scene, span: Span) -> Any:
-        return scene_media(scene, self.captioner.manifest.preprocessing, audio=self.recipe.audio, span=span)
+        viewing, pipeline = self.recipe.viewing, self.captioner.manifest.pipeline
+        return {"viewing": viewing, **scene_media(scene, pipeline, audio=viewing.audio, span=span)}
 
     def _spans(self, item: Item) -> list[Span]:
         if item.scene is not None:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...contract.pipeline import Pipeline
 from ...errors import OptionError
 from ...runtime.batch import Entry
-from ...runtime.bundle import Preprocessing
 from ...runtime.captioner import MediaOptions
 from ...runtime.media.segments import Span
-from ...runtime.preprocess.frames import sample_indices
+from ...runtime.preprocess.frames import sample_places
 from ..scenes import FPS, NUM_FRAMES, SECONDS, SPLITS, Scene, draw_scene, render_frames, render_sound
 
 _SCENES = re.compile(r"([a-z]+):(\d+):(\d+)")
@@ -54,19 +54,19 @@ def scene_items(span: str) -> list[Item]:
     return [Item(key, f"scene {key}", scene=draw_scene(found[1], index)) for index, key in keys]
 
 
-def scene_media(scene: Scene, spec: Preprocessing, *, audio: bool = True, span: Span = (0.0, SECONDS)) -> MediaOptions:
-    """What the captioner of ``spec`` would sample and hear of the scene's clip, or of a span of it in seconds.
+def scene_media(scene: Scene, pipeline: Pipeline, *, audio: bool = True, span: Span = (0.0, SECONDS)) -> MediaOptions:
+    """What the captioner of ``pipeline`` would sample and hear of the scene's clip, or of a span of it in seconds.
 
     Frames are drawn at the size that the captioner works at, so that nothing is resized; the sound is 16 bit PCM, as in
     a file.
     """
     start, end = span
     first, stop = round(start * FPS), min(max(round(end * FPS), round(start * FPS) + 1), NUM_FRAMES)
-    order = sample_indices(stop - first, spec.num_frames, spec.frame_rule)
-    size = spec.image.size
-    media = MediaOptions(frames=render_frames(scene, (first + np.asarray(order)) / FPS, size))
-    if audio and spec.audio is not None:
-        rate = spec.audio.sample_rate
+    places = sample_places(stop - first, FPS, pipeline.sampling)
+    frames = render_frames(scene, (first + places.index) / FPS, pipeline.image.size)
+    media = MediaOptions(frames=frames, frame_times=places.times, seconds=places.seconds)
+    if audio and pipeline.sound is not None:
+        rate = pipeline.sound.sample_rate
         sound = render_sound(scene, rate)[round(start * rate) : round(end * rate)]
         media["waveform"] = np.rint(np.clip(sound, -1, 1) * 32767).astype(np.int16)
         media["sample_rate"] = rate

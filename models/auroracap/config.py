@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from ...errors import CheckpointError, OptionError
+from ...contract.pipeline import Sampling
+from ...errors import CheckpointError
 from ..checkpoint import Checkpoint
 from ..config import CaptionerConfig, ConnectorConfig
+from ..connectors import mlp_part
 from ..fields import Fields
 from ..hf_config import BUILTIN_TOWERS, read_decoder, read_generation, read_image_processing, read_vision
 from ..sources import mlp_kind
+from ..vision import tower_part
 from . import prompt, weights
 
 #: Frames of the reference's quick start; a checkpoint does not say.
@@ -23,18 +26,15 @@ def matches(checkpoint: Checkpoint) -> bool:
     return checkpoint.config.get("model_type") == "llama" and {"visual_encoder", "projector"} <= parts
 
 
-def read_config(checkpoint: Checkpoint, keep: float | None = None) -> CaptionerConfig:
-    """Everything but the weights. ``keep``: ratio of visual tokens that merging keeps, 1 (all of them) unless given.
+def read_config(checkpoint: Checkpoint) -> CaptionerConfig:
+    """Everything but the weights; merging keeps all visual tokens (``CaptionerConfig.keeping`` for fewer).
 
-    Raises CheckpointError for what is missing, malformed or not supported, OptionError for a ratio out of (0, 1].
+    Raises CheckpointError for what is missing, malformed or not supported.
     """
-    keep = 1.0 if keep is None else keep
-    if not 0 < keep <= 1:
-        raise OptionError(f"the ratio of visual tokens must be above 0 and at most 1, not {keep:g}")
     decoder = read_decoder(Fields(checkpoint.config, "config.json"), qkv_bias=False, sliding_window=None)
     tower = checkpoint.json("visual_encoder/config.json")
     vision = read_vision(
-        Fields(tower or BUILTIN_TOWERS["apple/DFN5B-CLIP-ViT-H-14-378"], "visual_encoder/config.json"), keep=keep
+        Fields(tower or BUILTIN_TOWERS["apple/DFN5B-CLIP-ViT-H-14-378"], "visual_encoder/config.json"), keep=1.0
     )
     if vision.kind != "clip":
         raise CheckpointError("visual_encoder/config.json: AuroraCap merges the tokens of a CLIP tower, not of SigLIP")
@@ -49,21 +49,18 @@ def read_config(checkpoint: Checkpoint, keep: float | None = None) -> CaptionerC
         ),
         "preprocessor_config.json",
     )
+    connector = ConnectorConfig(
+        kind=mlp_kind(checkpoint.tensors, weights.PROJECTOR),
+        in_size=vision.hidden_size,
+        out_size=decoder.hidden_size,
+        grid=vision.grid,
+    )
     return CaptionerConfig(
         family="auroracap",
-        num_frames=NUM_FRAMES,
-        frame_rule="linspace",
+        sampling=Sampling(rule="linspace", count=NUM_FRAMES),
         image=read_image_processing(checkpoint.json(processor), processor, vision),
-        vision=vision,
-        connector=ConnectorConfig(
-            kind=mlp_kind(checkpoint.tensors, weights.PROJECTOR),
-            in_size=vision.hidden_size,
-            out_size=decoder.hidden_size,
-            grid=vision.grid,
-            num_frames=NUM_FRAMES,
-            per_frame=True,
-        ),
+        parts=(tower_part(vision, merges=True), mlp_part(connector)),
         decoder=decoder,
         generation=read_generation(checkpoint, MAX_NEW_TOKENS, extra_eos=None),
-        prompts=prompt.templates(checkpoint),
+        prompts=prompt.layouts(checkpoint),
     )

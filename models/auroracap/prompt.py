@@ -3,21 +3,13 @@
 
 from __future__ import annotations
 
+from ...contract.pipeline import EachOf, Ids, Mode, PromptLayout, Text
 from ..checkpoint import Checkpoint
-from ..config import PromptTemplate
 from ..fields import Fields
 
-IMAGE_SENTINEL = -200
 
-
-def templates(checkpoint: Checkpoint) -> dict[str, PromptTemplate]:
+def layouts(checkpoint: Checkpoint) -> dict[Mode, PromptLayout]:
     """The prompts by mode. The space between two frames is a token of the prompt; bos comes once, at the start."""
     bos = Fields(checkpoint.config, "config.json").integer("bos_token_id", 1, minimum=0)
-    template = PromptTemplate(
-        prefix="USER: ",
-        suffix="\n{instruction}\n ASSISTANT:",
-        separator=" ",
-        bos_token_id=bos,
-        sentinel=IMAGE_SENTINEL,
-    )
-    return {"video": template}
+    frames = EachOf("connector", separator=" ")
+    return {"video": PromptLayout((Ids((bos,)), Text("USER: "), frames, Text("\n{instruction}\n ASSISTANT:")))}

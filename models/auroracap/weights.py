@@ -43,7 +43,7 @@ def translate(
 
     def is_dead(name: str) -> bool:
         if name.startswith(VISION):
-            return is_dead_in_tower(name.removeprefix(VISION), config.vision)
+            return is_dead_in_tower(name.removeprefix(VISION), config.part("vision").config)
         return is_dead_in_decoder(name, config.decoder)
 
     return Translation(sources, is_dead, duplicates)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from ...errors import CheckpointError, OptionError
+from ...contract.pipeline import Sampling
+from ...errors import CheckpointError
+from ..beats import audio_part, sound_plan
 from ..checkpoint import Checkpoint
 from ..config import AudioConfig, CaptionerConfig, ConnectorConfig, VisionConfig
+from ..connectors import connector_parts
 from ..fields import MOST_LAYERS, Fields, shown
 from ..hf_config import builtin_tower, check_heads, read_decoder, read_generation, read_image_processing, read_vision
 from ..sources import mlp_kind
+from ..vision import tower_part
 from . import prompt, weights
 
 #: model_type -> whether the decoder is Mistral (else Qwen2). "mistral" is how older 2-7B-16F revisions say it.
@@ -32,14 +36,8 @@ def matches(checkpoint: Checkpoint) -> bool:
     return kind in UNSUPPORTED or (kind in DECODERS and (kind != "mistral" or "mm_vision_tower" in checkpoint.config))
 
 
-def read_config(checkpoint: Checkpoint, keep: float | None = None) -> CaptionerConfig:
-    """Everything but the weights.
-
-    Raises CheckpointError for what is missing, malformed or not supported, OptionError for a ``keep`` below 1: the
-    family has no token merging.
-    """
-    if keep is not None and keep != 1:
-        raise OptionError("a VideoLLaMA2 captioner has no token merging: leave the ratio of visual tokens out")
+def read_config(checkpoint: Checkpoint) -> CaptionerConfig:
+    """Everything but the weights. Raises CheckpointError for what is missing, malformed or not supported."""
     fields = Fields(checkpoint.config, "config.json")
     kind = fields.text("model_type")
     if kind in UNSUPPORTED:
@@ -51,26 +49,27 @@ def read_config(checkpoint: Checkpoint, keep: float | None = None) -> CaptionerC
     vision = _read_vision(checkpoint, fields)
     tower = weights.tower_folder(checkpoint)
     processor = f"{tower}/preprocessor_config.json" if tower else "preprocessor_config.json"
-    num_frames = fields.integer("num_frames", DEFAULT_NUM_FRAMES)
-    audio = _read_audio(checkpoint, fields, decoder.hidden_size) if weights.has_audio(checkpoint) else None
+    connector = ConnectorConfig(
+        kind=fields.text("mm_projector_type", "linear"),
+        in_size=vision.hidden_size,
+        out_size=decoder.hidden_size,
+        grid=vision.grid,
+    )
+    parts = (tower_part(vision), *connector_parts(connector))
+    sound = None
+    if weights.has_audio(checkpoint):
+        audio = _read_audio(checkpoint, fields, decoder.hidden_size)
+        parts, sound = (*parts, audio_part(audio)), sound_plan(audio)
     return CaptionerConfig(
         family="videollama2",
-        num_frames=num_frames,
-        frame_rule="centered",
+        sampling=Sampling(rule="centered", count=fields.integer("num_frames", DEFAULT_NUM_FRAMES)),
         image=read_image_processing(checkpoint.json(processor) if tower else None, processor, vision),
-        vision=vision,
-        connector=ConnectorConfig(
-            kind=fields.text("mm_projector_type", "linear"),
-            in_size=vision.hidden_size,
-            out_size=decoder.hidden_size,
-            grid=vision.grid,
-            num_frames=num_frames,
-        ),
+        sound=sound,
+        parts=parts,
         decoder=decoder,
         # The reference also stops where the tokenizer's eos appears in the text (KeywordsStoppingCriteria).
         generation=read_generation(checkpoint, MAX_NEW_TOKENS, prompt.eos_token_id(checkpoint), SAMPLING),
-        audio=audio,
-        prompts=prompt.templates(checkpoint, system_turn=mistral, audio=audio is not None),
+        prompts=prompt.layouts(checkpoint, system_turn=mistral, audio=sound is not None),
     )
 
 

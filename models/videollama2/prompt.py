@@ -6,10 +6,10 @@ sentinels), mm_utils.py (text pieces are tokenized on their own, without special
 
 from __future__ import annotations
 
+from ...contract.pipeline import Mode, Piece, PromptLayout, Text, Tokens
 from ...errors import CheckpointError
 from ..bounded import run_bounded
 from ..checkpoint import Checkpoint
-from ..config import PromptTemplate
 
 #: Mistral and Mixtral only. The double space is the reference's.
 SYSTEM = (
@@ -19,17 +19,18 @@ SYSTEM = (
     "make any sense, or is not factually coherent, explain why instead of answering something not correct. If you "
     "don't know the answer to a question, please don't share false information.\n<</SYS>>"
 )
-VIDEO = ("<video>", -201)
-AUDIO = ("<audio>", -202)
+VIDEO, AUDIO = "<video>", "<audio>"
 _INSTRUCTION = "intertitle.instruction"
 
 
-def templates(checkpoint: Checkpoint, *, system_turn: bool, audio: bool) -> dict[str, PromptTemplate]:
-    """The prompts by mode. Sound that goes with a video has no tag of its own: its block follows the video's."""
-    prompts = {"video": _template(checkpoint, *VIDEO, system_turn=system_turn)}
+def layouts(checkpoint: Checkpoint, *, system_turn: bool, audio: bool) -> dict[Mode, PromptLayout]:
+    """The prompts by mode. Sound that goes with a video has no tag of its own: its tokens follow the video's
+    (VideoLLaMA2 ``prepare_inputs_labels_for_multimodal``)."""
+    seen, heard = Tokens("connector"), Tokens("audio")
+    prompts: dict[Mode, PromptLayout] = {"video": _layout(checkpoint, VIDEO, [seen], system_turn=system_turn)}
     if audio:
-        prompts["audio"] = _template(checkpoint, *AUDIO, system_turn=system_turn)
-        prompts["audiovideo"] = prompts["video"]
+        prompts["audio"] = _layout(checkpoint, AUDIO, [heard], system_turn=system_turn)
+        prompts["audiovideo"] = _layout(checkpoint, VIDEO, [seen, heard], system_turn=system_turn)
     return prompts
 
 
@@ -61,14 +62,14 @@ def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
     return found
 
 
-def _template(checkpoint: Checkpoint, tag: str, sentinel: int, *, system_turn: bool) -> PromptTemplate:
+def _layout(checkpoint: Checkpoint, tag: str, tokens: list[Piece], *, system_turn: bool) -> PromptLayout:
     messages = [{"role": "system", "content": SYSTEM}] if system_turn else []
     messages.append({"role": "user", "content": f"{tag}\n{_INSTRUCTION}"})
     text = _render(checkpoint, messages)
     if text.count(tag) != 1 or text.count(_INSTRUCTION) != 1:
         raise CheckpointError(f"{checkpoint.path}: the chat template does not keep the user's turn as it is")
-    prefix, suffix = (piece.replace(_INSTRUCTION, "{instruction}") for piece in text.split(tag))
-    return PromptTemplate(prefix=prefix, suffix=suffix, sentinel=sentinel)
+    before, after = (Text(part.replace(_INSTRUCTION, "{instruction}")) for part in text.split(tag))
+    return PromptLayout((before, *tokens, after))
 
 
 def _chat_template(checkpoint: Checkpoint) -> str:

@@ -47,19 +47,24 @@ def translate(
     checkpoint: Checkpoint, config: CaptionerConfig, shapes: Mapping[str, Mapping[str, Shape]]
 ) -> Translation:
     """The source of every entry of every component; ``shapes`` are the entries' own, by component and name."""
-    names = checkpoint.tensors
+    names, tower = checkpoint.tensors, config.part("vision").config
+    kernel = (1, 2, 2) if config.part("connector").config.kind == "spatial_conv" else (2, 2, 2)
     folder = tower_folder(checkpoint)
     # The shards' copy of the tower is the trained one; the folder's is used where the shards have none.
     inside = folder is None or any(name.startswith(VISION) for name in names)
     vision = VISION if inside else f"{folder}/vision_model."
     sources = {
         "vision": {entry: direct(vision + entry, shape) for entry, shape in shapes["vision"].items()},
-        "connector": {entry: _connector(entry, shape, config) for entry, shape in shapes["connector"].items()},
+        **{
+            part: {entry: _connector(entry, shape, kernel) for entry, shape in shapes[part].items()}
+            for part in ("frame_connector", "connector")
+            if part in shapes
+        },
         "decoder": decoder_sources(shapes["decoder"], config.decoder),
         "embedding": embedding_source(config.decoder),
     }
     duplicates: dict[str, str] = {}
-    if config.audio is not None:
+    if "audio" in shapes:
         sources["audio"] = {entry: _audio(entry, shape, names) for entry, shape in shapes["audio"].items()}
         tables = sorted(filter(_is_bias_table, names))
         duplicates = {name: tables[0] for name in tables[1:]}
@@ -67,19 +72,18 @@ def translate(
     def is_dead(name: str) -> bool:
         if folder is not None and name.startswith(f"{folder}/"):
             # A folder may hold the whole CLIP, text tower included.
-            return inside or not name.startswith(vision) or is_dead_in_tower(name.removeprefix(vision), config.vision)
+            return inside or not name.startswith(vision) or is_dead_in_tower(name.removeprefix(vision), tower)
         if name.startswith(VISION):
-            return is_dead_in_tower(name.removeprefix(VISION), config.vision)
+            return is_dead_in_tower(name.removeprefix(VISION), tower)
         return name.startswith(f"{AUDIO}predictor.") or is_dead_in_decoder(name, config.decoder)
 
     return Translation(sources, is_dead, duplicates)
 
 
-def _connector(entry: str, shape: Shape, config: CaptionerConfig) -> Source:
+def _connector(entry: str, shape: Shape, kernel: tuple[int, int, int]) -> Source:
     if entry.startswith("mlp."):
         return direct(CONNECTOR + entry.removeprefix("mlp."), shape)
     if entry == "sampler.linear.weight":
-        kernel = (1, 2, 2) if config.connector.kind == "spatial_conv" else (2, 2, 2)
         return from_conv3d(f"{CONNECTOR}sampler.0.weight", shape, kernel)
     if entry == "sampler.linear.bias":
         return direct(f"{CONNECTOR}sampler.0.bias", shape)

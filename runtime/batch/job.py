@@ -304,9 +304,5 @@ def _described(caption: Caption) -> Record:
     # The record has the item's own start.
     for name in ("token_logprobs", "contrast_logprobs", "start"):
         del fields[name]
-    # ``settings`` of a record are those of its run.
-    fields["decoding"] = fields.pop("settings")
-    text = fields.pop("text")
-    # "settings" are those of the run: what was asked. These are what came of it.
-    decoding = {"decoding": fields.pop("settings")} if "settings" in fields else {}
-    return {"text": text, "mean_logprob": caption.mean_logprob} | fields | decoding
+    # A record's "settings" are what the run was asked for; "decoding" is what came of it.
+    return {"text": fields.pop("text"), "mean_logprob": caption.mean_logprob} | fields

@@ -40,6 +40,14 @@ class Settings:
 
     values: Mapping[str, Any]
 
+    @classmethod
+    def of(cls, bundle: Path, given: Mapping[str, Any], usual: Mapping[str, Any]) -> Settings:
+        """Those of ``given`` that are not as ``usual``, and the bundle, whose manifest names all its files by hash."""
+        values = {name: value for name, value in given.items() if name not in usual or value != usual[name]}
+        values["bundle"] = hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()
+        # As they are read back: tuples are lists there.
+        return cls(json.loads(json.dumps(values)))
+
     @property
     def fingerprint(self) -> str:
         text = json.dumps(self.values, sort_keys=True)

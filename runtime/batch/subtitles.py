@@ -46,9 +46,7 @@ class SubtitleWriter:
     def write(self, file: str, records: Iterable[Mapping[str, Any]]) -> None:
         """The cues of a file's captions. Failures and clips without a duration (images) give none."""
         found = (
-            cue_of(record["text"], record.get("start"), record.get("end"), record.get("seconds"))
-            for record in records
-            if "text" in record
+            cue_of(record["text"], record.get("start"), record.get("seconds")) for record in records if "text" in record
         )
         cues = sorted((cue for cue in found if cue is not None), key=lambda cue: cue.start)
         if not cues:

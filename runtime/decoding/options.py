@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ...contract.records import Generation
 from ...errors import OptionError
-from ..bundle import GenerationSpec
 from ..text import check_text
 
 Strategy = Literal["greedy", "sample", "beam"]
@@ -162,7 +162,7 @@ class Settings:
         return self.num_beams if self.strategy == "beam" else self.streams
 
 
-def resolve(decoding: Decoding, defaults: GenerationSpec, contrast: bool | None = None) -> Settings:
+def resolve(decoding: Decoding, defaults: Generation, contrast: bool | None = None) -> Settings:
     """Fill in what the caller left open.
 
     ``contrast``: whether this pass has one, as the ``decoding`` says when ``None``. ``OptionError`` for sampling at a

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ...contract.dialects import DIALECTS
+from ...contract.manifest import Component
 from ...contract.targets import TARGETS
 from ...errors import TargetError
-from ..bundle import Bundle, Component
+from ..bundle import Bundle
 from .build import build_engine
 from .cache import EngineCache, Origin, describe_change
 from .library import Library, check_device

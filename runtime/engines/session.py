@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...contract.manifest import Component
+from ...contract.records import DecoderShape
 from ...errors import OptionError, TargetError
-from ..bundle import Component, DecoderSpec
 from ..cuda import Device, Memory
 from ..device_decoder import STEP, DeviceInference
 from ..inference import FloatArray
@@ -106,22 +107,25 @@ class EngineContext:
 
 
 class EngineComponent:
-    """An encoder with one input and one output, both float32 in host memory."""
+    """A stage's engine: one or several inputs and one output, all float32 in host memory."""
 
     def __init__(self, engine: Engine, component: Component) -> None:
         self._context, self._device = engine.context(), engine.device
-        (given,), (made,) = component.inputs, component.outputs
-        self._input, self._output = given.name, made.name
+        self._inputs, (made,) = [value.name for value in component.inputs], component.outputs
+        self._output = made.name
         self._held: dict[str, Memory] = {}
 
-    def __call__(self, value: FloatArray) -> FloatArray:
-        value = np.ascontiguousarray(value, np.float32)
-        source = self._memory(self._input, value.nbytes)
-        self._context.bind({self._input: source}, {self._input: value.shape})
+    def __call__(self, *values: FloatArray) -> FloatArray:
+        given = {
+            name: np.ascontiguousarray(value, np.float32) for name, value in zip(self._inputs, values, strict=True)
+        }
+        sources = {name: self._memory(name, value.nbytes) for name, value in given.items()}
+        self._context.bind(sources, {name: value.shape for name, value in given.items()})
         result = np.empty(self._context.shape(self._output), np.float32)
         target = self._memory(self._output, result.nbytes)
         self._context.bind({self._output: target}, {})
-        self._device.upload(source, value)
+        for name, value in given.items():
+            self._device.upload(sources[name], value)
         self._context.run()
         self._device.download(result, target)
         self._device.synchronize()
@@ -143,7 +147,7 @@ class EngineDecoder:
         self,
         engine: Engine,
         selection: Engine | None,
-        spec: DecoderSpec,
+        spec: DecoderShape,
         limits: Limits,
         embed: Callable[[npt.NDArray[np.int64]], FloatArray],
         *,

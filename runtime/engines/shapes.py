@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ...contract.manifest import Component, Manifest
 from ...errors import OptionError
-from ..bundle import Component, Manifest
 
 #: Room for the text of a prompt, in tokens.
 _TEXT_TOKENS = 256

@@ -23,8 +23,8 @@ _CLIP_SAMPLES = 2 * SAMPLE_RATE
 _LAYOUTS = ("mono", "stereo", "2.1", "4.0", "5.0", "5.1", "6.1", "7.1")
 
 
-def video_policy(samples: FloatArray, divisor: Literal[7, 8] = 8) -> FloatArray:
-    """The sound that goes with a video: float32 ``[480000]`` from ``samples [n]``, mono at 16 kHz.
+def video_policy(samples: FloatArray, divisor: Literal[7, 8] = 8, num_samples: int = NUM_SAMPLES) -> FloatArray:
+    """The sound that goes with a video: float32 ``[num_samples]`` from ``samples [n]``, mono at 16 kHz.
 
     Eight clips of 2 s, clip i from ``i * max(D - 2, 0) / divisor`` seconds of the D that there are (bounds truncated
     to whole samples), joined and padded with silence to 30 s; less than 2 s are repeated eight times. VideoLLaMA2
@@ -33,7 +33,7 @@ def video_policy(samples: FloatArray, divisor: Literal[7, 8] = 8) -> FloatArray:
     """
     if samples.ndim != 1:
         raise MediaError(f"the sound of a video must be mono [n], not {list(samples.shape)}")
-    return join_clips([samples[first:last] for first, last in clip_bounds(len(samples), divisor)])
+    return join_clips([samples[first:last] for first, last in clip_bounds(len(samples), divisor)], num_samples)
 
 
 def clip_bounds(count: int, divisor: Literal[7, 8] = 8) -> list[tuple[int, int]]:
@@ -45,31 +45,32 @@ def clip_bounds(count: int, divisor: Literal[7, 8] = 8) -> list[tuple[int, int]]
     return [(start, min(start + _CLIP_SAMPLES, count)) for start in starts]
 
 
-def join_clips(clips: Sequence[FloatArray]) -> FloatArray:
-    """The clips of ``clip_bounds`` one after the other, then silence: float32 ``[480000]``."""
-    out = np.zeros(NUM_SAMPLES, np.float32)
+def join_clips(clips: Sequence[FloatArray], num_samples: int = NUM_SAMPLES) -> FloatArray:
+    """The clips of ``clip_bounds`` one after the other, then silence: float32 ``[num_samples]``."""
+    out = np.zeros(num_samples, np.float32)
     filled = 0
     for clip in clips:
+        clip = clip[: num_samples - filled]
         out[filled : filled + len(clip)] = clip
         filled += len(clip)
     return out
 
 
-def audio_policy(samples: FloatArray, sample_rate: int) -> FloatArray:
-    """A sound on its own: float32 ``[480000]`` from ``samples [n]`` or the first channel of ``[channels, n]``.
+def audio_policy(samples: FloatArray, sample_rate: int, num_samples: int = NUM_SAMPLES) -> FloatArray:
+    """A sound on its own: float32 ``[num_samples]`` from ``samples [n]`` or the first channel of ``[channels, n]``.
 
-    The first 30 s (the reference crops at random: docs/facts.md 1.4), padded with silence to 30 s, then
+    The beginning (the reference crops at random: docs/facts.md 1.4), padded with silence, then
     Fourier-resampled to 16 kHz as librosa's ``res_type="fft"`` does. VideoLLaMA2 mm_utils.py ``process_audio_file``.
     """
     _check_rate(sample_rate)
     _check_transform(sample_rate)
     channel = samples if samples.ndim == 1 else samples[0]
-    padded = np.zeros(SECONDS * sample_rate)
+    padded = np.zeros(num_samples * sample_rate // SAMPLE_RATE)
     kept = channel[: len(padded)]
     padded[: len(kept)] = kept
     if sample_rate == SAMPLE_RATE:
         return padded.astype(np.float32)
-    return _fourier_resample(padded, NUM_SAMPLES).astype(np.float32)
+    return _fourier_resample(padded, num_samples).astype(np.float32)
 
 
 def resample(samples: FloatArray, from_rate: int, to_rate: int) -> FloatArray:

@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from ...contract.pipeline import SoundPlan
 from ...errors import MediaError
 from .products import matmul_alone
 
@@ -21,8 +22,13 @@ _PREEMPHASIS = 0.97
 _LOW_FREQUENCY = 20.0
 
 
-def kaldi_fbank(samples: FloatArray) -> FloatArray:
-    """Log mel energies float32 ``[1 + (n - 400) // 160, 128]`` of ``samples [n]``, 16 kHz in [-1, 1].
+def sound_features(samples: FloatArray, plan: SoundPlan) -> FloatArray:
+    """What the audio tower takes, float32 ``[num_frames, num_mel_bins]``, of ``samples [num_samples]`` in [-1, 1]."""
+    return _FEATURES[plan.feature](samples, plan.num_mel_bins)
+
+
+def kaldi_fbank(samples: FloatArray, num_mel_bins: int = NUM_MEL_BINS) -> FloatArray:
+    """Log mel energies float32 ``[1 + (n - 400) // 160, num_mel_bins]`` of ``samples [n]``, 16 kHz in [-1, 1].
 
     VideoLLaMA2 mm_utils.py: samples times 2**15 through torchaudio's ``kaldi.fbank`` with 128 bins and Kaldi's
     defaults (25 ms povey windows every 10 ms, only whole ones; mean removed, pre-emphasis 0.97; power spectrum of 512
@@ -41,10 +47,13 @@ def kaldi_fbank(samples: FloatArray) -> FloatArray:
     emphasized *= _povey_window()
     spectrum = np.fft.rfft(emphasized, _FFT_SIZE)[:, : _FFT_SIZE // 2]
     power = spectrum.real**2 + spectrum.imag**2
-    energies = np.empty((len(power), NUM_MEL_BINS))
-    matmul_alone(power, _mel_filters(), energies)
+    energies = np.empty((len(power), num_mel_bins))
+    matmul_alone(power, _mel_filters(num_mel_bins), energies)
     np.maximum(energies, np.finfo(np.float32).eps, out=energies)
     return _round_to_bfloat16(np.log(energies).astype(np.float32))
+
+
+_FEATURES = {"kaldi_fbank": kaldi_fbank}
 
 
 @lru_cache(maxsize=1)
@@ -54,16 +63,16 @@ def _povey_window() -> npt.NDArray[np.float64]:
     return (0.5 - 0.5 * np.cos(phase)) ** 0.85
 
 
-@lru_cache(maxsize=1)
-def _mel_filters() -> npt.NDArray[np.float64]:
-    """Triangular filters ``[256, 128]``, equally spaced on the mel scale (the Nyquist bin has no weight).
+@lru_cache(maxsize=2)
+def _mel_filters(num_mel_bins: int) -> npt.NDArray[np.float64]:
+    """Triangular filters ``[256, num_mel_bins]``, equally spaced on the mel scale (the Nyquist bin has no weight).
 
     Computed in float32 as torchaudio does: the filters are differences of close numbers, and their rounding there is
     visible after the bfloat16 step. The logarithm alone is a rounded float64, the same on every machine.
     """
     low, high = _mel(_LOW_FREQUENCY), _mel(SAMPLE_RATE / 2)
-    step = (high - low) / (NUM_MEL_BINS + 1)
-    bins = np.arange(NUM_MEL_BINS, dtype=np.float32)
+    step = (high - low) / (num_mel_bins + 1)
+    bins = np.arange(num_mel_bins, dtype=np.float32)
     left = np.float32(low) + bins * np.float32(step)
     center = np.float32(low) + (bins + np.float32(1)) * np.float32(step)
     right = np.float32(low) + (bins + np.float32(2)) * np.float32(step)

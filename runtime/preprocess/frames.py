@@ -3,32 +3,98 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from ...contract.pipeline import Sampling
 from ...errors import MediaError, OptionError
 
-FrameRule = Literal["centered", "linspace"]
+
+@dataclass(frozen=True)
+class Places:
+    """The frames that a captioner looks at: ``index`` int64 ``[T]``, ascending, of the frames of a clip.
+
+    ``times`` float64 ``[T]``: when each is shown, in seconds from the first frame on. ``seconds``: how long the frames
+    last. ``None`` where nothing is known of the time.
+    """
+
+    index: npt.NDArray[np.int64]
+    times: npt.NDArray[np.float64] | None = None
+    seconds: float | None = None
 
 
-def sample_indices(total: int, count: int, rule: FrameRule) -> npt.NDArray[np.int64]:
-    """Indices ``[count]`` int64, ascending, into the ``total`` frames of a clip; short clips repeat frames.
+def sample_places(total: int, fps: float, plan: Sampling) -> Places:
+    """The places of a clip of ``total`` frames at ``fps`` frames a second (0: not known); short clips repeat frames.
 
-    ``"centered"`` is VideoLLaMA 2's rule (mm_utils.py ``frame_sample``): the centres of ``count`` equal segments,
-    rounded half to even. ``"linspace"`` is AuroraCap's: first to last frame in equal steps, truncated. Raises
-    ``MediaError`` without frames, ``OptionError`` for an unknown rule or no places.
+    Where the frame rate is not known, the rule ``rate`` takes all frames, or ``linspace``'s of too many. Raises
+    ``MediaError`` without frames, and for the rule ``rate`` with too few frames in a second.
+    """
+    if total < 1:
+        raise MediaError("the clip has no frames to choose from")
+    timed = fps > 0 and math.isfinite(fps)
+    if plan.rule == "rate" and timed:
+        return _rate_places(total, fps, plan)
+    if plan.rule == "rate":
+        return Places(np.arange(total) if total <= plan.count else sample_indices(total, plan.count, "linspace"))
+    index = sample_indices(total, plan.count, plan.rule)
+    return Places(index, index / fps, total / fps) if timed else Places(index)
+
+
+def sample_indices(total: int, count: int, rule: str) -> npt.NDArray[np.int64]:
+    """Indices int64 ``[count]``, ascending, of ``total`` frames, by a rule that knows no time.
+
+    ``MediaError`` without frames, ``OptionError`` for another rule or no places.
     """
     if total < 1:
         raise MediaError("the clip has no frames to choose from")
     if count < 1:
         raise OptionError(f"cannot sample {count} frames: ask for at least one")
-    if rule == "centered":
-        return np.round((np.arange(count) + 0.5) * (total - 1) / count + 1e-6).astype(np.int64)
-    if rule == "linspace":
-        return np.linspace(0, total - 1, count, dtype=np.int64)
-    raise OptionError(f'unknown frame rule "{rule}": expected "centered" or "linspace"')
+    if rule not in _RULES:
+        raise OptionError(f'unknown frame rule "{rule}": expected one of {", ".join(_RULES)}')
+    return _RULES[rule](total, count).astype(np.int64)
+
+
+def _rate_places(total: int, fps: float, plan: Sampling) -> Places:
+    """LLaVA-Video's rule (playground/demo/video_demo.py ``load_video``, docs/facts.md 8.3).
+
+    Every round(fps / plan.fps)-th frame, at times that suppose the rounded rate. Where these are more than ``count``,
+    and always where ``forced``: ``count`` frames from first to last in equal steps, at their true times.
+    """
+    assert plan.fps is not None
+    step = round(fps / plan.fps)
+    if step < 1:
+        raise MediaError(f"{fps:g} frames a second are too few: this captioner looks at {plan.fps:g} of each second")
+    index = np.arange(0, total, step)
+    if len(index) > plan.count or plan.forced:
+        index = np.linspace(0, total - 1, plan.count, dtype=np.int64)
+        return Places(index, index / fps, total / fps)
+    return Places(index, index / step, total / fps)
+
+
+def _centered(total: int, count: int) -> npt.NDArray[np.floating]:
+    """The centres of equal segments, rounded half to even (VideoLLaMA 2, mm_utils.py ``frame_sample``)."""
+    return np.round((np.arange(count) + 0.5) * (total - 1) / count + 1e-6)
+
+
+def _linspace(total: int, count: int) -> npt.NDArray[np.floating]:
+    """First to last frame in equal steps, truncated (AuroraCap)."""
+    return np.linspace(0, total - 1, count)
+
+
+def _strided(total: int, count: int) -> npt.NDArray[np.floating]:
+    """From the first frame in equal steps without the last, truncated (LLaVA-NeXT-Video, docs/facts.md 9)."""
+    return np.arange(0, total, total / count)[:count]
+
+
+def _segments(total: int, count: int) -> npt.NDArray[np.floating]:
+    """The middle of each segment (InternVL2, eval/mvbench ``get_index``, docs/facts.md 10), truncated."""
+    size = (total - 1) / count
+    return np.trunc(size / 2 + np.round(size * np.arange(count)))
+
+
+_RULES = {"centered": _centered, "linspace": _linspace, "strided": _strided, "segments": _segments}
 
 
 def span_frames(
@@ -36,19 +102,19 @@ def span_frames(
     fps: float,
     start: float | None,
     end: float | None,
-    rule: FrameRule,
+    rule: str,
     times: npt.NDArray[np.float64] | None = None,
     duration: float | None = None,
 ) -> tuple[int, int]:
     """The first and the last of ``total`` frames in the span from ``start`` to ``end`` (seconds, checked before).
 
     For ``"centered"`` VideoLLaMA 2's rule (mm_utils.py ``process_video``): from ``max(int(start fps) - 1, 0)`` to
-    ``min(int(end fps) - 1, total - 1)``, so that a span begins with the frame before its start. AuroraCap has none; the
-    first place of its ``"linspace"`` is always the first frame, so there the span holds the frames that are shown first
-    at ``start`` or later and before ``end``. Both suppose a constant rate. Where ``times`` ``[total]`` (seconds from
-    the first frame on) are not those of the rate, the frames shown at these times take the place of ``int(time fps)``;
-    a span up to ``duration`` (seconds) then has the last frame. Never less than one frame. ``MediaError`` for a clip
-    without times and without a frame rate, or when it ends before ``start``.
+    ``min(int(end fps) - 1, total - 1)``, so that a span begins with the frame before its start. Other
+    families have none, and the first place of most is the first frame, so there the span holds the frames that are
+    shown first at ``start`` or later and before ``end``. Both suppose a constant rate. Where ``times`` ``[total]``
+    (seconds from the first frame on) are not those of the rate, the frames shown at these times take the place of
+    ``int(time fps)``; a span up to ``duration`` (seconds) then has the last frame. Never less than one frame.
+    ``MediaError`` for a clip without times and without a frame rate, or when it ends before ``start``.
     """
     if start is None and end is None:
         return 0, total - 1
@@ -74,9 +140,7 @@ def _is_constant(times: npt.NDArray[np.float64], fps: float) -> bool:
     return fps > 0 and bool(np.abs(times * fps - np.arange(len(times))).max() < 0.5)
 
 
-def _timed_span(
-    times: npt.NDArray[np.float64], start: float | None, end: float | None, rule: FrameRule
-) -> tuple[int, int]:
+def _timed_span(times: npt.NDArray[np.float64], start: float | None, end: float | None, rule: str) -> tuple[int, int]:
     # A time that was written with 3 decimals is still that of its frame.
     if rule == "centered":
         shown = [

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from ...contract.pipeline import ImagePlan
 from ...errors import MediaError, OptionError
 from .products import matmul_alone
 
@@ -34,26 +34,7 @@ _BLOCK = 16
 _CHUNK = 512
 
 
-class ImageSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a decoded RGB frame becomes the tower's input; the fields of ``models.config.ImageProcessing``.
-
-    ``resize`` is ``"exact"`` (both sides to ``size``, the SigLIP processor) or ``"shortest_edge"`` (the shorter side
-    to ``size``, then a centre crop of ``crop``, the CLIP processor). Then ``(x / 255 - mean) / std`` per channel.
-    """
-
-    resize: Literal["exact", "shortest_edge"]
-    size: int
-    crop: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    @property
-    def output_size(self) -> int:
-        """S, the side of the square that the tower sees."""
-        return self.size if self.resize == "exact" else self.crop
-
-
-def preprocess_frames(frames: npt.NDArray[np.uint8], spec: ImageSpec) -> FloatArray:
+def preprocess_frames(frames: npt.NDArray[np.uint8], spec: ImagePlan) -> FloatArray:
     """Pixels float32 ``[T, 3, S, S]`` of RGB frames uint8 ``[T, H, W, 3]``.
 
     Resize (Pillow bicubic with antialias), centre crop, rescale and normalise as ``CLIPImageProcessor`` and
@@ -81,7 +62,7 @@ def preprocess_frames(frames: npt.NDArray[np.uint8], spec: ImageSpec) -> FloatAr
     return pixels
 
 
-def _resized_size(height: int, width: int, spec: ImageSpec) -> tuple[int, int]:
+def _resized_size(height: int, width: int, spec: ImagePlan) -> tuple[int, int]:
     """Height and width after the resize, before the crop (transformers ``get_resize_output_image_size``)."""
     if spec.resize == "exact":
         return spec.size, spec.size

@@ -125,7 +125,7 @@ def test_segments_and_subtitles(bundle: Path, run: Run, tmp_path: Path):
         (["CLIPS", "-o", "out.parquet"], "out.parquet: records are written as JSON lines"),
         (["CLIPS", "bad.jsonl", "-o", "./bad.jsonl", "--overwrite"], "bad.jsonl: is an input (bad.jsonl)"),
         (["CLIPS", "-o", "out.jsonl", "--prompt", "a", "--prompt", "b"], "give it once"),
-        (["CLIPS", "-o", "out.jsonl", "--num-beams", "2"], "does nothing without --decoding beam"),
+        (["CLIPS", "-o", "out.jsonl", "--num-beams", "2"], "does nothing without --strategy beam"),
         (["CLIPS", "-o", "locked.jsonl"], "locked.jsonl: another run is writing it"),
         (["CLIPS", "-o", "-", "--srt"], "need an output file, not -o -"),
         (["CLIPS", "-o", "out.jsonl", "--retry-failed", "--overwrite"], "exclude each other"),

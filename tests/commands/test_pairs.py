@@ -20,7 +20,7 @@ import pytest
 from intertitle.align.preference import read_pairs
 from intertitle.benchmarks.batch_kills import write_inputs
 
-SHORT = ("--max-new-tokens", 5, "--no-audio", "--candidates", 2, "--no-refine")
+SHORT = ("--max-new-tokens", 5, "--no-audio", "--candidates", 2, "--no-retrospective")
 
 
 Run = Callable[..., Any]

@@ -174,18 +174,24 @@ def test_a_span_has_its_own_times_in_subtitles(bundle: Path, folder: Path, comma
     command("batch", bundle, "list.jsonl", "-o", "out.jsonl", "--srt", *SHORT)
     assert Path("clip.srt").read_text().splitlines()[1] == "00:00:00,500 --> 00:00:01,500"
     assert Path("clip.srt").read_text() == Path("first.srt").read_text()
+    # A span that is longer than what is left of the clip ends with it.
+    command("caption", bundle, "first.mp4", "--start", 1.5, "--end", 9, "--srt", "clip.srt", *SHORT)
+    Path("list.jsonl").write_text('{"file": "last.mp4", "start": 1.5, "end": 9}\n')
+    command("batch", bundle, "list.jsonl", "-o", "other.jsonl", "--srt", *SHORT)
+    for path in ("clip.srt", "last.srt"):
+        assert Path(path).read_text().splitlines()[1] == "00:00:01,500 --> 00:00:02,000"
 
 
 def test_records_say_what_was_asked_and_how(bundle: Path, folder: Path, command: Command):
     """The instruction and the settings as they were in the end: the bundle's own where nothing was given."""
-    command("batch", bundle, "first.mp4", "-o", "out.jsonl", "--decoding", "sample", "--seed", 3, *SHORT)
+    command("batch", bundle, "first.mp4", "-o", "out.jsonl", "--strategy", "sample", "--seed", 3, *SHORT)
     record = records("out.jsonl")["first.mp4"]
-    line = command("caption", bundle, "first.mp4", "--json", "--decoding", "sample", "--seed", 3, *SHORT).out
+    line = command("caption", bundle, "first.mp4", "--json", "--strategy", "sample", "--seed", 3, *SHORT).out
     said = json.loads(line)
     generation = json.loads((bundle / "bundle.json").read_text())["generation"]
     instruction = json.loads((bundle / "bundle.json").read_text())["default_instruction"]
     assert record["instruction"] == said["instruction"] == instruction
-    for decoding in (record["decoding"], said["settings"]):
+    for decoding in (record["decoding"], said["decoding"]):
         assert (decoding["strategy"], decoding["seed"], decoding["max_new_tokens"]) == ("sample", 3, 4)
         assert decoding["temperature"] == generation["temperature"]
     # What was given is beside it, as before.

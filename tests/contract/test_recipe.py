@@ -12,8 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from intertitle.calibration.quantize import dequantize_int4_positive, quantize_int4_positive
-from intertitle.calibration.recipe import component_rules, linear_layers, make_recipe, patterns, roundings_of
-from intertitle.calibration.verify import roundings
+from intertitle.calibration.recipe import component_rules, linear_layers, make_recipe, patterns, roundings, roundings_of
 from intertitle.contract.formats import FORMATS, Rule, decide
 from intertitle.contract.targets import TARGETS
 from intertitle.export.compile import compile_bundle
@@ -33,6 +32,8 @@ def test_the_recipe_of_int8_encoders(data_dir):
     source = open_checkpoint(data_dir / "av-qwen2")
     assert lines(make_recipe(source, TARGETS["cpu"], "int4", "int8", 64)) == [
         ("vision", "*", "int8", 128),
+        ("frame_connector", "s*.b*.se.fc*", "fp32", None),
+        ("frame_connector", "*", "int8", 128),
         ("connector", "s*.b*.se.fc*", "fp32", None),
         ("connector", "*", "int8", 128),
         ("audio", "tower.encoder.layers.*.self_attn.grep_linear", "fp32", None),
@@ -40,7 +41,7 @@ def test_the_recipe_of_int8_encoders(data_dir):
         ("decoder", "*", "int4", 64),
     ]
     assert lines(make_recipe(source, TARGETS["tensorrt"], "fp16", "fp16")) == [
-        (name, "*", "fp16", None) for name in ("vision", "connector", "audio", "decoder")
+        (name, "*", "fp16", None) for name in ("vision", "frame_connector", "connector", "audio", "decoder")
     ]
 
 
@@ -95,7 +96,7 @@ def test_each_layer_is_lowered_by_its_rule(target):
         Rule(component="decoder", pattern="*", format="int4", block_size=64),
     ]
     signature = Signature((torch.zeros(3, 48),), ({0: "rows"},), ("x",), ("y",))
-    graph = component_graph("part", module, signature, TARGETS[target], "int4", "decoder", recipe)
+    graph = component_graph("decoder", module, signature, TARGETS[target], "int4", recipe)
     assert {name: (each.layout.format, each.block_size) for name, each in graph.stored.items()} == {
         "gate": ("int4", 64),
         "up": ("int4", 64),
@@ -116,17 +117,17 @@ def test_a_bundle_states_its_recipe_and_verify_reads_it(data_dir, tmp_path):
     manifest = Bundle.open(path).manifest
     assert manifest.recipe == make_recipe(source, TARGETS["tensorrt"], "int4", "int8")
     stated = roundings(manifest, source)
-    assert set(stated) == {"vision", "connector", "decoder"}
+    assert set(stated) == {"vision", "frame_connector", "connector", "decoder"}
     # A bundle without a recipe is from an older version, which decided the same.
     older = msgspec.structs.replace(manifest, recipe=[])
     again = roundings(older, source)
     assert {name: each.recipe for name, each in again.items()} == {name: each.recipe for name, each in stated.items()}
     # The tensors in the graphs are those of the layouts that the recipe gives.
     codes = {"int4": {"codes", "factors"}, "int8": {"codes8", "factors8"}}
-    found: dict[str, set[str]] = {name: set() for name in source.components}
-    for name in ("vision", "frame_connector", "connector", "decoder"):
+    found: dict[str, set[str]] = {}
+    for name in source.components:
         graph = onnx.load(path / manifest.components[name].graph, load_external_data=False).graph
-        found[name.removeprefix("frame_")] |= {value.name.removeprefix("decoder.") for value in graph.initializer}
+        found[name] = {value.name.removeprefix("decoder.") for value in graph.initializer}
     formats = set()
     for part, tensors in found.items():
         for layer in linear_layers(source.module(part)):

@@ -18,9 +18,8 @@ from intertitle.calibration.quantize import (
     quantize_int8,
     quantize_int8_channels,
 )
-from intertitle.calibration.recipe import component_rules, linear_layers
+from intertitle.calibration.recipe import component_rules, linear_layers, roundings
 from intertitle.calibration.reference import Reference
-from intertitle.calibration.verify import roundings
 from intertitle.contract.formats import decide
 from intertitle.contract.targets import TARGETS as TARGET_RECORDS
 from intertitle.errors import OptionError

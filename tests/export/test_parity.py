@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from intertitle.calibration.recipe import roundings
 from intertitle.calibration.reference import Reference
-from intertitle.calibration.verify import roundings
 from intertitle.export.compile import compile_bundle
 from intertitle.export.components import (
     component_graph,

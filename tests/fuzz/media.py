@@ -8,20 +8,33 @@ from pathlib import Path
 
 import numpy as np
 from av.error import FFmpegError
-from intertitle.runtime.bundle import AudioSpec, Preprocessing
+from intertitle.contract.pipeline import (
+    EachUnit,
+    ImagePlan,
+    Pipeline,
+    Sampling,
+    SoundPlan,
+    Stage,
+    StageInput,
+    Window,
+)
 from intertitle.runtime.clip import Clip, read_clip
 from intertitle.runtime.media.segments import media_spans
 from intertitle.runtime.preprocess.audio import NUM_SAMPLES, SAMPLE_RATE
 from intertitle.runtime.preprocess.fbank import kaldi_fbank
-from intertitle.runtime.preprocess.image import ImageSpec, preprocess_frames
+from intertitle.runtime.preprocess.image import preprocess_frames
 from intertitle.runtime.timing import Stages
+from intertitle.runtime.viewing import Viewing
 
 from .corpus import make_corpus
 from .mutate import mutate
 
 _HALF = (0.5, 0.5, 0.5)
-_IMAGES = (ImageSpec("exact", 28, 28, _HALF, _HALF), ImageSpec("shortest_edge", 32, 28, _HALF, _HALF))
-_AUDIO = AudioSpec(sample_rate=SAMPLE_RATE, num_samples=NUM_SAMPLES, num_mel_bins=128, num_frames=2998, num_tokens=1)
+_IMAGES = (ImagePlan("exact", 28, 28, _HALF, _HALF), ImagePlan("shortest_edge", 32, 28, _HALF, _HALF))
+_SOUND = SoundPlan(sample_rate=SAMPLE_RATE, num_samples=NUM_SAMPLES, num_mel_bins=128, num_frames=2998)
+#: Of the one stage: frame by frame, or frames together.
+_UNITS = (EachUnit(), Window(2, 2))
+_RULES = ("centered", "linspace", "strided", "segments", "rate")
 
 
 class MediaTarget:
@@ -84,18 +97,20 @@ def _check_spans(spans: list[tuple[float, float]]) -> None:
 
 
 def _take(path: Path, rng: random.Random, start: float | None, end: float | None) -> None:
-    spec = Preprocessing(
-        num_frames=rng.choice((4, 8)),
-        frame_rule=rng.choice(("centered", "linspace")),
+    rule = rng.choice(_RULES)
+    stage = Stage(name="vision", unit=rng.choice(_UNITS), inputs=(StageInput("x", "pixels"),), output="y", tokens=1)
+    pipeline = Pipeline(
+        sampling=Sampling(rule=rule, count=rng.choice((4, 8)), fps=1.0 if rule == "rate" else None),
         image=rng.choice(_IMAGES),
-        audio=rng.choice((_AUDIO, _AUDIO, None)),
+        sound=rng.choice((_SOUND, _SOUND, None)),
+        stages=(stage,),
+        prompts={},
     )
     duplicates = rng.choice((None, None, None, 2.0))
-    per_frame = rng.random() < 0.5
-    clip = read_clip(path, spec, per_frame, True, Stages(), start=start, end=end, duplicates=duplicates)
+    clip = read_clip(path, pipeline, Viewing(start=start, end=end, duplicates=duplicates), Stages())
     _check(clip)
     if clip.frames is not None:
-        pixels = preprocess_frames(clip.frames, spec.image)
+        pixels = preprocess_frames(clip.frames, pipeline.image)
         if not np.isfinite(pixels).all():
             raise WrongValueError("pixels that are no numbers")
     if clip.sound is not None and rng.random() < 0.1 and not np.isfinite(kaldi_fbank(clip.sound)).all():

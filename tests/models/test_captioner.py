@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from intertitle.contract.pipeline import EachOf, Ids, Text, Tokens
 from intertitle.errors import CheckpointError, OptionError
 from intertitle.models import CaptionerCheckpoint, open_checkpoint
+from intertitle.models.stages import run_stages
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -14,22 +16,47 @@ from torch import Tensor
 TOLERANCE = 1e-5
 
 
-def splice(opened: CaptionerCheckpoint, mode: str, blocks: list[Tensor]) -> tuple[list[int], Tensor]:
-    """The reference's prompt ids and input embeddings of the default instruction, from the prompt template."""
-    template, table = opened.config.prompts[mode], opened.embedding().float()
+#: Places of tokens in the reference's prompt ids (VideoLLaMA2 ``constants.py``; xtuner ``constants.py``).
+SENTINELS = {("videollama2", "connector"): -201, ("videollama2", "audio"): -202, ("auroracap", "connector"): -200}
+
+
+def splice(opened: CaptionerCheckpoint, mode: str, blocks: dict[str, Tensor]) -> tuple[list[int], Tensor]:
+    """The reference's prompt ids and input embeddings of the default instruction, from the prompt's layout.
+
+    ``blocks``: what the stages give, ``[units, n, H]``.
+    """
+    config, table = opened.config, opened.embedding().float()
     tokenizer = Tokenizer.from_file(str(opened.path / "tokenizer.json"))
-    fill = {"{instruction}": opened.config.default_instruction}
-    prefix, suffix, separator = (
-        tokenizer.encode(text.replace(*next(iter(fill.items()))), add_special_tokens=False).ids
-        for text in (template.prefix, template.suffix, template.separator)
-    )
-    ids = [*([] if template.bos_token_id is None else [template.bos_token_id]), *prefix]
-    pieces = [table[ids]]
-    for i, block in enumerate(blocks):
-        gap = separator if i else []
-        ids += [*gap, template.sentinel]
-        pieces += [table[gap], block]
-    return [*ids, *suffix], torch.cat([*pieces, table[suffix]])
+    ids: list[int] = []
+    pieces: list[Tensor] = []
+
+    def say(found: list[int]) -> None:
+        ids.extend(found)
+        pieces.append(table[found])
+
+    def show(stage: str, block: Tensor) -> None:
+        ids.append(SENTINELS[config.family, stage])
+        pieces.append(block)
+
+    for piece in config.prompts[mode].pieces:
+        if isinstance(piece, Text):
+            text = piece.text.replace("{instruction}", config.default_instruction)
+            say(tokenizer.encode(text, add_special_tokens=False).ids)
+        elif isinstance(piece, Ids):
+            say(list(piece.ids))
+        elif isinstance(piece, Tokens):
+            show(piece.stage, blocks[piece.stage].flatten(0, 1))
+        else:
+            for number, block in enumerate(blocks[piece.stage]):
+                say(tokenizer.encode(piece.separator, add_special_tokens=False).ids if number else [])
+                show(piece.stage, block)
+    return ids, torch.cat(pieces)
+
+
+def run(opened: CaptionerCheckpoint, name: str, **values: Tensor) -> dict[str, Tensor]:
+    """What the stages up to ``name`` give from ``values``, those that ``values`` holds aside."""
+    stages = [stage for stage in opened.config.pipeline.needed(name) if stage.name not in values]
+    return run_stages(stages, opened.load, values)
 
 
 def last_logits(opened: CaptionerCheckpoint, embeds: Tensor) -> Tensor:
@@ -42,11 +69,10 @@ def last_logits(opened: CaptionerCheckpoint, embeds: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["clip-mistral", "av-qwen2"])
 def test_videollama2_video(name, opened, expected, relative_error):
     checkpoint, numbers = opened(name), expected(name)
-    features = checkpoint.load("vision")(torch.from_numpy(numbers["pixel_values"]))
-    assert relative_error(features, numbers["vision_features"]) < TOLERANCE
-    tokens = checkpoint.load("connector")(features)
-    assert relative_error(tokens[0], numbers["video_tokens"]) < TOLERANCE
-    ids, embeds = splice(checkpoint, "video", list(tokens))
+    found = run(checkpoint, "connector", pixels=torch.from_numpy(numbers["pixel_values"]))
+    assert relative_error(found["vision"], numbers["vision_features"]) < TOLERANCE
+    assert relative_error(found["connector"].flatten(0, 1), numbers["video_tokens"]) < TOLERANCE
+    ids, embeds = splice(checkpoint, "video", found)
     assert ids == numbers["prompt_ids"].tolist()
     assert relative_error(embeds, numbers["video.inputs_embeds"]) < TOLERANCE
     assert relative_error(last_logits(checkpoint, embeds), numbers["video.last_logits"]) < TOLERANCE
@@ -59,42 +85,43 @@ def test_videollama2_audio(opened, expected, relative_error):
     features, tokens = branch.features(fbank), branch(fbank)
     assert relative_error(features[0], numbers["audio_features"]) < TOLERANCE
     assert relative_error(tokens[0], numbers["audio_tokens"]) < TOLERANCE
-    video = torch.from_numpy(numbers["video_tokens"])
-    _, embeds = splice(checkpoint, "audiovideo", [torch.cat((video, tokens[0]))])
+    assert torch.equal(run(checkpoint, "audio", sound=fbank)["audio"], tokens)
+    blocks = {"connector": torch.from_numpy(numbers["video_tokens"])[None], "audio": tokens}
+    _, embeds = splice(checkpoint, "audiovideo", blocks)
     assert relative_error(embeds, numbers["audiovideo.inputs_embeds"]) < TOLERANCE
     assert relative_error(last_logits(checkpoint, embeds), numbers["audiovideo.last_logits"]) < TOLERANCE
-    ids, _ = splice(checkpoint, "audio", [tokens[0]])
+    ids, _ = splice(checkpoint, "audio", blocks)
     assert ids == numbers["audio.prompt_ids"].tolist()
 
 
 def test_videollama2_audio_alone_follows_the_other_clip_policy(opened, expected, relative_error):
     checkpoint, numbers = opened("av-qwen2"), expected("av-qwen2")
-    tokens = checkpoint.load("audio")(torch.from_numpy(numbers["fbank_audio_policy"])[None])
-    _, embeds = splice(checkpoint, "audio", list(tokens))
+    found = run(checkpoint, "audio", sound=torch.from_numpy(numbers["fbank_audio_policy"])[None])
+    _, embeds = splice(checkpoint, "audio", found)
     assert relative_error(embeds, numbers["audio.inputs_embeds"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.4])
 def test_auroracap(keep, opened, expected, relative_error):
     checkpoint, numbers = opened("auroracap", keep=keep), expected("auroracap")
-    features = checkpoint.load("vision")(torch.from_numpy(numbers["pixel_values"]))
-    assert relative_error(features, numbers[f"vision_features.keep{keep}"]) < TOLERANCE
-    tokens = checkpoint.load("connector")(features)
+    found = run(checkpoint, "connector", pixels=torch.from_numpy(numbers["pixel_values"]))
+    assert relative_error(found["vision"], numbers[f"vision_features.keep{keep}"]) < TOLERANCE
+    tokens = found["connector"]
     assert relative_error(tokens, numbers[f"visual_tokens.keep{keep}"]) < TOLERANCE
     if keep == numbers["token_kept_ratio"]:
-        ids, embeds = splice(checkpoint, "video", list(tokens))
+        ids, embeds = splice(checkpoint, "video", found)
         assert ids == numbers["prompt_ids"].tolist()
         assert relative_error(embeds, numbers["inputs_embeds"]) < TOLERANCE
         assert relative_error(last_logits(checkpoint, embeds), numbers["last_logits"]) < TOLERANCE
         # The contrasted stream of contrastive decoding: the same prompt over fewer frames.
-        _, sparse = splice(checkpoint, "video", [tokens[i] for i in numbers["sparse_frame_index"]])
+        _, sparse = splice(checkpoint, "video", {"connector": tokens[numbers["sparse_frame_index"]]})
         assert relative_error(last_logits(checkpoint, sparse), numbers["sparse.last_logits"]) < TOLERANCE
 
 
 def test_adapter_changes_connector_and_decoder(opened, expected, relative_error):
     checkpoint, numbers = opened("clip-mistral", adapter="clip-mistral-lora"), expected("clip-mistral-lora")
     features = torch.from_numpy(expected("clip-mistral")["vision_features"])
-    _, embeds = splice(checkpoint, "video", list(checkpoint.load("connector")(features)))
+    _, embeds = splice(checkpoint, "video", run(checkpoint, "connector", vision=features))
     assert relative_error(embeds, numbers["video.inputs_embeds"]) < TOLERANCE
     assert relative_error(last_logits(checkpoint, embeds), numbers["video.last_logits"]) < TOLERANCE
     # And it matters: without the adapter both are elsewhere.
@@ -104,17 +131,26 @@ def test_adapter_changes_connector_and_decoder(opened, expected, relative_error)
 @pytest.mark.parametrize("name", ["clip-mistral", "av-qwen2", "auroracap"])
 def test_prompt_is_the_reference_text(name, opened, expected):
     config, tag = opened(name).config, {"auroracap": "<image>"}.get(name, "<video>")
-    template = config.prompts["video"]
-    blocks = template.separator.join([tag] * (config.num_frames if config.connector.per_frame else 1))
-    text = template.prefix + blocks + template.suffix.replace("{instruction}", config.default_instruction)
+    text = ""
+    for piece in config.prompts["video"].pieces:
+        if isinstance(piece, Text):
+            text += piece.text.replace("{instruction}", config.default_instruction)
+        elif isinstance(piece, EachOf):
+            text += piece.separator.join([tag] * config.sampling.count)
+        elif isinstance(piece, Tokens):
+            text += tag
     assert text == str(expected(name)["prompt"])
 
 
 @pytest.mark.parametrize("name", ["clip-mistral", "av-qwen2", "auroracap"])
 def test_components_on_meta_and_on_disk_agree(name, opened):
     checkpoint = opened(name)
-    wanted = {"av-qwen2": ("vision", "connector", "audio", "decoder")}.get(name, ("vision", "connector", "decoder"))
-    assert checkpoint.components == wanted
+    wanted = {
+        "clip-mistral": ("vision", "frame_connector", "connector", "decoder"),
+        "av-qwen2": ("vision", "frame_connector", "connector", "audio", "decoder"),
+        "auroracap": ("vision", "connector", "decoder"),
+    }
+    assert checkpoint.components == wanted[name]
     for component in checkpoint.components:
         module, loaded = checkpoint.module(component), checkpoint.load(component)
         assert not module.training
@@ -133,7 +169,7 @@ def test_dtype_of_the_file_is_kept_unless_folded_or_merged(copied, data_dir):
     checkpoint = open_checkpoint(copy.path)
     assert checkpoint.embedding().dtype == torch.bfloat16
     assert checkpoint.tensor("decoder", "layers.0.mlp.up_proj.weight").dtype == torch.bfloat16
-    assert checkpoint.tensor("connector", "s1.b1.conv1.conv.weight").dtype == torch.bfloat16
+    assert checkpoint.tensor("frame_connector", "s1.b1.conv1.conv.weight").dtype == torch.bfloat16
     assert checkpoint.tensor("audio", "tower.encoder.pos_conv.weight").dtype == torch.float32
     assert next(checkpoint.load("vision").parameters()).dtype == torch.float32
 
@@ -215,7 +251,7 @@ def test_tied_head_is_the_embedding_table(copied):
 
 
 def test_keep_is_for_token_merging_only(data_dir):
-    assert open_checkpoint(data_dir / "clip-mistral", keep=1.0).config.vision.keep is None
+    assert open_checkpoint(data_dir / "clip-mistral", keep=1.0).config.part("vision").config.keep is None
     with pytest.raises(OptionError):
         open_checkpoint(data_dir / "clip-mistral", keep=0.5)
     for keep in (0.0, 1.5, -1.0, float("nan")):

@@ -3,14 +3,26 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from intertitle.contract.pipeline import Window
 from intertitle.errors import CheckpointError
 from intertitle.models.config import ConnectorConfig
-from intertitle.models.connectors import Bottleneck, ConvSampler, PoolSampler, build_connector, group
+from intertitle.models.connectors import Bottleneck, ConvSampler, PoolSampler, connector_parts, mlp_part
 from intertitle.models.sources import from_conv1x1, from_conv3d
+from intertitle.models.stages import run_stages, windows
+from torch import Tensor, nn
 
 
-def connector(kind: str, grid: int = 4, frames: int = 4, in_size: int = 8, out_size: int = 8, **more):
-    return build_connector(ConnectorConfig(kind, in_size, out_size, grid, frames, **more)).eval()
+class Connector:
+    """The stages of a connector, with random weights."""
+
+    def __init__(self, kind: str, grid: int = 4, in_size: int = 8, out_size: int = 8) -> None:
+        self.parts = connector_parts(ConnectorConfig(kind, in_size, out_size, grid))
+        self.modules = {part.stage.name: part.build(part.config).eval() for part in self.parts}
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """features ``[T, P, in]`` -> tokens ``[units, n, out]``."""
+        stages = [part.stage for part in self.parts]
+        return run_stages(stages, self.modules.__getitem__, {"vision": features})["connector"]
 
 
 @pytest.mark.parametrize(
@@ -22,9 +34,9 @@ def test_token_counts_of_released_checkpoints(grid, frames, padded, unpadded):
     with torch.device("meta"):
         features = torch.zeros(frames, grid * grid, 8)
         counts = {
-            kind: connector(kind, grid, frames)(features).shape for kind in ("stc_connector", "stc_connector_v35")
+            kind: Connector(kind, grid)(features).flatten(0, 1).shape for kind in ("stc_connector", "stc_connector_v35")
         }
-    assert counts == {"stc_connector": (1, padded, 8), "stc_connector_v35": (1, unpadded, 8)}
+    assert counts == {"stc_connector": (padded, 8), "stc_connector_v35": (unpadded, 8)}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +51,7 @@ def test_token_counts_of_released_checkpoints(grid, frames, padded, unpadded):
     ],
 )
 def test_token_counts_of_the_other_kinds(kind, tokens):
-    assert connector(kind, grid=5, frames=5)(torch.randn(5, 25, 8)).shape == (1, tokens, 8)
+    assert Connector(kind, grid=5)(torch.randn(5, 25, 8)).flatten(0, 1).shape == (tokens, 8)
 
 
 @pytest.mark.parametrize(
@@ -48,8 +60,8 @@ def test_token_counts_of_the_other_kinds(kind, tokens):
 )
 def test_parameters_of_released_connectors(kind, in_size, out_size, millions):
     with torch.device("meta"):
-        module = connector(kind, 24, 8, in_size, out_size)
-    assert sum(p.numel() for p in module.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+        modules = Connector(kind, 24, in_size, out_size).modules.values()
+    assert sum(p.numel() for module in modules for p in module.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
 @pytest.mark.parametrize(("kernel", "padding"), [((2, 2, 2), 0), ((2, 2, 2), 1), ((1, 2, 2), 1)])
@@ -60,14 +72,15 @@ def test_conv_sampler_is_conv3d(kernel, padding):
     assert source.shapes == (tuple(weight.shape),)
     sampler.load_state_dict({"linear.weight": source.build(weight), "linear.bias": bias})
     wanted = F.silu(F.conv3d(x.permute(3, 0, 1, 2).unsqueeze(0), weight, bias, stride=kernel, padding=padding))
-    torch.testing.assert_close(sampler(x), wanted[0].permute(1, 2, 3, 0), rtol=1e-4, atol=1e-5)
+    given = windows(x, Window(kernel[0], kernel[0], padding))
+    torch.testing.assert_close(sampler(given), wanted[0].permute(1, 2, 3, 0), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", [(2, 2, 2), (1, 2, 2)])
 def test_pool_sampler_is_avg_pool3d(kernel):
     x = torch.randn(5, 7, 4, 6)
     wanted = F.silu(F.avg_pool3d(x.permute(3, 0, 1, 2), kernel)).permute(1, 2, 3, 0)
-    torch.testing.assert_close(PoolSampler(kernel)(x), wanted)
+    torch.testing.assert_close(PoolSampler(kernel)(windows(x, Window(kernel[0], kernel[0]))), wanted)
 
 
 def test_bottleneck_is_the_channels_first_regnet_block():
@@ -104,47 +117,64 @@ def test_bottleneck_is_the_channels_first_regnet_block():
 
 def test_v35_mixes_time_only_within_pairs():
     """The windows of an even number of frames can be computed pair by pair (docs/facts.md 1.3)."""
-    module, features = connector("stc_connector_v35", grid=4, frames=6), torch.randn(6, 16, 8)
-    pairs = torch.cat([module(pair) for pair in features.split(2)], dim=1)
-    torch.testing.assert_close(module(features), pairs, rtol=1e-4, atol=1e-5)
+    connector, features = Connector("stc_connector_v35", grid=4), torch.randn(6, 16, 8)
+    pairs = torch.cat([connector(pair) for pair in features.split(2)])
+    torch.testing.assert_close(connector(features), pairs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("frames", [1, 4, 5])
 @pytest.mark.parametrize(
     "kind", ["stc_connector", "stc_connector_v35", "stp_connector", "spatial_conv", "spatial_pool"]
 )
-def test_frames_and_windows_can_be_computed_apart(kind, frames):
-    """Each frame alone, then each window alone, is the whole (an odd frame at the end falls away, or meets zeros)."""
-    if frames == 1 and kind in ("stc_connector_v35", "stp_connector"):
+def test_windows_computed_apart_are_a_3d_convolution_of_the_clip(kind, frames):
+    """Each frame alone, then each window alone, is the whole as the reference computes it: a 3-D convolution or pooling
+    over the clip between the stages (an odd frame at the end falls away, or meets zeros)."""
+    kernel = (1 if kind.startswith("spatial") else 2, 2, 2)
+    padding = 1 if kind in ("stc_connector", "spatial_conv") else 0
+    if frames + 2 * padding < kernel[0]:
         pytest.skip("one frame fills no window")
-    module, features = connector(kind, grid=5, frames=frames), torch.randn(frames, 25, 8)
-    wanted = module(features)
-    framewise = module.frame_part()
-    assert (framewise is None) == kind.startswith("spatial_")
-    x = features if framewise is None else torch.cat([framewise(frame[None]) for frame in features])
-    windows, part = group(x, module.time_kernel, module.time_padding), module.slot_part()
-    tokens = torch.cat([part(window[None]) for window in windows])
-    torch.testing.assert_close(tokens.flatten(0, 1)[None], wanted, rtol=1e-4, atol=1e-5)
+    connector, features = Connector(kind, grid=5), torch.randn(frames, 25, 8)
+    assert ("frame_connector" in connector.modules) == (not kind.startswith("spatial_"))
+    x = connector.modules.get("frame_connector", nn.Identity())(features).unflatten(1, (5, 5))
+    last = connector.modules["connector"]
+    clip = x.permute(3, 0, 1, 2)[None]
+    if kind in ("stp_connector", "spatial_pool"):
+        clip = F.avg_pool3d(clip, kernel)
+    else:
+        linear = last.sampler.linear
+        weight = linear.weight.unflatten(1, (*kernel, 8)).permute(0, 4, 1, 2, 3)
+        clip = F.conv3d(clip, weight, linear.bias, stride=kernel, padding=padding)
+    slots = F.silu(clip)[0].permute(1, 2, 3, 0)
+    wanted = last.readout(last.s2(slots).flatten(1, 2))
+    torch.testing.assert_close(connector(features), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_group_is_the_windows_of_a_convolution_over_time():
+def test_windows_are_those_of_a_convolution_over_time():
     """Conv1d with a kernel of ones that tells its inputs apart: frames are powers of ten."""
     x = 10.0 ** torch.arange(5)
-    for kernel, padding in ((2, 1), (2, 0), (1, 1), (3, 1)):
-        wanted = F.conv1d(x[None, None], torch.ones(1, 1, kernel), stride=kernel, padding=padding)
-        torch.testing.assert_close(group(x[:, None], kernel, padding).sum((1, 2)), wanted[0, 0])
+    for kernel, stride, padding in ((2, 2, 1), (2, 2, 0), (1, 1, 1), (3, 3, 1), (3, 1, 1), (3, 2, 0), (8, 8, 0)):
+        window = Window(kernel, stride, padding)
+        if kernel > 5 + 2 * padding:
+            assert window.count(5) == 0
+            continue
+        wanted = F.conv1d(x[None, None], torch.ones(1, 1, kernel), stride=stride, padding=padding)
+        found = windows(x[:, None], window)
+        assert len(found) == window.count(5)
+        torch.testing.assert_close(found.sum((1, 2)), wanted[0, 0])
 
 
-def test_mlp_pools_over_time_unless_per_frame():
-    features = torch.randn(4, 16, 8)
-    pooled, framewise = connector("mlp2x_gelu"), connector("mlp2x_gelu", per_frame=True)
-    framewise.load_state_dict(pooled.state_dict())
-    assert framewise(features).shape == (4, 16, 8)
+def test_mlp_pools_over_time_unless_it_is_of_each_frame():
+    features, pooled = torch.randn(4, 16, 8), Connector("mlp2x_gelu")
+    part = mlp_part(ConnectorConfig("mlp2x_gelu", 8, 8, 4))
+    framewise = part.build(part.config).eval()
+    framewise.load_state_dict(pooled.modules["connector"].state_dict())
+    each = run_stages([part.stage], lambda _: framewise, {"vision": features})["connector"]
+    assert each.shape == (4, 16, 8)
     torch.testing.assert_close(pooled(features), framewise(features.mean(0, keepdim=True)))
 
 
 def test_unknown_and_impossible_kinds_are_refused():
     with pytest.raises(CheckpointError, match="'identity'"):
-        connector("identity")
+        Connector("identity")
     with pytest.raises(CheckpointError, match="spatial_conv"):
-        connector("spatial_conv", in_size=8, out_size=16)
+        Connector("spatial_conv", in_size=8, out_size=16)

@@ -10,13 +10,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from intertitle.contract.pipeline import ImagePlan, PromptLayout, Text, Tokens, stages_of
 from intertitle.errors import CheckpointError
 from intertitle.models import FAMILIES, bounded, open_checkpoint
 from intertitle.models.captioner import CaptionerCheckpoint
 from intertitle.models.checkpoint import Checkpoint
-from intertitle.models.config import ImageProcessing
 from intertitle.models.fields import Fields
 from intertitle.models.hf_config import BUILTIN_TOWERS, builtin_tower, read_image_processing, read_vision
+from intertitle.models.stages import run_stages
 from intertitle.models.tensor_files import TensorInfo
 
 CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -25,7 +26,15 @@ CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258,
 def read(path):
     checkpoint = Checkpoint.open(path)
     family = next(family for family in FAMILIES.values() if family.matches(checkpoint))
-    return family.read_config(checkpoint, None)
+    return family.read_config(checkpoint)
+
+
+def around(layout: PromptLayout) -> tuple[str, str]:
+    """The texts in front of the tokens and behind them."""
+    before, *_, after = layout.pieces
+    assert isinstance(before, Text)
+    assert isinstance(after, Text)
+    return before.text, after.text
 
 
 @pytest.mark.parametrize(("name", "patches"), list(zip(BUILTIN_TOWERS, (576, 729, 729), strict=True)))
@@ -48,13 +57,14 @@ def test_released_layout_names_a_hub_tower(copied):
     copy = copied("clip-mistral")
     copy.edit_json("config.json", mm_vision_tower="openai/clip-vit-large-patch14-336")
     config = read(copy.path)
-    assert (config.vision.hidden_size, config.vision.num_layers) == (1024, 24)
-    assert config.image == ImageProcessing("shortest_edge", 336, 336, *CLIP_STATISTICS)
-    assert (config.connector.in_size, config.connector.grid) == (1024, 24)
+    vision, connector = config.part("vision").config, config.part("connector").config
+    assert (vision.hidden_size, vision.num_layers) == (1024, 24)
+    assert config.image == ImagePlan("shortest_edge", 336, 336, *CLIP_STATISTICS)
+    assert (connector.in_size, connector.grid) == (1024, 24)
     with pytest.raises(CheckpointError, match=r"class_embedding is \[64\].* \[1024\]"):
         open_checkpoint(copy.path)
     copy.edit_json("config.json", mm_vision_tower="google/siglip-so400m-patch14-384")
-    assert read(copy.path).image == ImageProcessing("exact", 384, 384, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert read(copy.path).image == ImagePlan("exact", 384, 384, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     copy.edit_json("config.json", mm_vision_tower="somebody/other-tower")
     with pytest.raises(CheckpointError, match="somebody/other-tower"):
         read(copy.path)
@@ -80,9 +90,9 @@ def test_shards_tower_wins_over_the_folder(copied, opened):
 def test_frames_default_to_eight(copied):
     copy = copied("clip-mistral")
     copy.edit_json("config.json", num_frames=16)
-    assert read(copy.path).num_frames == 16
+    assert read(copy.path).sampling.count == 16
     copy.edit_json("config.json", "num_frames")
-    assert read(copy.path).num_frames == 8
+    assert read(copy.path).sampling.count == 8
 
 
 def test_plain_mistral_of_older_revisions(copied, opened):
@@ -212,9 +222,12 @@ def test_every_connector_kind_is_read_from_its_released_names(kind, copied, data
             open_checkpoint(copy.path)
         return
     checkpoint = open_checkpoint(copy.path)
-    state = {name: checkpoint.tensor("connector", name) for name in checkpoint.module("connector").state_dict()}
-    assert sum(value.numel() for value in state.values()) == sum(value.numel() for value in added.values())
-    assert checkpoint.load("connector")(torch.randn(8, 16, 64)).shape[2] == 128
+    stages = checkpoint.config.pipeline.needed("connector")[1:]
+    state = [
+        checkpoint.tensor(stage.name, entry) for stage in stages for entry in checkpoint.module(stage.name).state_dict()
+    ]
+    assert sum(value.numel() for value in state) == sum(value.numel() for value in added.values())
+    assert run_stages(stages, checkpoint.load, {"vision": torch.randn(8, 16, 64)})["connector"].shape[2] == 128
 
 
 def test_audio_projector_kind_is_told_from_its_tensors(copied, opened):
@@ -223,8 +236,7 @@ def test_audio_projector_kind_is_told_from_its_tensors(copied, opened):
     copy.edit_json("config.json", mm_projector_a_type="linear")
     config = read(copy.path)
     assert config == opened("av-qwen2").config
-    assert config.audio is not None
-    assert config.audio.projector_kind == "mlp2x_gelu"
+    assert config.part("audio").config.projector_kind == "mlp2x_gelu"
     tensors = {name: value for name, value in copy.tensors().items() if "mm_projector_a" not in name}
     tensors |= {"model.mm_projector_a.weight": torch.randn(128, 96), "model.mm_projector_a.bias": torch.randn(128)}
     copy.save(tensors)
@@ -234,8 +246,7 @@ def test_audio_projector_kind_is_told_from_its_tensors(copied, opened):
 def test_released_audio_dimensions_hold_without_beats_config(copied):
     copy = copied("av-qwen2")
     copy.edit_json("config.json", "beats_config")
-    audio = read(copy.path).audio
-    assert audio is not None
+    audio = read(copy.path).part("audio").config
     assert (audio.embed_dim, audio.hidden_size, audio.num_layers, audio.num_tokens) == (512, 768, 12, 1496)
 
 
@@ -328,11 +339,11 @@ def test_prompt_is_what_transformers_renders(fixture, template, copied):
         # Whitespace control and whatever else transformers switches on in its templates.
         copy.edit_json("tokenizer_config.json", chat_template=template, bos_token="<|im_start|>")
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(copy.path)
-    prompt = read(copy.path).prompts["video"]
+    before, after = around(read(copy.path).prompts["video"])
     messages = [{"role": "system", "content": SYSTEM}] if fixture == "clip-mistral" else []
     messages.append({"role": "user", "content": "<video>\nWho {is} there?"})
     wanted = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert prompt.prefix + "<video>" + prompt.suffix.replace("{instruction}", "Who {is} there?") == wanted
+    assert before + "<video>" + after.replace("{instruction}", "Who {is} there?") == wanted
 
 
 def test_chat_template_from_its_own_file_and_from_a_list(copied, opened):
@@ -343,9 +354,9 @@ def test_chat_template_from_its_own_file_and_from_a_list(copied, opened):
         chat_template=[{"name": "tools", "template": "x"}, {"name": "default", "template": template}],
     )
     prompt = read(copy.path).prompts["audio"]
-    assert (prompt.prefix, prompt.suffix, prompt.sentinel) == ("[", "\n{instruction}]<|im_end|>", -202)
+    assert prompt.pieces == (Text("["), Tokens("audio"), Text("\n{instruction}]<|im_end|>"))
     (copy.path / "chat_template.jinja").write_text("U: {{ messages[-1].content }} A:")
-    assert read(copy.path).prompts["video"].suffix == "\n{instruction} A:"
+    assert around(read(copy.path).prompts["video"])[1] == "\n{instruction} A:"
 
 
 @pytest.mark.parametrize(
@@ -392,11 +403,11 @@ def test_a_chat_template_cannot_load_code_beside_it(copied, monkeypatch):
     (copy.path / "json.py").write_text("raise SystemExit('ran')")
     monkeypatch.chdir(copy.path)
     bounded._answer.cache_clear()
-    assert "[INST]" in open_checkpoint(copy.path).config.prompts["video"].prefix
+    assert "[INST]" in around(open_checkpoint(copy.path).config.prompts["video"])[0]
 
 
 def test_absurd_statistics_are_refused(opened):
-    clip = opened("clip-mistral").config.vision
+    clip = opened("clip-mistral").config.part("vision").config
     for key in ("image_mean", "image_std"):
         for value in (float("nan"), float("inf"), 10**400, True, None, [1]):
             with pytest.raises(CheckpointError, match=key):
@@ -406,16 +417,16 @@ def test_absurd_statistics_are_refused(opened):
 
 
 def test_image_processor_files(opened):
-    clip = opened("clip-mistral").config.vision
+    clip = opened("clip-mistral").config.part("vision").config
     values = {"size": 56, "crop_size": 56, "resample": 3}
-    assert read_image_processing(values, "p", clip) == ImageProcessing("shortest_edge", 56, 56, *CLIP_STATISTICS)
+    assert read_image_processing(values, "p", clip) == ImagePlan("shortest_edge", 56, 56, *CLIP_STATISTICS)
     values = {
         "size": {"shortest_edge": 64},
         "crop_size": {"height": 56, "width": 56},
         "image_mean": [0, 0, 0],
         "image_std": [1, 1, 1],
     }
-    assert read_image_processing(values, "p", clip) == ImageProcessing("shortest_edge", 64, 56, (0, 0, 0), (1, 1, 1))
+    assert read_image_processing(values, "p", clip) == ImagePlan("shortest_edge", 64, 56, (0, 0, 0), (1, 1, 1))
     for changes, message in [
         ({"resample": 2}, "resample 2"),
         ({"size": 40, "crop_size": 40}, "56 x 56"),
@@ -450,8 +461,10 @@ def test_every_family_opens_through_the_registry(opened):
         checkpoint: CaptionerCheckpoint = opened(name)
         assert set(checkpoint.config.prompts) >= {"video"}
         assert ("audio" in checkpoint.components) == ({"audio", "audiovideo"} <= set(checkpoint.config.prompts))
-        for template in checkpoint.config.prompts.values():
-            assert (template.prefix + template.suffix).count("{instruction}") == 1
+        for layout in checkpoint.config.prompts.values():
+            texts = [piece.text for piece in layout.pieces if isinstance(piece, Text)]
+            assert "".join(texts).count("{instruction}") == 1
+            assert set(stages_of(layout.pieces)) <= set(checkpoint.components)
 
 
 def test_released_size_is_accepted_from_its_headers(copied):
@@ -472,10 +485,9 @@ def test_released_size_is_accepted_from_its_headers(copied):
         if table not in tensor.name or kept in tensor.name
     }
     checkpoint = Checkpoint(copy.path, json.loads((copy.path / "config.json").read_text()), headers)
-    opened = CaptionerCheckpoint(checkpoint, FAMILIES["videollama2"].read_config(checkpoint, None))
+    opened = CaptionerCheckpoint(checkpoint, FAMILIES["videollama2"].read_config(checkpoint))
     opened.validate()
-    assert opened.config.audio is not None
-    assert (opened.config.decoder.head_dim, opened.config.audio.projector_kind) == (128, "mlp2x_gelu")
+    assert (opened.config.decoder.head_dim, opened.config.part("audio").config.projector_kind) == (128, "mlp2x_gelu")
     del headers["model.mm_projector.s1.b1.downsample.bn.bias"]
     with pytest.raises(CheckpointError, match=r"s1\.b1\.downsample\.bn\.bias is missing"):
         opened.validate()

@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from intertitle.contract.pipeline import Ids
 from intertitle.errors import BundleError
 from intertitle.runtime import integrity
 from intertitle.runtime.bundle import Bundle, is_plain_name, parse_manifest
@@ -67,8 +68,8 @@ def test_open(bundle: Path, bundle_files: dict[str, bytes]):
     assert opened.sha256 == hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()
     assert opened.manifest.components["decoder"].block_size == 32
     assert opened.manifest.components["vision"].inputs[0].shape == ["frames", 3, 8, 8]
-    assert opened.manifest.preprocessing.image.mean == (0.5, 0.5, 0.5)
-    assert opened.manifest.prompts["video"].bos_token_id == 1
+    assert opened.manifest.pipeline.image.mean == (0.5, 0.5, 0.5)
+    assert opened.manifest.pipeline.prompts["video"].pieces[0] == Ids((1,))
     for name, data in bundle_files.items():
         assert opened.file(name).read_bytes() == data
     with pytest.raises(BundleError, match="no file"):
@@ -294,17 +295,17 @@ def manifest_refusal(tree: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("version", "remedy"), [(1, "compile the checkpoint again"), (3, "use a newer intertitle"), (99, "version 99")]
+    ("version", "remedy"), [(1, "compile the checkpoint again"), (4, "use a newer intertitle"), (99, "version 99")]
 )
 def test_other_schema_versions(whole: dict[str, Any], version: int, remedy: str):
     message = manifest_refusal({"schema_version": version, "whatever": 1})
     assert remedy in message
-    assert "reads version 2" in message
+    assert "reads versions 2, 3" in message
 
 
 def test_unknown_fields_are_refused_at_every_level(whole: dict[str, Any]):
     # These are dictionaries from names, not records of fields.
-    free = {("components",), ("prompts",), ("files",), ("provenance", "tools")}
+    free = {("components",), ("pipeline", "prompts"), ("files",), ("provenance", "tools")}
     records = [(), *(path for path in nodes(whole) if isinstance(at(whole, path), dict) and path not in free)]
     assert len(records) > 20
     for path in records:
@@ -314,7 +315,8 @@ def test_unknown_fields_are_refused_at_every_level(whole: dict[str, Any]):
 
 
 def test_fields_without_a_default_are_required(whole: dict[str, Any]):
-    optional = {"data", "block_size", "adapter", "adapter_sha256", "separator", "bos_token_id", "sentinel"}
+    optional = {"data", "block_size", "adapter", "adapter_sha256", "sound", "tokens"}
+    optional |= {"repetition_penalty", "temperature", "top_p", "top_k", "max_new_tokens"}
     for path in nodes(whole):
         if isinstance(path[-1], str) and path[-1] not in optional and path != ("provenance", "tools", "torch"):
             tree = copy.deepcopy(whole)
@@ -322,14 +324,22 @@ def test_fields_without_a_default_are_required(whole: dict[str, Any]):
             manifest_refusal(tree)
 
 
-VISUAL: dict[str, Any] = {"blocks": 1, "tokens_per_block": 5}
-PER_FRAME: dict[str, Any] = {"blocks": 8, "tokens_per_block": 5, "per_frame": True}
-RATIO: dict[str, Any] = {"keep": 1, "graph": "vision.onnx", "tokens_per_block": 5}
+STAGES = ("pipeline", "stages")
+VISION: dict[str, Any] = {
+    "name": "vision",
+    "unit": {"type": "frame"},
+    "inputs": [{"name": "pixel_values", "source": "pixels"}],
+    "output": "features",
+    "tokens": 5,
+}
+SHARE: dict[str, Any] = {"keep": 1, "graph": "vision.onnx", "tokens": 5}
+HALF: dict[str, Any] = {"keep": 0.5, "graph": "vision.keep0.5.onnx", "tokens": 3}
+VIDEO = ("pipeline", "prompts", "video", "pieces")
+SAID = [{"type": "tokens", "stage": "connector"}]
 
 CONTRADICTIONS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "no decoder": (("components", "decoder"), None, "not a bundle manifest"),
     "unknown component": (("components", "extra"), "vision", "components are"),
-    "sound without a tower": (("preprocessing", "audio"), None, "components are"),
     "graph of another name": (("components", "vision", "graph"), "audio.onnx", "graph of component 'vision'"),
     "graph elsewhere": (("components", "vision", "graph"), "/etc/passwd", "graph of component 'vision'"),
     "data of another name": (("components", "audio", "data"), "vision.onnx", "data of component 'audio'"),
@@ -337,7 +347,6 @@ CONTRADICTIONS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "data without a role": (("components", "connector", "data"), None, "'connector.onnx.data' belongs to no component"),
     "other dialect": (("dialect",), "standard", "graph of component 'decoder'"),
     "other weights": (("weights",), "fp32", "weights are fp32, but the decoder's are int4"),
-    "unknown weights": (("weights",), "int3", "(fp32|fp16|int4)"),
     "int4 without blocks": (("components", "decoder", "block_size"), None, "block size None"),
     "fp32 with blocks": (("components", "vision", "block_size"), 32, "block size 32"),
     "no inputs": (("components", "vision", "inputs"), [], "no inputs"),
@@ -349,68 +358,87 @@ CONTRADICTIONS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "negative size": (("decoder", "num_layers"), -1, "num_layers"),
     "end token outside": (("generation", "eos_token_ids"), [7], "outside the vocabulary of 7"),
     "no end token": (("generation", "eos_token_ids"), [], "eos_token_ids"),
-    "start token outside": (("prompts", "audio", "bos_token_id"), 7, "outside the vocabulary"),
-    "no prompt for a mode": (("prompts",), {}, "no prompt for 'audio', 'audiovideo', 'video'"),
     "top_p": (("generation", "top_p"), 0, "top_p"),
     "hash of another kind": (("files", "vision.onnx", "sha256"), "md5", "sha256"),
-    "image of no pixels": (("preprocessing", "image", "size"), 0, "image: size 0"),
-    "crop of no pixels": (("preprocessing", "image", "crop"), -8, "crop -8"),
+    "image of no pixels": (("pipeline", "image", "size"), 0, "image: size 0"),
+    "crop of no pixels": (("pipeline", "image", "crop"), -8, "crop -8"),
     "crop larger than the image": (
-        ("preprocessing", "image"),
+        ("pipeline", "image"),
         {"resize": "shortest_edge", "size": 8, "crop": 9, "mean": [0, 0, 0], "std": [1, 1, 1]},
         "image: size 8, crop 9",
     ),
-    "std of zero": (("preprocessing", "image", "std"), [1, 0, 1], "std [1.0, 0.0, 1.0]"),
-    "sentinel that is a token": (("prompts", "video", "sentinel"), 5, "sentinel"),
-    "windows without frames": (("visual", "time_kernel"), 9, "8 frames fill no window of 9"),
-    "windows of pooled frames": (("visual",), VISUAL | {"pooled": True, "time_kernel": 2}, "windows of time"),
-    "pooled and per frame": (("visual",), VISUAL | {"pooled": True, "per_frame": True}, "exclude each other"),
-    "ratios of a clip": (("visual", "ratios"), [RATIO], "frames are not blocks"),
-    "ratio of nothing": (("visual",), PER_FRAME | {"ratios": [RATIO | {"keep": 0}]}, "keep"),
-    "ratio of other tokens": (
-        ("visual",),
-        PER_FRAME | {"ratios": [RATIO | {"tokens_per_block": 4}]},
-        "4 by its first ratio",
-    ),
-    "ratio of another graph": (
-        ("visual",),
-        PER_FRAME | {"ratios": [RATIO | {"graph": "audio.onnx"}]},
-        "merging ratio 1",
-    ),
-    "ratio whose graph is not there": (
-        ("visual",),
-        PER_FRAME | {"ratios": [RATIO, RATIO | {"keep": 0.5, "graph": "vision.keep0.5.onnx"}]},
-        "'vision.keep0.5.onnx' is not listed",
-    ),
-    "ratio of another name": (
-        ("visual",),
-        PER_FRAME | {"ratios": [RATIO, RATIO | {"keep": 0.5, "graph": "../x.onnx"}]},
-        "expected 'vision.keep0.5.onnx'",
-    ),
-    "frame rule": (("preprocessing", "frame_rule"), "random", "random"),
+    "std of zero": (("pipeline", "image", "std"), [1, 0, 1], "std [1.0, 0.0, 1.0]"),
     "many layers": (("decoder", "num_layers"), 1 << 40, "num_layers 1099511627776 is above 1024"),
     "a layer without a cache": (("decoder", "num_layers"), 2, "'past.1.key' is not there"),
     "other heads": (("decoder", "num_kv_heads"), 2, "'past.0.key' is ['rows', 1, 'max_length', 2]"),
     "other head size": (("decoder", "head_dim"), 4, "'past.0.key'"),
     "endless context": (("decoder", "context_length"), 1 << 60, "context_length"),
     "endless caption": (("generation", "max_new_tokens"), 1 << 60, "max_new_tokens"),
-    "many frames": (("preprocessing", "num_frames"), 1 << 50, "frames are more than 4096"),
-    "a large image": (("preprocessing", "image", "size"), 9000, "9000 x 9000 pixels are too many"),
-    "another image": (("preprocessing", "image", "size"), 16, "'pixel_values' is ['frames', 3, 8, 8]"),
-    "std of a negative": (("preprocessing", "image", "std"), [1, -1, 1], "std [1.0, -1.0, 1.0]"),
-    "huge mean": (("preprocessing", "image", "mean"), [1e300, 0, 0], "mean [1e+300, 0.0, 0.0]"),
-    "other sound": (("preprocessing", "audio", "num_frames"), 2999, "'fbank' is [1, 2998, 128]"),
-    "other rate": (("preprocessing", "audio", "sample_rate"), 1, "480000 samples at 1 Hz"),
-    "long windows": (("visual", "time_padding"), 1 << 40, "frames of padding"),
-    "many blocks": (("visual", "blocks"), 1 << 40, "more than a context holds"),
-    "a long prompt": (("prompts", "video", "prefix"), "x" * 70000, "a text of 70000 characters"),
-    "a far sentinel": (("prompts", "video", "sentinel"), -(1 << 62), "sentinel"),
-    "a hot temperature": (("generation", "temperature"), 1e30, "temperature 1e+30"),
+    "a large image": (("pipeline", "image", "size"), 9000, "9000 x 9000 pixels are too many"),
+    "another image": (("pipeline", "image", "size"), 16, "'pixel_values' is ['frames', 3, 8, 8]"),
+    "std of a negative": (("pipeline", "image", "std"), [1, -1, 1], "std [1.0, -1.0, 1.0]"),
+    "huge mean": (("pipeline", "image", "mean"), [1e300, 0, 0], "mean [1e+300, 0.0, 0.0]"),
+    "a start token outside the table": ((*VIDEO, 0, "ids"), [7], "an id is outside the embedding table of 7 rows"),
+    "no prompt for a mode": (("pipeline", "prompts"), {}, "expected audio, audiovideo, video"),
+    "a prompt for sound without sound": (("pipeline", "sound"), None, "takes 'sound', which does not come before it"),
+    "a prompt without the clip": (VIDEO, [{"type": "text", "text": "x"}], "no tokens of a stage"),
+    "a prompt of an unknown stage": (VIDEO, [{"type": "tokens", "stage": "ears"}], "'ears', which is no stage"),
+    "a prompt of another mode": (VIDEO, [{"type": "tokens", "stage": "audio"}], "its stages take sound"),
+    "a stage twice in a prompt": (VIDEO, SAID * 2, "a stage is there twice"),
+    "the units of a sound": (
+        ("pipeline", "prompts", "audio", "pieces"),
+        [{"type": "each", "stage": "audio"}],
+        "the units of a sound apart",
+    ),
+    "many pieces": (VIDEO, SAID + [{"type": "ids", "ids": []}] * 256, "too many pieces"),
+    "an untimed form of nothing": (("pipeline", "prompts", "video", "untimed"), SAID, "untimed form"),
+    "a long prompt": ((*VIDEO, 1, "text"), "x" * 70000, "a text of 70000 characters"),
+    "a piece of another kind": ((*VIDEO, 1, "type"), "song", "not a bundle manifest"),
+    "a stage before its input": ((*STAGES, 0, "inputs", 0, "source"), "connector", "does not come before it"),
+    "a stage with a path for a name": ((*STAGES, 0, "name"), "../x", "its name is not plain"),
+    "a stage that is the decoder": ((*STAGES, 0, "name"), "decoder", "its name is not plain, or taken"),
+    "two stages of one name": ((*STAGES, 1, "name"), "vision", "its name is not plain, or taken"),
+    "sound frame by frame": ((*STAGES, 2, "unit"), {"type": "frame"}, "sound is taken as one"),
+    "a tower for all of a sound": ((*STAGES, 0, "unit"), {"type": "sound"}, "sound is taken as one"),
+    "a unit of another kind": ((*STAGES, 0, "unit", "type"), "song", "not a bundle manifest"),
+    "a tower of unknown tokens": ((*STAGES, 0, "tokens"), None, "the number of its tokens is missing"),
+    "windows without frames": (
+        (*STAGES, 1, "unit"),
+        {"type": "window", "kernel": 9, "stride": 9},
+        "8 places fill no window",
+    ),
+    "long windows": (
+        (*STAGES, 1, "unit"),
+        {"type": "window", "kernel": 1, "stride": 1, "padding": 1 << 40},
+        "1099511627776 of padding",
+    ),
+    "many tokens": ((*STAGES, 1, "tokens"), 1 << 40, "more than a context holds"),
+    "tokens of another graph": ((*STAGES, 1, "tokens"), 6, "'visual_tokens' is ['slots', 5, 4]"),
+    "another output": ((*STAGES, 0, "output"), "eyes", "'eyes' is not there"),
+    "another input": ((*STAGES, 0, "inputs", 0, "name"), "eyes", "'eyes' is not there"),
     "two inputs of a tower": (
         ("components", "vision", "inputs"),
         [{"name": n, "dtype": "float32", "shape": ["frames", 3, 8, 8]} for n in ("pixel_values", "more")],
-        "one input and one output",
+        "inputs or outputs that are not those of its stage",
     ),
+    "shares of windows": ((*STAGES, 1, "variants"), [SHARE | {"graph": "connector.onnx"}], "do not belong to it"),
+    "a share of nothing": ((*STAGES, 0), VISION | {"variants": [SHARE | {"keep": 0}]}, "keep"),
+    "a share of other tokens": ((*STAGES, 0), VISION | {"variants": [SHARE | {"tokens": 4}]}, "do not belong to it"),
+    "a share of another graph": ((*STAGES, 0), VISION | {"variants": [SHARE | {"graph": "audio.onnx"}]}, "variant 1"),
+    "a share whose graph is not there": (
+        (*STAGES, 0),
+        VISION | {"variants": [SHARE, HALF]},
+        "'vision.keep0.5.onnx' is not listed",
+    ),
+    "a share of another name": ((*STAGES, 0), VISION | {"variants": [SHARE, HALF | {"graph": "../x.onnx"}]}, "0.5 is"),
+    "a share twice": ((*STAGES, 0), VISION | {"variants": [SHARE, SHARE]}, "variant 1 is 'vision.onnx'"),
+    "a frame rule": (("pipeline", "sampling", "rule"), "random", "random"),
+    "a rate without a rule": (("pipeline", "sampling", "fps"), 1, "belong to the rule 'rate'"),
+    "a rule without a rate": (("pipeline", "sampling", "rule"), "rate", "belong to the rule 'rate'"),
+    "many frames": (("pipeline", "sampling", "count"), 1 << 50, "frames are more than 4096"),
+    "other sound": (("pipeline", "sound", "num_frames"), 2999, "'fbank' is [1, 2998, 128]"),
+    "other rate": (("pipeline", "sound", "sample_rate"), 1, "480000 samples at 1 Hz"),
+    "a hot temperature": (("generation", "temperature"), 1e30, "temperature 1e+30"),
 }
 
 

@@ -57,7 +57,7 @@ def alone(captioner, clips):
     def look_up(strategy: str, index: int) -> list[int]:
         if (strategy, index) not in known:
             item = clips[index]
-            captioner._scheduler = None
+            captioner._loaded.scheduler = None
             how = intertitle.Decoding(max_new_tokens=7, **STRATEGIES[strategy])
             known[strategy, index] = captioner.caption(
                 item.source, prompt=item.prompt, start=item.start, end=item.end, decoding=how
@@ -113,11 +113,11 @@ def test_memory_bounds_the_rows(captioner, clips):
     decoder = captioner.manifest.decoder
     row = 2 * 4 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim
     how = intertitle.Decoding(max_new_tokens=3)
-    captioner._scheduler = None
+    captioner._loaded.scheduler = None
     items = [clips[i].source for i in (0, 1, 2, 3)]
     done = list(captioner.caption_batch(items, decoding=how, audio=False, memory=row * 256 * 2))
     assert all(result.caption is not None for result in done)
-    inference = captioner._scheduler.inference
+    inference = captioner._loaded.scheduler.inference
     assert inference.rows * inference.max_length * row <= row * 256 * 2
     with pytest.raises(OptionError, match="of cache, the limit is"):
         list(captioner.caption_batch(items, decoding=how, memory=1000))
@@ -128,7 +128,7 @@ def test_memory_bounds_the_rows(captioner, clips):
 def test_a_longer_prompt_makes_longer_rows(captioner, clips, alone):
     long = BatchItem(clips[0].source, prompt="word " * 300)
     how = intertitle.Decoding(max_new_tokens=7)
-    captioner._scheduler = None
+    captioner._loaded.scheduler = None
     results = list(captioner.caption_batch([clips[2], long, clips[1]], decoding=how, audio=True))
     by_index = {result.index: result.caption for result in results}
     assert by_index[1].prompt_tokens > 300  # type: ignore[union-attr]

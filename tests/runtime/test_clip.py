@@ -6,22 +6,46 @@ from typing import Any
 
 import numpy as np
 import pytest
+from intertitle.contract.pipeline import (
+    EachUnit,
+    ImagePlan,
+    Pipeline,
+    Sampling,
+    SoundPlan,
+    Stage,
+    StageInput,
+    Unit,
+    Window,
+)
 from intertitle.errors import MediaError, OptionError
-from intertitle.runtime.bundle import AudioSpec, ImageSpec, Preprocessing
 from intertitle.runtime.clip import Clip, array_clip, read_clip
 from intertitle.runtime.media import open_media
 from intertitle.runtime.preprocess.audio import audio_policy, video_policy
 from intertitle.runtime.preprocess.frames import sample_indices, span_frames
 from intertitle.runtime.timing import Stages
+from intertitle.runtime.viewing import Viewing
+from msgspec import convert
 
-IMAGE = ImageSpec("exact", 28, 28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-AUDIO = AudioSpec(sample_rate=16_000, num_samples=480_000, num_mel_bins=128, num_frames=2998, num_tokens=1496)
-SPEC = Preprocessing(num_frames=8, frame_rule="centered", image=IMAGE, audio=AUDIO)
-LINEAR = Preprocessing(num_frames=8, frame_rule="linspace", image=IMAGE)
+IMAGE = ImagePlan("exact", 28, 28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+SOUND = SoundPlan(sample_rate=16_000, num_samples=480_000, num_mel_bins=128, num_frames=2998)
 
 
-def read(source: Any, spec: Preprocessing = SPEC, per_frame: bool = False, **options: Any) -> Clip:
-    return read_clip(source, spec, per_frame, True, Stages(), **options)
+def pipeline(rule: str, sound: SoundPlan | None = None, unit: Unit | None = None, **sampling: Any) -> Pipeline:
+    """Eight places; ``unit``: of the stage behind the tower."""
+    vision = Stage(name="vision", unit=EachUnit(), inputs=(StageInput("x", "pixels"),), output="y", tokens=4)
+    inputs = (StageInput("x", "vision"),)
+    connector = Stage(name="connector", unit=unit or EachUnit(), inputs=inputs, output="y", tokens=4)
+    plan = convert({"rule": rule, "count": 8, **sampling}, Sampling)
+    return Pipeline(sampling=plan, image=IMAGE, sound=sound, stages=(vision, connector), prompts={})
+
+
+#: One that joins frames and hears, one that takes frame by frame and is deaf.
+SPEC = pipeline("centered", SOUND, Window(2, 2))
+LINEAR = pipeline("linspace")
+
+
+def read(source: Any, spec: Pipeline = SPEC, **options: Any) -> Clip:
+    return read_clip(source, spec, Viewing(**options), Stages())
 
 
 def test_span_frames_follow_the_reference_by_hand() -> None:
@@ -40,17 +64,17 @@ def test_span_frames_follow_the_reference_by_hand() -> None:
 
 
 @pytest.mark.parametrize("spec", [SPEC, LINEAR])
-def test_a_span_of_a_video_with_sound(spec: Preprocessing, clips: Any) -> None:
+def test_a_span_of_a_video_with_sound(spec: Pipeline, clips: Any) -> None:
     path = clips.encode("clip.mp4", 200, options=clips.SHORT_GROUPS, tone=8.0)
     clip = read(path, spec, start=3.0, end=6.0)
     assert (clip.start, clip.seconds) == (3.0, 3.0)
     first, last = (74, 149) if spec is SPEC else (75, 149)
     with open_media(path) as media:
-        wanted = media.read_frames(first + sample_indices(last - first + 1, 8, spec.frame_rule))
+        wanted = media.read_frames(first + sample_indices(last - first + 1, 8, spec.sampling.rule))
         heard = media.read_audio(16_000).samples
     assert clip.frames is not None
     np.testing.assert_array_equal(clip.frames[clip.order], wanted)
-    if spec.audio is None:
+    if spec.sound is None:
         assert clip.sound is None
     else:
         np.testing.assert_allclose(clip.sound, video_policy(heard[48_000:96_000]), atol=1e-3)
@@ -127,23 +151,23 @@ def levels(*values: int) -> np.ndarray:
 
 def test_the_place_of_a_dropped_frame_shows_the_kept_one() -> None:
     frames = levels(10, 11, 50, 50, 51, 90, 90, 10)
-    clip = array_clip(frames, None, None, SPEC, False, duplicates=2.0)
+    clip = array_clip(frames, None, None, SPEC, duplicates=2.0)
     assert clip.order is not None
     assert clip.order.tolist() == [0, 0, 1, 1, 1, 2, 2, 3]
     np.testing.assert_array_equal(clip.frames, levels(10, 50, 90, 10))
     assert clip.notes == ["4 near-duplicate frames were replaced by the one before"]
-    clip = array_clip(frames, None, None, LINEAR, True, duplicates=2.0)
+    clip = array_clip(frames, None, None, LINEAR, duplicates=2.0)
     assert clip.order is not None
     assert clip.order.tolist() == [0, 1, 2, 3]
     assert clip.notes == ["4 near-duplicate frames were dropped"]
-    assert array_clip(frames, None, None, SPEC, False).notes == []
+    assert array_clip(frames, None, None, SPEC).notes == []
 
 
 def test_frames_that_a_short_clip_repeats() -> None:
-    clip = array_clip(levels(10, 60, 110), None, None, SPEC, False, duplicates=2.0)
+    clip = array_clip(levels(10, 60, 110), None, None, SPEC, duplicates=2.0)
     assert clip.frames is not None
     assert (len(clip.frames), len(clip.order), clip.notes) == (3, 8, [])  # type: ignore[arg-type]
-    clip = array_clip(levels(10, 60, 110), None, None, LINEAR, True, duplicates=2.0)
+    clip = array_clip(levels(10, 60, 110), None, None, LINEAR, duplicates=2.0)
     assert clip.order is not None
     assert clip.order.tolist() == [0, 1, 2]
 

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from intertitle.errors import OptionError
 from intertitle.runtime import compression
-from intertitle.runtime.compression import check_visual_tokens, merge_tokens, wanted_tokens
+from intertitle.runtime.compression import merge_tokens
 
 values = st.floats(-8, 8, width=32)
 tokens_and_count = st.integers(1, 40).flatmap(
@@ -92,22 +91,3 @@ def test_tokens_of_nothing_but_zeros():
 def test_a_count_that_cannot_be(count):
     with pytest.raises(ValueError, match="3 tokens cannot become"):
         merge_tokens(np.zeros((3, 2), np.float32), count)
-
-
-@pytest.mark.parametrize("value", [0, -3, 0.0, 1.5, -0.5, float("nan"), True, "0.5"])
-def test_a_setting_that_cannot_be(value):
-    with pytest.raises(OptionError, match="visual_tokens must be a ratio"):
-        check_visual_tokens(value)
-
-
-def test_settings():
-    for value in (None, 1, 10**9, 1.0, 0.001):
-        check_visual_tokens(value)
-    assert [wanted_tokens(setting, 1352) for setting in (None, 1.0, 0.5, 0.0001, 100, 5000)] == [
-        1352,
-        1352,
-        676,
-        1,
-        100,
-        1352,
-    ]

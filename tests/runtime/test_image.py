@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from intertitle.contract.pipeline import ImagePlan
 from intertitle.errors import MediaError, OptionError
-from intertitle.runtime.preprocess.image import ImageSpec, _banded_weights, preprocess_frames
+from intertitle.runtime.preprocess.image import _banded_weights, preprocess_frames
 from intertitle.runtime.preprocess.products import matmul_alone
 
 Image = pytest.importorskip("PIL.Image")
@@ -45,7 +46,7 @@ def picture(height: int, width: int, seed: int) -> np.ndarray:
 @given(st.integers(1, 130), st.integers(1, 130), st.integers(1, 90), st.integers(0, 9))
 def test_exact_resize_is_pillow(height: int, width: int, size: int, seed: int) -> None:
     frame = picture(height, width, seed)
-    pixels = preprocess_frames(frame[np.newaxis], ImageSpec("exact", size, size, **PLAIN))
+    pixels = preprocess_frames(frame[np.newaxis], ImagePlan("exact", size, size, **PLAIN))
     assert pixels.shape == (1, 3, size, size)
     assert pixels.dtype == np.float32
     np.testing.assert_array_equal(as_uint8(pixels)[0], resized(frame, size, size))
@@ -56,7 +57,7 @@ def test_exact_resize_is_pillow(height: int, width: int, size: int, seed: int) -
 def test_shortest_edge_and_crop_is_pillow(height: int, width: int, size: int, data: st.DataObject) -> None:
     crop = data.draw(st.integers(1, size))
     frame = picture(height, width, size)
-    pixels = preprocess_frames(frame[np.newaxis], ImageSpec("shortest_edge", size, crop, **PLAIN))
+    pixels = preprocess_frames(frame[np.newaxis], ImagePlan("shortest_edge", size, crop, **PLAIN))
     if width <= height:
         whole = resized(frame, size, int(size * height / width))
     else:
@@ -72,7 +73,7 @@ VIDEO_SIZES = [(360, 640, 384), (1080, 1920, 384), (1920, 1080, 336), (91, 161, 
 @pytest.mark.parametrize(("height", "width", "size"), VIDEO_SIZES)
 def test_video_sizes_are_pillow(height: int, width: int, size: int) -> None:
     frame = picture(height, width, 1)
-    pixels = preprocess_frames(frame[np.newaxis], ImageSpec("exact", size, size, **PLAIN))
+    pixels = preprocess_frames(frame[np.newaxis], ImagePlan("exact", size, size, **PLAIN))
     np.testing.assert_array_equal(as_uint8(pixels)[0], resized(frame, size, size))
 
 
@@ -91,7 +92,7 @@ def test_sums_stay_exact_in_float32(in_size: int, out_size: int) -> None:
 def test_landscape_is_pillow_in_one_go() -> None:
     # Every version of Pillow begins with the width here.
     frame = picture(90, 160, 2)
-    pixels = preprocess_frames(frame[np.newaxis], ImageSpec("exact", 70, 70, **PLAIN))
+    pixels = preprocess_frames(frame[np.newaxis], ImagePlan("exact", 70, 70, **PLAIN))
     whole = np.asarray(Image.fromarray(frame).resize((70, 70), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(as_uint8(pixels)[0], whole)
 
@@ -102,9 +103,9 @@ def test_pixels_of_the_fixtures(data_dir: Path, expected: Callable[[str], dict[s
     config = json.loads(configs[0].read_text())
     mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
     if "crop_size" in config:
-        spec = ImageSpec("shortest_edge", config["size"]["shortest_edge"], config["crop_size"]["height"], mean, std)
+        spec = ImagePlan("shortest_edge", config["size"]["shortest_edge"], config["crop_size"]["height"], mean, std)
     else:
-        spec = ImageSpec("exact", config["size"]["height"], config["size"]["height"], mean, std)
+        spec = ImagePlan("exact", config["size"]["height"], config["size"]["height"], mean, std)
     numbers = expected(variant)
     pixels = preprocess_frames(numbers["frames_uint8"], spec)
     assert pixels.shape == numbers["pixel_values"].shape
@@ -114,13 +115,13 @@ def test_pixels_of_the_fixtures(data_dir: Path, expected: Callable[[str], dict[s
 def test_refusals() -> None:
     frames = np.zeros((1, 4, 4, 3), np.uint8)
     with pytest.raises(OptionError, match="cannot crop 9"):
-        preprocess_frames(frames, ImageSpec("shortest_edge", 8, 9, **PLAIN))
+        preprocess_frames(frames, ImagePlan("shortest_edge", 8, 9, **PLAIN))
     with pytest.raises(OptionError, match="unknown way"):
-        preprocess_frames(frames, ImageSpec("squash", 8, 8, **PLAIN))  # type: ignore[arg-type]
+        preprocess_frames(frames, ImagePlan("squash", 8, 8, **PLAIN))  # type: ignore[arg-type]
     with pytest.raises(MediaError, match="uint8"):
-        preprocess_frames(frames.astype(np.float32), ImageSpec("exact", 8, 8, **PLAIN))
+        preprocess_frames(frames.astype(np.float32), ImagePlan("exact", 8, 8, **PLAIN))
     with pytest.raises(MediaError, match=r"\[1, 4, 4\]"):
-        preprocess_frames(frames[..., 0], ImageSpec("exact", 8, 8, **PLAIN))
+        preprocess_frames(frames[..., 0], ImagePlan("exact", 8, 8, **PLAIN))
 
 
 def test_no_other_thread_is_waited_for() -> None:
@@ -128,8 +129,9 @@ def test_no_other_thread_is_waited_for() -> None:
         "import time\n"
         "import numpy as np\n"
         "from intertitle.runtime.preprocess.fbank import kaldi_fbank\n"
-        "from intertitle.runtime.preprocess.image import ImageSpec, preprocess_frames\n"
-        "spec = ImageSpec('shortest_edge', 336, 336, (0.5,) * 3, (0.5,) * 3)\n"
+        "from intertitle.contract.pipeline import ImagePlan\n"
+        "from intertitle.runtime.preprocess.image import preprocess_frames\n"
+        "spec = ImagePlan('shortest_edge', 336, 336, (0.5,) * 3, (0.5,) * 3)\n"
         "frames, sound = np.zeros((2, 2160, 3840, 3), np.uint8), np.zeros(480_000, np.float32)\n"
         "preprocess_frames(frames, spec), kaldi_fbank(sound)\n"
         "all_threads, this_thread = time.process_time(), time.thread_time()\n"

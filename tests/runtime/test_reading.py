@@ -12,20 +12,22 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import cv2
 import intertitle
 import numpy as np
 import pytest
+from intertitle.contract.pipeline import Pipeline
 from intertitle.errors import IntertitleError, ItemError, MediaError, OptionError, TransientMediaError
-from intertitle.runtime.bundle import Preprocessing
 from intertitle.runtime.clip import read_clip
 from intertitle.runtime.media.segments import media_spans
 from intertitle.runtime.reading import Readers
 from intertitle.runtime.timing import Stages
+from intertitle.runtime.viewing import Viewing
 
 
 @pytest.fixture(scope="module")
-def spec(compiled: Callable[..., Path]) -> Preprocessing:
-    return intertitle.Captioner.load(compiled("av-qwen2", "fp32")).manifest.preprocessing
+def pipeline(compiled: Callable[..., Path]) -> Pipeline:
+    return intertitle.Captioner.load(compiled("av-qwen2", "fp32")).manifest.pipeline
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +75,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 
 
 @pytest.mark.parametrize("how", [{}, {"start": 1.0, "end": 2.5}, {"duplicates": 200.0}], ids=str)
-def test_a_worker_reads_what_this_process_would(how: dict[str, float], clip: Path, spec: Preprocessing):
-    mine = read_clip(clip, spec, False, True, Stages(), **how)  # type: ignore[arg-type]
+def test_a_worker_reads_what_this_process_would(how: dict[str, float], clip: Path, pipeline: Pipeline):
+    mine = read_clip(clip, pipeline, Viewing(**how), Stages())  # type: ignore[arg-type]
     stages = Stages()
     with Readers() as readers:
-        theirs = readers.read(clip, spec, False, True, stages, **how)  # type: ignore[arg-type]
+        theirs = readers.read(clip, pipeline, Viewing(**how), stages)  # type: ignore[arg-type]
     for name in ("frames", "order", "sound"):
         expected, found = getattr(mine, name), getattr(theirs, name)
         assert expected is not None
@@ -88,16 +90,18 @@ def test_a_worker_reads_what_this_process_would(how: dict[str, float], clip: Pat
     assert {"open", "read_frames", "read_audio"} <= stages.seconds.keys()
 
 
-def test_spans_and_errors_come_back_as_they_are(clip: Path, spec: Preprocessing, tmp_path: Path):
+def test_spans_and_errors_come_back_as_they_are(clip: Path, pipeline: Pipeline, tmp_path: Path):
     broken = tmp_path / os.fsdecode(b"\xff odd.mp4")
     broken.write_bytes(b"no video at all")
+    image = tmp_path / "a.png"
+    assert cv2.imwrite(os.fspath(image), np.zeros((30, 40, 3), np.uint8))
 
     def refusals(read: Callable[..., object], spans: Callable[..., object]) -> Iterator[tuple[type, str]]:
         for call in (
-            lambda: read(broken, spec, False, True, Stages()),
-            lambda: read(tmp_path / "gone.mp4", spec, False, True, Stages()),
-            lambda: read(clip, spec, False, True, Stages(), start=50.0),
-            lambda: read(clip, spec, False, True, Stages(), start=3.0, end=2.0),
+            lambda: read(broken, pipeline, Viewing(), Stages()),
+            lambda: read(tmp_path / "gone.mp4", pipeline, Viewing(), Stages()),
+            lambda: read(clip, pipeline, Viewing(start=50.0), Stages()),
+            lambda: read(image, pipeline, Viewing(start=0.0), Stages()),
             lambda: spans(broken, 1.0),
         ):
             with pytest.raises(IntertitleError) as caught:
@@ -125,61 +129,61 @@ def test_spans_and_errors_come_back_as_they_are(clip: Path, spec: Preprocessing,
     ],
 )
 def test_what_a_file_does_to_its_worker(
-    name: str, kind: type, reason: str, faults: None, named: Callable[[str], Path], spec: Preprocessing
+    name: str, kind: type, reason: str, faults: None, named: Callable[[str], Path], pipeline: Pipeline
 ):
     path = named(name)
     with Readers() as readers:
         for _ in range(2):
             with pytest.raises(IntertitleError) as caught:
-                readers.read(path, spec, False, True, Stages())
+                readers.read(path, pipeline, Viewing(), Stages())
             assert type(caught.value) is kind
             assert str(caught.value).startswith(f"{path}: ")
             assert reason in str(caught.value)
-        assert readers.read(named("good.mp4"), spec, False, True, Stages()).frames is not None
+        assert readers.read(named("good.mp4"), pipeline, Viewing(), Stages()).frames is not None
 
 
-def test_what_libraries_print_is_no_answer(faults: None, named: Callable[[str], Path], spec: Preprocessing):
+def test_what_libraries_print_is_no_answer(faults: None, named: Callable[[str], Path], pipeline: Pipeline):
     with Readers() as readers:
-        assert readers.read(named("print.mp4"), spec, False, True, Stages()).seconds == pytest.approx(4.0)
+        assert readers.read(named("print.mp4"), pipeline, Viewing(), Stages()).seconds == pytest.approx(4.0)
 
 
-def test_a_file_that_takes_too_long(faults: None, named: Callable[[str], Path], spec: Preprocessing):
+def test_a_file_that_takes_too_long(faults: None, named: Callable[[str], Path], pipeline: Pipeline):
     good = named("good.mp4")
     with Readers(time_limit=60.0) as readers:
-        readers.read(good, spec, False, True, Stages())  # the worker is there
+        readers.read(good, pipeline, Viewing(), Stages())  # the worker is there
         readers._time_limit = 1.0
         began = time.monotonic()
         with pytest.raises(MediaError, match=r"hang\.mp4: reading it took more than 1 s"):
-            readers.read(named("hang.mp4"), spec, False, True, Stages())
+            readers.read(named("hang.mp4"), pipeline, Viewing(), Stages())
         assert 1.0 <= time.monotonic() - began < 10.0
         readers._time_limit = 60.0
-        readers.read(good, spec, False, True, Stages())
+        readers.read(good, pipeline, Viewing(), Stages())
 
 
-def test_a_worker_that_is_killed(faults: None, named: Callable[[str], Path], spec: Preprocessing):
+def test_a_worker_that_is_killed(faults: None, named: Callable[[str], Path], pipeline: Pipeline):
     """While it waits: nobody is the wiser. While it reads: the system was short of memory, and may not be again."""
     good, hang = named("good.mp4"), named("hang.mp4")
     with Readers() as readers:
-        readers.read(good, spec, False, True, Stages())
+        readers.read(good, pipeline, Viewing(), Stages())
         (worker,) = workers()
         os.kill(worker, signal.SIGKILL)
         wait_until(lambda: not workers())
-        readers.read(good, spec, False, True, Stages())
+        readers.read(good, pipeline, Viewing(), Stages())
         (worker,) = workers()
         threading.Timer(0.5, os.kill, (worker, signal.SIGKILL)).start()
         with pytest.raises(TransientMediaError, match=r"hang\.mp4: the process that read it was killed"):
-            readers.read(hang, spec, False, True, Stages())
-        readers.read(good, spec, False, True, Stages())
+            readers.read(hang, pipeline, Viewing(), Stages())
+        readers.read(good, pipeline, Viewing(), Stages())
     wait_until(lambda: not workers())
 
 
-def test_closing_ends_what_is_under_way(faults: None, named: Callable[[str], Path], spec: Preprocessing):
+def test_closing_ends_what_is_under_way(faults: None, named: Callable[[str], Path], pipeline: Pipeline):
     """And what waits for a worker."""
     readers, said = Readers(), []
 
     def read(path: Path) -> None:
         with pytest.raises(TransientMediaError) as caught:
-            readers.read(path, spec, False, True, Stages())
+            readers.read(path, pipeline, Viewing(), Stages())
         said.append(str(caught.value))
 
     threads = [threading.Thread(target=read, args=(named(f"hang{number}.mp4"),)) for number in range(3)]
@@ -193,7 +197,7 @@ def test_closing_ends_what_is_under_way(faults: None, named: Callable[[str], Pat
     assert not workers()
 
 
-def test_no_process_can_be_started(named: Callable[[str], Path], spec: Preprocessing, monkeypatch: pytest.MonkeyPatch):
+def test_no_process_can_be_started(named: Callable[[str], Path], pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch):
     """For a moment, as when there are too many open files."""
     start = subprocess.Popen
 
@@ -204,23 +208,23 @@ def test_no_process_can_be_started(named: Callable[[str], Path], spec: Preproces
     with Readers() as readers:
         for _ in range(2):
             with pytest.raises(TransientMediaError, match=r"can be started to read it \(Too many open files\)"):
-                readers.read(named("good.mp4"), spec, False, True, Stages())
+                readers.read(named("good.mp4"), pipeline, Viewing(), Stages())
         monkeypatch.setattr(subprocess, "Popen", start)
-        assert readers.read(named("good.mp4"), spec, False, True, Stages()).frames is not None
+        assert readers.read(named("good.mp4"), pipeline, Viewing(), Stages()).frames is not None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory of a process is bounded on Linux")
-def test_memory_is_bounded(clips, spec: Preprocessing):
+def test_memory_is_bounded(clips, pipeline: Pipeline):
     """A decoder of large frames takes more than the limit: its file fails, and a small one after it does not."""
     large = clips.encode("large.mp4", 3, (3840, 2160), options={"preset": "ultrafast"})
     small = clips.encode("small.mp4", 3)
     with Readers(memory_limit=160 << 20) as readers:
         with pytest.raises(MediaError) as caught:
-            readers.read(large, spec, False, True, Stages())
+            readers.read(large, pipeline, Viewing(), Stages())
         assert str(caught.value).startswith(str(large))
-        assert readers.read(small, spec, False, True, Stages()).frames is not None
+        assert readers.read(small, pipeline, Viewing(), Stages()).frames is not None
     with Readers() as readers:
-        assert readers.read(large, spec, False, True, Stages()).frames is not None
+        assert readers.read(large, pipeline, Viewing(), Stages()).frames is not None
 
 
 _PARENT = """

@@ -19,6 +19,7 @@ from intertitle.errors import ClosedError, DeadlineError, OptionError, TargetErr
 from intertitle.runtime import captioner as captioner_module
 from intertitle.runtime.guard import Guard
 from intertitle.runtime.timing import Stages
+from intertitle.runtime.viewing import Count, Share
 
 DEMO = Path(intertitle.__file__).parent / "calibration" / "clips" / "demo.mp4"
 SHORT = intertitle.Decoding(max_new_tokens=6)
@@ -99,7 +100,7 @@ def test_the_instruction_and_the_settings_in_effect(listener, eight):
     caption = listener.caption(frames=eight, decoding=SHORT)
     generation = listener.manifest.generation
     assert caption.instruction == listener.manifest.default_instruction
-    assert caption.settings == {
+    assert caption.decoding == {
         "strategy": "greedy",
         "max_new_tokens": 6,
         "repetition_penalty": generation.repetition_penalty,
@@ -110,18 +111,18 @@ def test_the_instruction_and_the_settings_in_effect(listener, eight):
     assert sampled.instruction == "What?"
     wanted = {"strategy": "sample", "top_k": 7, "seed": 3, "stop": ["zz"], "prefix": "A"}
     assert wanted | {"temperature": generation.temperature, "top_p": generation.top_p} == {
-        name: sampled.settings[name] for name in (*wanted, "temperature", "top_p")
+        name: sampled.decoding[name] for name in (*wanted, "temperature", "top_p")
     }
     beam = listener.caption(frames=eight, decoding=intertitle.Decoding(strategy="beam", max_new_tokens=6))
-    assert (beam.settings["num_beams"], beam.settings["length_penalty"]) == (4, 1.0)
+    assert (beam.decoding["num_beams"], beam.decoding["length_penalty"]) == (4, 1.0)
     noise = listener.caption(frames=eight, decoding=intertitle.Decoding(contrast="noise", max_new_tokens=6))
-    assert {name: noise.settings[name] for name in ("contrast", "contrast_alpha", "contrast_beta", "noise_step")} == {
+    assert {name: noise.decoding[name] for name in ("contrast", "contrast_alpha", "contrast_beta", "noise_step")} == {
         "contrast": "noise",
         "contrast_alpha": 1.0,
         "contrast_beta": 0.1,
         "noise_step": 500,
     }
-    assert json.loads(json.dumps(noise.settings)) == noise.settings
+    assert json.loads(json.dumps(noise.decoding)) == noise.decoding
 
 
 def test_notes_of_the_contrasted_view_reach_the_caption(per_frame, eight):
@@ -135,7 +136,7 @@ def test_notes_of_the_contrasted_view_reach_the_caption(per_frame, eight):
 # What is refused, and when
 
 
-@pytest.mark.parametrize("visual_tokens", [None, 0.5, 40])
+@pytest.mark.parametrize("visual_tokens", [None, Share(0.5), Count(40)], ids=str)
 @pytest.mark.parametrize("variant", ["av-qwen2", "clip-mistral", "auroracap", "auroracap-keep"])
 def test_the_length_of_a_prompt_is_known_before_it_is_encoded(variant, visual_tokens, compiled, expected):
     captioner = intertitle.Captioner.load(compiled(variant))
@@ -149,7 +150,11 @@ def test_the_length_of_a_prompt_is_known_before_it_is_encoded(variant, visual_to
         sound = {"waveform": numbers["audio_int16"], "sample_rate": 16000}
         clips += [captioner.read(frames=numbers["frames_uint8"], **sound), captioner.read(**sound)]
     for clip in clips:
-        if captioner.manifest.visual.ratios and visual_tokens == 40 and captioner.encoder.block_lengths(clip)[1:]:
+        if (
+            captioner.manifest.visual.ratios
+            and visual_tokens == Count(40)
+            and captioner.encoder.block_lengths(clip)[1:]
+        ):
             # No compiled ratio gives so few of a clip with several frames.
             with pytest.raises(OptionError, match="no compiled ratio"):
                 captioner.encoder.block_lengths(clip, visual_tokens)
@@ -339,8 +344,8 @@ def test_a_closed_captioner_says_so(compiled, eight):
     ):
         with pytest.raises(ClosedError, match="the captioner was closed"):
             call()
-    assert captioner._decoder is None
-    assert captioner._scheduler is None
+    assert captioner._loaded.decoder is None
+    assert captioner._loaded.scheduler is None
     assert captioner.encoder._components == {}
 
 
@@ -360,7 +365,7 @@ def test_preload_leaves_nothing_to_load(compiled):
     staged = intertitle.Captioner.load(compiled("av-qwen2"), staged=True)
     staged.preload()
     assert staged.encoder._components == {}
-    assert staged._decoder is not None
+    assert staged._loaded.decoder is not None
 
 
 def test_what_happens_is_logged(compiled, tmp_path, caplog, eight):

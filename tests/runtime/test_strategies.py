@@ -150,7 +150,7 @@ def test_closing_a_stream_frees_its_rows(listener, eight):
     decoding = intertitle.Decoding(contrast="temporal", max_new_tokens=200)
     with listener.stream(frames=eight, decoding=decoding) as stream:
         next(stream)
-        scheduler = listener._scheduler
+        scheduler = listener._loaded.scheduler
         assert scheduler is not None
         assert scheduler.free_rows == scheduler.inference.rows - 2
     assert scheduler.free_rows == scheduler.inference.rows

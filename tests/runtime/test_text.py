@@ -1,22 +1,19 @@
-"""Prompts against the fixtures' ids, streamed text against the tokenizers' own whole-text decoding."""
+"""Streamed text against the tokenizers' own whole-text decoding."""
 
 from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
 
-import msgspec
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from intertitle.errors import BundleError, OptionError
-from intertitle.runtime.text import IncrementalDecoder, PromptSpec, StopStrings, build_prompt, prompt_ids
+from intertitle.runtime.text import IncrementalDecoder, StopStrings
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 DATA = Path(__file__).parents[1] / "data"
-INSTRUCTION = "Describe the video in detail."
 
 
 def fixture_tokenizer(name: str) -> Tokenizer:
@@ -49,67 +46,6 @@ def byte_level() -> Tokenizer:
 def pieces_of(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     decoder = IncrementalDecoder(tokenizer)
     return [*(decoder.push(i) for i in ids), decoder.finish()]
-
-
-# --- prompts
-
-
-def spec_of(prompt: str, tag: str, **fields: object) -> PromptSpec:
-    prefix, suffix = prompt.split(tag)
-    return msgspec.convert(
-        {"prefix": prefix, "suffix": suffix.replace(INSTRUCTION, "{instruction}"), **fields}, PromptSpec
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "key", "sentinel"),
-    [
-        ("av-qwen2", "prompt_ids", -201),
-        ("av-qwen2", "audio.prompt_ids", -202),
-        ("clip-mistral", "prompt_ids", -201),
-    ],
-)
-def test_prompt_ids_of_one_block(name: str, key: str, sentinel: int) -> None:
-    expected = np.load(DATA / name / "expected.npz")
-    spec = spec_of(str(expected["prompt"]), "<video>", sentinel=sentinel)
-    chunks = build_prompt(fixture_tokenizer(name), spec, INSTRUCTION, 1)
-    assert len(chunks) == 2
-    assert prompt_ids(chunks, spec.sentinel) == expected[key].tolist()
-
-
-def test_prompt_ids_with_the_bos_as_an_id() -> None:
-    expected = np.load(DATA / "clip-mistral" / "expected.npz")
-    spec = spec_of(str(expected["prompt"]).removeprefix("<s>"), "<video>", bos_token_id=1)
-    chunks = build_prompt(fixture_tokenizer("clip-mistral"), spec, INSTRUCTION, 1)
-    assert prompt_ids(chunks, -201) == expected["prompt_ids"].tolist()
-
-
-def test_prompt_ids_of_a_block_a_frame() -> None:
-    expected = np.load(DATA / "auroracap" / "expected.npz")
-    texts = str(expected["prompt"]).split("<image>")
-    assert set(texts[1:-1]) == {" "}
-    spec = PromptSpec(prefix=texts[0], suffix="\n{instruction}\n ASSISTANT:", separator=" ", bos_token_id=1)
-    chunks = build_prompt(fixture_tokenizer("auroracap"), spec, INSTRUCTION, len(texts) - 1)
-    assert prompt_ids(chunks, spec.sentinel) == expected["prompt_ids"].tolist()
-
-
-def test_no_special_tokens_are_added_to_a_chunk() -> None:
-    tokenizer = fixture_tokenizer("auroracap")
-    assert tokenizer.encode("USER").ids[0] == 1, "the fixture's tokenizer adds a BOS by itself"
-    assert 1 not in chain(*build_prompt(tokenizer, PromptSpec("USER", "x"), "", 2))
-
-
-def test_braces_of_an_instruction_are_text() -> None:
-    tokenizer = fixture_tokenizer("av-qwen2")
-    instruction = "{0} {instruction} {x!r}"
-    (before, after) = build_prompt(tokenizer, PromptSpec("a", "{instruction}{b}"), instruction, 1)
-    assert tokenizer.decode(before) == "a"
-    assert tokenizer.decode(after) == instruction + "{b}"
-
-
-def test_a_prompt_without_a_block_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one block"):
-        build_prompt(fixture_tokenizer("av-qwen2"), PromptSpec("a", "b"), "", 0)
 
 
 # --- incremental decoding

@@ -56,7 +56,7 @@ def test_variable_rate(name: str, clips: Any) -> None:
     # By hand: frame 10 is shown from 10 s on, frame 19 from 19 s to 20 s. AuroraCap has no frame before the start.
     for spec, first in ((SPEC, 9), (LINEAR, 10)):
         clip = read(path, spec, start=10.0, end=20.0)
-        wanted = first + sample_indices(20 - first, 8, spec.frame_rule)
+        wanted = first + sample_indices(20 - first, 8, spec.sampling.rule)
         np.testing.assert_array_equal(clip.frames[clip.order], [frames[number] for number in wanted])
     with open_media(path) as media:
         assert media.duration == pytest.approx(32.0, abs=1.01)

@@ -15,6 +15,7 @@ from intertitle.align.scenes import draw_scene, write_clip
 from intertitle.errors import MediaError, OptionError
 from intertitle.runtime.batch import Entry
 from intertitle.runtime.ort import OrtDecoder
+from intertitle.runtime.viewing import Viewing
 
 DEMO = Path(intertitle.__file__).parent / "calibration" / "clips" / "demo.mp4"
 SHORT = {"max_new_tokens": 6, "candidates": 4}
@@ -50,45 +51,46 @@ def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_all_candidates_come_from_one_prefill(compiled, prefilled: list[int]):
     captioner = intertitle.Captioner.load(compiled("clip-mistral"))
     (item,) = scene_items("train:3:4")
-    media = scene_media(item.scene, captioner.manifest.preprocessing)
+    media = scene_media(item.scene, captioner.manifest.pipeline)
     alone = intertitle.Captioner.load(compiled("clip-mistral")).caption(
         **media, decoding=intertitle.Decoding(max_new_tokens=6)
     )
     clip = alone.prompt_tokens
     assert sum(prefilled) == clip
     prefilled.clear()
-    found = Proposer(captioner, Recipe(contrasts=(), refine=False, **SHORT)).candidates(item)
+    found = Proposer(captioner, Recipe(contrast_alpha=(), retrospective=False, **SHORT)).candidates(item)
     # The prompt in its three segments, once, for four sampled captions and the greedy one.
     assert sum(prefilled) < 1.1 * clip
     assert alone.text.strip() in [one.text for one in found if "greedy" in one.origins]
     prefilled.clear()
-    Proposer(captioner, Recipe(contrasts=(0.5, 1.0), refine=False, **SHORT)).candidates(scene_items("train:4:5")[0])
+    both = Recipe(contrast_alpha=(0.5, 1.0), retrospective=False, **SHORT)
+    Proposer(captioner, both).candidates(scene_items("train:4:5")[0])
     # And the sparse view of the clip, with fewer frames, for both contrasts.
     assert sum(prefilled) < 3.1 * clip
 
 
 def test_origins_say_what_came_from_what(captioner: intertitle.Captioner):
     (item,) = scene_items("train:0:1")
-    found = Proposer(captioner, Recipe(refine=False, **SHORT)).candidates(item)
+    found = Proposer(captioner, Recipe(retrospective=False, **SHORT)).candidates(item)
     origins = [origin for one in found for origin in one.origins]
     assert sorted(origins) == ["contrast 0.5", "greedy", "sample 0", "sample 1", "sample 2", "sample 3"]
     assert len({one.text for one in found}) == len(found)
     assert all(one.draft is None and one.mean_logprob is not None for one in found)
-    media = scene_media(item.scene, captioner.manifest.preprocessing)
+    media = scene_media(item.scene, captioner.manifest.pipeline)
     contrast = captioner.caption(**media, decoding=intertitle.Decoding(max_new_tokens=6, contrast="temporal"))
     assert contrast.text.strip() in [one.text for one in found if "contrast 0.5" in one.origins]
 
 
 def test_refined_ones_keep_their_draft_and_get_a_likelihood_of_their_own(captioner: intertitle.Captioner):
     (item,) = scene_items("train:0:1")
-    recipe = Recipe(contrasts=(), **SHORT)
-    drafts = Proposer(captioner, Recipe(contrasts=(), refine=False, **SHORT)).candidates(item)
+    recipe = Recipe(contrast_alpha=(), **SHORT)
+    drafts = Proposer(captioner, Recipe(contrast_alpha=(), retrospective=False, **SHORT)).candidates(item)
     for likelihoods in (False, True):
         found = Proposer(captioner, recipe, likelihoods=likelihoods).candidates(item)
         assert {one.draft.strip() for one in found if one.draft} <= {one.text for one in drafts}
         assert all(origin.endswith(", refined") for one in found for origin in one.origins)
         assert all((one.mean_logprob is not None) == likelihoods for one in found)
-    media = scene_media(item.scene, captioner.manifest.preprocessing)
+    media = scene_media(item.scene, captioner.manifest.pipeline)
     greedy = captioner.caption(**media, decoding=intertitle.Decoding(max_new_tokens=6, retrospective=True))
     (one,) = [one for one in found if "greedy, refined" in one.origins]
     assert one.text == greedy.text.strip()
@@ -96,7 +98,7 @@ def test_refined_ones_keep_their_draft_and_get_a_likelihood_of_their_own(caption
 
 
 def test_the_same_whatever_comes_before(captioner: intertitle.Captioner):
-    recipe = Recipe(max_new_tokens=4, candidates=2, audio=False)
+    recipe = Recipe(max_new_tokens=4, candidates=2, viewing=Viewing(audio=False))
     items = scene_items("train:0:3")
     forward = {one.item.key: one.material for one in Proposer(captioner, recipe).propose(items)}
     backward = {one.item.key: one.material for one in Proposer(captioner, recipe).propose(items[::-1])}
@@ -115,7 +117,7 @@ def test_segments_of_files(captioner: intertitle.Captioner, tmp_path: Path):
     junk = tmp_path / "junk.mp4"
     junk.write_text("no video")
     items = [file_item(Entry(str(DEMO))), file_item(Entry(str(junk))), file_item(Entry(str(DEMO), start=1, end=3))]
-    recipe = Recipe(max_new_tokens=6, candidates=1, contrasts=(), audio=False)
+    recipe = Recipe(max_new_tokens=6, candidates=1, contrast_alpha=(), viewing=Viewing(audio=False))
     proposals = list(Proposer(captioner, recipe).propose(items))
     assert [one.error is None for one in proposals] == [True, False, True]
     assert isinstance(proposals[1].error, MediaError)
@@ -143,7 +145,7 @@ def test_the_number_of_segments(duration: float, count: int):
 
 def test_scenes_in_memory_are_what_the_file_shows(captioner: intertitle.Captioner, tmp_path: Path):
     scene = draw_scene("train", 5)
-    spec = captioner.manifest.preprocessing
+    spec = captioner.manifest.pipeline
     write_clip(scene, tmp_path / "clip.mp4", size=spec.image.size * 2, rate=16000)
     filmed, drawn = captioner.read(tmp_path / "clip.mp4"), captioner.read(**scene_media(scene, spec))
     small = filmed.frames[filmed.order].reshape(spec.num_frames, spec.image.size, 2, spec.image.size, 2, 3).mean((2, 4))
@@ -164,6 +166,6 @@ def test_what_names_no_scenes(span: str):
 
 
 def test_what_is_no_recipe():
-    for wrong in ({"candidates": 0}, {"temperature": 0}, {"top_p": 2}, {"contrasts": (-1.0,)}):
+    for wrong in ({"candidates": 0}, {"temperature": 0}, {"top_p": 2}, {"contrast_alpha": (-1.0,)}):
         with pytest.raises(OptionError):
             Recipe(**wrong)

@@ -225,7 +225,7 @@ def test_shortlists_behind_engines(build, expected):
     how = [Decoding(max_new_tokens=8, contrast="temporal"), Decoding(max_new_tokens=8)]
     mine = [captioner.caption(frames=numbers["frames_uint8"], decoding=each) for each in how]
     captioner = Captioner(bundle, backend)
-    captioner._backend = _WithoutSelection(backend)
+    captioner._loaded.backend = _WithoutSelection(backend)
     theirs = [captioner.caption(frames=numbers["frames_uint8"], decoding=each) for each in how]
     assert [each.token_ids for each in mine] == [each.token_ids for each in theirs]
     for got, want in zip(mine, theirs, strict=True):
