@@ -70,7 +70,7 @@ def test_no_module_of_the_runtime_names_what_a_device_lacks(repo_dir: Path):
                 depth = len(path.relative_to(repo_dir).parts) - node.level
                 if node.level and depth == 0:
                     module = (node.module or "").partition(".")[0]
-                    assert module in ("errors", "plain_text", "_version"), (path, node.lineno)
+                    assert module in ("contract", "errors", "plain_text", "_version"), (path, node.lineno)
             else:
                 continue
             for name in imported:
@@ -126,7 +126,7 @@ def wheel(built: dict[str, Path]) -> list[str]:
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(repo_dir: Path, wheel: list[str]):
-    rooms = ["runtime", "models", "calibration", "commands", "contract", "export", "benchmarks", "align"]
+    rooms = ["contract", "runtime", "models", "calibration", "commands", "export", "benchmarks", "align"]
     expected = {str(path.relative_to(repo_dir)) for room in rooms for path in (repo_dir / room).rglob("*.py")}
     expected |= {path.name for path in repo_dir.glob("*.py")} - {"setup.py"} | {"py.typed"}
     expected |= {str(path.relative_to(repo_dir)) for path in (repo_dir / "calibration" / "clips").glob("*.mp4")}

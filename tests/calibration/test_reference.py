@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from intertitle.calibration.quantize import Rounding
+from intertitle.calibration.recipe import Rounding
 from intertitle.calibration.reference import Reference, reference_fbank, reference_pixels, repetition_penalty
+from intertitle.contract.formats import Rule
 from intertitle.errors import OptionError
 from intertitle.models import open_checkpoint
 from intertitle.models.config import ImageProcessing
@@ -32,8 +33,9 @@ def opened(data_dir):
         if (variant, weights) not in cache:
             adapter = data_dir / variant if variant == "clip-mistral-lora" else None
             checkpoint = data_dir / ("clip-mistral" if adapter else variant)
+            rule = Rule(component="decoder", pattern="*", format=weights, block_size=32)
             cache[variant, weights] = Reference(
-                open_checkpoint(checkpoint, adapter), {"decoder": Rounding("ort", weights)}
+                open_checkpoint(checkpoint, adapter), {"decoder": Rounding("ort", "decoder", (rule,))}
             )
         return cache[variant, weights]
 

@@ -20,9 +20,11 @@ import pytest
 import torch
 from intertitle.benchmarks.harness import run_process
 from intertitle.calibration.quantize import dequantize_int4
+from intertitle.contract.formats import LAYOUTS
 from intertitle.errors import CheckpointError, IntertitleError, OptionError, TargetError
 from intertitle.export import compile as compile_module
 from intertitle.export.compile import compile_bundle
+from intertitle.export.dialects.layers import Stored
 from intertitle.export.graph_writer import WeightReader, payload_size, serialize, write_weights
 from intertitle.export.trace import TracedGraph, Weight
 from intertitle.models import random_checkpoint
@@ -490,7 +492,8 @@ def test_weights_are_written_one_at_a_time():
         return value
 
     graph, sink = traced(weights), Sink()
-    reader = WeightReader(tensor, 32)
+    stored = Stored(LAYOUTS["int4_nbits"], 32)
+    reader = WeightReader(tensor, {str(layer): stored for layer in range(layers)})
     written = list(write_weights(graph, sink, "data", reader))
     assert most <= 2
     # One reading of a weight for its codes and scales together.
@@ -505,7 +508,7 @@ def test_what_the_trace_computed_is_written_too():
     graph, sink = traced({"w": Weight("w", ir.DataType.FLOAT, (3,))}, {"table": table, "small": small}), Sink()
     with pytest.raises(RuntimeError, match="the weights of w have not been written"):
         serialize(graph)
-    list(write_weights(graph, sink, "data", WeightReader(lambda _: torch.ones(3), 32)))
+    list(write_weights(graph, sink, "data", WeightReader(lambda _: torch.ones(3))))
     proto = onnx.load_from_string(serialize(graph))
     where = {tensor.name: location(tensor) for tensor in proto.graph.initializer}
     assert where["small"] == {}
@@ -517,7 +520,7 @@ def test_what_the_trace_computed_is_written_too():
 def test_a_tensor_of_the_wrong_shape_is_an_error():
     graph = traced({"w": Weight("w", ir.DataType.FLOAT, (2, 3))})
     with pytest.raises(ValueError, match=r"w: shape \(3, 2\) where the graph has \(2, 3\)"):
-        list(write_weights(graph, Sink(), "data", WeightReader(lambda _: torch.ones(3, 2), 32)))
+        list(write_weights(graph, Sink(), "data", WeightReader(lambda _: torch.ones(3, 2))))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from intertitle.calibration.quantize import Rounding
+from intertitle.calibration.recipe import roundings
 from intertitle.calibration.reference import Reference
 from intertitle.export.compile import compile_bundle
 from intertitle.export.components import (
@@ -131,7 +131,7 @@ def test_every_kind_of_connector_over_repeated_frames(kind, order, tmp_path):
     for name, (part, signature) in parts.items():
         graph = component_graph(name, part, signature, get_target("cpu"), "fp32").traced
         with (tmp_path / f"{name}.data").open("wb") as file:
-            list(write_weights(graph, file, f"{name}.data", WeightReader(state.__getitem__, 32)))
+            list(write_weights(graph, file, f"{name}.data", WeightReader(state.__getitem__)))
         (tmp_path / name).write_bytes(serialize(graph))
     # As much of a bundle as the encoder looks at.
     records = {name: SimpleNamespace(graph=name) for name in parts}
@@ -167,9 +167,8 @@ def test_int4_graph_is_the_rounded_model(variant, compiled, expected, data_dir):
     embeds = numbers[next(name for name in numbers if name.endswith("inputs_embeds"))]
     bundle = Bundle.open(compiled(variant, "int4"))
     mine = decoder(bundle).open(1, len(embeds)).prefill(0, embeds)
-    block = bundle.manifest.components["decoder"].block_size
-    int4 = {"decoder": Rounding("ort", "int4", block or 0)}
-    rounded = Reference(open_checkpoint(data_dir / variant), int4).open(1, len(embeds)).prefill(0, embeds)
+    checkpoint = open_checkpoint(data_dir / variant)
+    rounded = Reference(checkpoint, roundings(bundle.manifest, checkpoint)).open(1, len(embeds)).prefill(0, embeds)
     original = Reference(open_checkpoint(data_dir / variant)).open(1, len(embeds)).prefill(0, embeds)
     assert relative_error(mine, rounded) < 5e-2
     # Without this the line above could not tell a rounded model from the original.
