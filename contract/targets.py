@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from ..errors import OptionError, TargetError
 from .formats import FORMATS
+from .records import Positions
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,9 @@ class Target:
     format with blocks, the input channels that may share a scale, the default first. ``matmul``: the type of the inputs
     and outputs of matmuls, unless their weights have a type of their own that is wider. ``selection``: candidates are
     found on the device (``export/selection.py``). ``engines``: the graphs are built into engines before they run.
-    ``head_multiple``: the size of the decoder's attention heads is a multiple of this. ``version``: of the runtime, for
+    ``head_multiple``: the size of the decoder's attention heads is a multiple of this. ``rotary_multiple``: the same of
+    heads with rotary embedding inside the attention kernel; for others the graph takes positions and rotates before
+    the kernel. ``version``: of the runtime, for
     a reader.
     """
 
@@ -34,6 +37,7 @@ class Target:
     selection: bool = False
     engines: bool = False
     head_multiple: int = 1
+    rotary_multiple: int = 1
     version: str = ""
 
     def matmul_type(self, name: str) -> str:
@@ -49,13 +53,17 @@ class Target:
         """The default block size of a format; ``None`` if its layout has no blocks."""
         return self.block_sizes[name][0] if name in self.block_sizes else None
 
-    def check_heads(self, head_dim: int) -> None:
-        """``TargetError`` for a decoder whose attention heads the runtime cannot take: better before the work."""
+    def positions(self, positions: Positions, head_dim: int) -> Positions:
+        """How a decoder learns positions here, if its family says ``positions``.
+
+        ``TargetError`` for a decoder whose attention heads the runtime cannot take: better before the work.
+        """
         if head_dim % self.head_multiple:
             raise TargetError(
                 f"target '{self.name}' takes attention heads whose size is a multiple of {self.head_multiple}, but the "
                 f"decoder's have {head_dim}"
             )
+        return "explicit" if head_dim % self.rotary_multiple else positions
 
     def check_weights(self, decoder: str | None, encoders: str | None) -> tuple[str, str]:
         """The formats of decoder and encoders; ``None`` takes the default. ``OptionError`` for a format that the
@@ -124,7 +132,8 @@ TARGETS = {
             encoder_formats=("fp32", "int8"),
             block_sizes=_ORT_BLOCKS,
             # GroupQueryAttention with rotary inside, on every device.
-            head_multiple=16,
+            head_multiple=8,
+            rotary_multiple=16,
         ),
         # No fp32: ONNX Runtime's fused attention over a cache knows none on a GPU.
         Target(
@@ -136,7 +145,8 @@ TARGETS = {
             block_sizes=_ORT_BLOCKS,
             matmul="float16",
             selection=True,
-            head_multiple=16,
+            head_multiple=8,
+            rotary_multiple=16,
         ),
         # The graphs of the first two are the same; of their devices, the one that was asked for is first.
         _engines("tensorrt-rtx", "standard", ("tensorrt-rtx", "tensorrt")),
