@@ -21,6 +21,7 @@ from rich.table import Table
 
 from .errors import OptionError
 from .plain_text import flat, one_line, safe, safe_json, safe_pieces
+from .whole_files import whole
 
 if TYPE_CHECKING:
     from .contract.manifest import Manifest
@@ -114,17 +115,8 @@ def save(path: Path, text: str) -> None:
         if path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")
             return
-        target = path.resolve()
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                # Else a power loss leaves an empty file where a whole one was.
-                os.fsync(file.fileno())
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole(path.resolve()) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OptionError(f"{path}: cannot be written: {error.strerror}") from error
 

@@ -1,9 +1,8 @@
-"""Files that are whole or absent, whenever a training is stopped."""
+"""The files of a training, which are whole or absent whenever it is stopped."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,13 @@ from typing import Any
 import torch
 
 from ..errors import OptionError
+from ..whole_files import whole
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """``write`` to a neighbour of ``path``, which takes its place when it is complete and on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    _sync(partial, os.O_RDONLY)
-    partial.replace(path)
-    if os.name == "posix":
-        _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    with whole(path, alone=True) as partial:
+        write(partial)
 
 
 def read_json(path: Path) -> Any:
@@ -45,11 +41,3 @@ def read_state(path: Path, *keys: str) -> dict[str, Any]:
 
 def _damaged(path: Path) -> OptionError:
     return OptionError(f"{path} is damaged, so the training cannot go on from it: remove {path.parent} and train again")
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

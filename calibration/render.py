@@ -8,7 +8,6 @@ Lengths are pixels, times seconds, frequencies hertz; x goes right and y down fr
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from av.error import FFmpegError
 from numpy.typing import NDArray
 
 from ..errors import IntertitleError, OptionError
+from ..whole_files import whole
 
 BackgroundKind = Literal["plain", "gradient", "checker"]
 ShapeKind = Literal["circle", "square", "triangle"]
@@ -199,14 +199,11 @@ def write_mp4(
     """Encode frames uint8 ``[T, H, W, 3]`` and mono sound float32 ``[n]`` as ``write_clip`` does, with its errors."""
     path = Path(path)
     _check_even((frames.shape[2], frames.shape[1]))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        _encode(frames, fps, sound, partial, rate)
-        partial.replace(path)
+        with whole(path) as partial:
+            _encode(frames, fps, sound, partial, rate)
     except (OSError, FFmpegError) as error:
         raise OptionError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # --- frames

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import OptionError
+from ..whole_files import whole
 from .captioner import CaptionerCheckpoint
 
 #: Beside the weights; what of these a checkpoint has is copied as it is.
@@ -41,22 +41,19 @@ def save_checkpoint(
         name: (changed[name] if name in changed else opened.checkpoint.tensor(name)).detach().to("cpu", dtype).clone()
         for name in opened.checkpoint.tensors
     }
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        shutil.copytree(opened.path, partial, ignore=_ignore_weights)
-        # The metadata is what transformers looks for before it reads such a file.
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            partial / "model.safetensors",
-            {"format": "pt"},
-        )
-        # safetensors keeps its files to their owner.
-        (partial / "model.safetensors").chmod(0o644)
-        partial.rename(path)
+        with whole(path) as partial:
+            shutil.copytree(opened.path, partial, ignore=_ignore_weights)
+            # The metadata is what transformers looks for before it reads such a file.
+            save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()},
+                partial / "model.safetensors",
+                {"format": "pt"},
+            )
+            # safetensors keeps its files to their owner.
+            (partial / "model.safetensors").chmod(0o644)
     except OSError as error:
         raise OptionError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return path
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +24,7 @@ from pathlib import Path
 import msgspec
 
 from ..errors import BundleError
+from ..whole_files import whole
 from .graph_check import CHECK_VERSION
 
 #: Called with the bytes read so far and the bytes to read in all.
@@ -36,6 +36,7 @@ _THREADS = 2
 #: No symlink is followed and no FIFO waited for, whatever stands there since it was looked at. (Windows has neither.)
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _OPEN_FLAGS |= getattr(os, "O_BINARY", 0)
+_WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
 #: A file younger than this may still change without its times changing (their resolution is 4 ms on ext4, 2 s on FAT).
 _SETTLED_SECONDS = 2.0
@@ -174,16 +175,8 @@ def remember(directory: Path, manifest_sha256: str, states: Mapping[str, FileSta
     if path is None:
         return
     record = _Record(manifest_sha256, dict(states), CHECK_VERSION)
-    with suppress(OSError):
-        descriptor, name = tempfile.mkstemp(dir=path.parent)
-        temporary = Path(name)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(msgspec.json.encode(record))
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    with suppress(OSError), whole(path) as partial, os.fdopen(os.open(partial, _WRITE_FLAGS, 0o600), "wb") as file:
+        file.write(msgspec.json.encode(record))
 
 
 def cache_directory(name: str) -> Path | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ...contract.pipeline import Pipeline
 from ...errors import OptionError
 from ...runtime.batch import Entry
+from ...runtime.batch.content import Identity
 from ...runtime.captioner import MediaOptions
 from ...runtime.media.segments import Span
 from ...runtime.preprocess.frames import sample_places
@@ -32,9 +34,38 @@ class Item:
     scene: Scene | None = None
 
     @property
+    def id(self) -> str:
+        return self.key
+
+    @property
+    def file(self) -> str:
+        return self.source
+
+    @property
     def prompt(self) -> str | None:
         """The item's own instruction."""
         return None if self.entry is None else self.entry.prompt
+
+    @property
+    def start(self) -> float | None:
+        return None if self.entry is None else self.entry.start
+
+    @property
+    def end(self) -> float | None:
+        return None if self.entry is None else self.entry.end
+
+    @property
+    def manifest(self) -> str:
+        return "" if self.entry is None else self.entry.manifest
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What its record says of it beside its key and its source."""
+        return {} if self.entry is None else self.entry.about
+
+    def identify(self) -> Identity | None:
+        """Size and time of the file; ``None`` for a scene, which its key says all of."""
+        return None if self.entry is None else self.entry.identify()
 
 
 def file_item(entry: Entry) -> Item:

@@ -17,10 +17,10 @@ from typing import ClassVar
 
 import msgspec
 
-from ...errors import IntertitleError, MediaError, OptionError
-from ...runtime.batch import BadLine, Entry, RecordFile, Tally
-from ...runtime.batch.content import ContentHashes, identify
-from ...runtime.batch.records import Record, error_record
+from ...errors import IntertitleError, OptionError
+from ...runtime.batch import BadLine, Entry, RecordFile, ResumableJob, Tally
+from ...runtime.batch.records import Record
+from ...runtime.batch.resumable import Task
 from ...runtime.batching import as_item_error
 from .candidates import Candidate, Material, Proposer
 from .items import Item, file_item
@@ -39,6 +39,7 @@ class PairFile(RecordFile):
     """The records of pairs, with all that a ``RecordFile`` promises."""
 
     KEY: ClassVar[str] = "key"
+    FILE: ClassVar[str] = "source"
     MAKER: ClassVar[str] = "pairs"
 
 
@@ -76,11 +77,11 @@ def choose(candidates: Sequence[Candidate], scores: Sequence[Scores]) -> tuple[i
     return winner, loser, scores[winner].total - scores[loser].total
 
 
-class PairJob:
+class PairJob(ResumableJob[Item]):
     """A run over ``entries`` (scenes as items, files as ``read_inputs`` gives them) into ``records``.
 
-    ``gap``: pairs that differ by less are recorded but not kept; 0 keeps all that differ. ``watch`` is told the tally
-    after each clip. ``debug``: records of failures hold the traceback.
+    ``gap``: pairs that differ by less are recorded but not kept; 0 keeps all that differ. ``watch`` and ``debug`` as in
+    ``ResumableJob``.
     """
 
     def __init__(
@@ -90,17 +91,15 @@ class PairJob:
         scorer: Scorer,
         *,
         gap: float = GAP,
-        watch: Callable[[PairTally], None] | None = None,
+        watch: Callable[[Tally], None] | None = None,
         debug: bool = False,
     ) -> None:
         if not 0 <= gap <= MOST:
             raise OptionError(f"the gap of a pair is from 0 to {MOST}, not {gap:g}")
         self.tally = PairTally(len(entries))
-        self._entries, self._records, self._scorer, self._gap = entries, records, scorer, gap
-        self._watch, self._debug = watch or (lambda tally: None), debug
-        self._hashes = ContentHashes()
-        self._about: dict[str, Record] = {}
-        self._order: list[str] = []
+        items = [file_item(entry) if isinstance(entry, Entry) else entry for entry in entries]
+        super().__init__(items, records, self.tally, watch, debug)
+        self._scorer, self._gap = scorer, gap
 
     def run(self, proposer: Proposer) -> PairTally:
         """Make what is not there yet, then put the records in the order of the entries.
@@ -108,23 +107,23 @@ class PairJob:
         The captioner works in this thread, scores are given in others. Errors of single clips become records;
         ``OptionError`` when the output cannot be written or the scorer can score nothing.
         """
-        pending = self._pending()
-        scoring: dict[Future[list[Scores]], tuple[Item, Material]] = {}
+        due = self._due()
+        scoring: dict[Future[list[Scores]], tuple[Task[Item], Material]] = {}
         with ThreadPoolExecutor(_SCORED_TOGETHER, thread_name_prefix="intertitle-score") as pool:
             try:
-                while together := list(itertools.islice(pending, _TOGETHER)):
-                    for proposal in proposer.propose(together):
-                        item, material = proposal.item, proposal.material
+                while together := {task.id: task for task in itertools.islice(due, _TOGETHER)}:
+                    for proposal in proposer.propose([task.entry for task in together.values()]):
+                        task, material = together[proposal.item.key], proposal.material
                         if material is None:
                             assert proposal.error is not None
-                            self._fail(self._about[item.key], proposal.error)
+                            self._refuse(task, task.record, proposal.error)
                             continue
                         if len(material.candidates) < 2:
-                            self._close_call(item, material)
+                            self._close_call(task, material)
                             continue
                         self._collect(scoring, _SCORED_TOGETHER - 1)
                         future = pool.submit(self._scorer.score, material, material.candidates)
-                        scoring[future] = (item, material)
+                        scoring[future] = (task, material)
                 self._collect(scoring, 0)
             except BaseException:
                 # What waits for an answer may wait for long; nobody will read it.
@@ -133,55 +132,10 @@ class PairJob:
                 if close is not None:
                     close()
                 raise
-        self._records.finish(self._order)
+        self._put_in_order()
         return self.tally
 
-    def _pending(self) -> Iterator[Item]:
-        """The items that need work; the others are counted on the way."""
-        for entry in self._entries:
-            if isinstance(entry, BadLine):
-                self._record_bad_line(entry)
-                continue
-            item = entry if isinstance(entry, Item) else file_item(entry)
-            self._order.append(item.key)
-            about: Record = {"key": item.key, "source": item.source}
-            try:
-                done = self._about_file(item, about) if item.entry is not None else self._is_known(item.key)
-            except MediaError as error:
-                known = self._records.known.get(item.key)
-                if known is not None and known.failed and known.identity is None:
-                    self._count_known(True)
-                else:
-                    self._fail(about, error)
-                continue
-            if done:
-                self._count_known(self._records.known[item.key].failed)
-                continue
-            self._about[item.key] = about
-            yield item
-
-    def _is_known(self, key: str) -> bool:
-        return key in self._records.known
-
-    def _about_file(self, item: Item, about: Record) -> bool:
-        """Describe the file in its record; whether there is one of the same file already."""
-        entry = item.entry
-        assert entry is not None
-        about |= {"start": entry.start, "end": entry.end}
-        if entry.prompt is not None:
-            about["prompt"] = entry.prompt
-        identity = identify(entry.file)
-        known = self._records.known.get(item.key)
-        asked = (entry.prompt, entry.start, entry.end)
-        if known is not None and known.asked != asked:
-            known = None
-        if known is not None and known.identity == identity and self._records.read(item.key)["source"] == item.source:
-            return True
-        sha256 = self._hashes.of(entry.file, identity)
-        about |= {"sha256": sha256, "size": identity.size, "mtime_ns": identity.mtime_ns}
-        return known is not None and known.sha256 == sha256
-
-    def _collect(self, scoring: dict[Future[list[Scores]], tuple[Item, Material]], most: int) -> None:
+    def _collect(self, scoring: dict[Future[list[Scores]], tuple[Task[Item], Material]], most: int) -> None:
         """Record what has been scored; wait until no more than ``most`` are under way."""
         while scoring:
             late = len(scoring) > most
@@ -189,63 +143,38 @@ class PairJob:
             if not done and not late:
                 return
             for future in done:
-                item, material = scoring.pop(future)
+                task, material = scoring.pop(future)
                 try:
                     scores = future.result()
                 except OptionError:
                     raise
                 except Exception as error:
-                    failed = as_item_error(error, item.source)
-                    self._fail(self._about[item.key] | _described(material), failed)
+                    failed = as_item_error(error, task.entry.source)
+                    self._refuse(task, task.record | _described(material), failed)
                 else:
-                    self._record(item, material, scores)
+                    self._judge(task, material, scores)
 
-    def _record(self, item: Item, material: Material, scores: Sequence[Scores]) -> None:
+    def _judge(self, task: Task[Item], material: Material, scores: Sequence[Scores]) -> None:
         winner, loser, gap = choose(material.candidates, scores)
         differs = gap > _EXACT
         pair: Record = {"chosen": None, "rejected": None, "gap": gap, "kept": differs and gap >= self._gap - _EXACT}
         if differs:
             texts = [candidate.text for candidate in material.candidates]
             pair |= {"chosen": texts[winner], "rejected": texts[loser]}
-        self._put(item, _described(material, scores) | pair)
+        self._keep(task, _described(material, scores) | pair)
 
-    def _close_call(self, item: Item, material: Material) -> None:
+    def _close_call(self, task: Task[Item], material: Material) -> None:
         """The captioner is so sure that it says one thing only, or says nothing: no pair, and no failure."""
-        self._put(item, _described(material) | {"chosen": None, "rejected": None, "gap": 0.0, "kept": False})
+        self._keep(task, _described(material) | {"chosen": None, "rejected": None, "gap": 0.0, "kept": False})
 
-    def _put(self, item: Item, found: Record) -> None:
-        self._records.append(self._about[item.key] | found)
-        self.tally.captioned += 1
+    def _keep(self, task: Task[Item], found: Record) -> None:
         self.tally.kept += found["kept"]
-        self._finished()
+        self._add(task, found)
+        self._task_done(task.entry)
 
-    def _fail(self, record: Record, error: IntertitleError) -> None:
-        self._records.append(record | error_record(error, str(error), self._debug))
-        self.tally.failed += 1
-        self.tally.reasons.append(str(error))
-        self._finished()
-
-    def _record_bad_line(self, bad: BadLine) -> None:
-        self._order.append(bad.id)
-        known = self._records.known.get(bad.id)
-        if known is not None and known.failed:
-            self._count_known(True)
-            return
-        error = {"kind": "manifest", "reason": f"line {bad.line}: {bad.reason}"}
-        self._records.append({"key": bad.id, "source": bad.manifest, "error": error})
-        self.tally.failed += 1
-        self._finished()
-
-    def _count_known(self, failed: bool) -> None:
-        if failed:
-            self.tally.already_failed += 1
-        else:
-            self.tally.already += 1
-        self._finished()
-
-    def _finished(self) -> None:
-        self.tally.finished += 1
-        self._watch(self.tally)
+    def _refuse(self, task: Task[Item], record: Record, error: IntertitleError) -> None:
+        self._fail(record, error)
+        self._task_done(task.entry)
 
 
 def _described(material: Material, scores: Sequence[Scores] = ()) -> Record:

@@ -17,9 +17,10 @@ from ...calibration.recipe import linear_layers
 from ...contract.dialects import DIALECTS as RECORDS
 from ...contract.formats import Rule, decide
 from ...models.attention import Attention
-from ...models.decoder import MLP, RMSNorm, SelfAttention
+from ...models.decoder import MLP, RMSNorm, SelfAttention, SparseMLP
 from ..trace import TracedGraph
 from . import fused, half, ort, plain, standard
+from .experts import DenseExperts, GroupedExperts
 from .layers import Lowering, Matmuls
 from .residuals import fuse_residuals
 
@@ -94,7 +95,10 @@ def _ort_modules(form: Form, matmuls: Matmuls) -> Replacements:
             return fused.FusedMLP(original, matmuls)
         return matmuls.inside(original)
 
-    return {RMSNorm: ort.RMSNormalization, SelfAttention: attention, MLP: mlp}
+    def experts(original: SparseMLP) -> nn.Module:
+        return GroupedExperts(original, mlp)
+
+    return {RMSNorm: ort.RMSNormalization, SelfAttention: attention, MLP: mlp, SparseMLP: experts}
 
 
 def _ort_finish(graph: TracedGraph, form: Form, decoder: bool) -> None:
@@ -112,6 +116,14 @@ def _engine_matmuls(opset: int) -> dict[str, Lowering]:
         "int4": lambda layer, block_size, _: standard.BlockedProduct(layer, block_size, opset),
         "int8": lambda layer, *_: standard.ChannelProduct(layer, opset),
     }
+
+
+def _engine_modules(form: Form, matmuls: Matmuls) -> dict[type[nn.Module], Replacement]:
+    return {SparseMLP: lambda original: DenseExperts(original, matmuls.inside)}
+
+
+def _standard_modules(form: Form, matmuls: Matmuls) -> Replacements:
+    return {RMSNorm: ort.RMSNormalization, **_engine_modules(form, matmuls)}
 
 
 def _engine_finish(graph: TracedGraph, form: Form, decoder: bool) -> None:
@@ -136,10 +148,10 @@ DIALECTS = {
         Dialect(
             "standard",
             _engine_matmuls(standard.OPSET),
-            lambda form, matmuls: {RMSNorm: ort.RMSNormalization},
+            _standard_modules,
             standard.StandardAttention,
             _engine_finish,
         ),
-        Dialect("plain", _engine_matmuls(plain.OPSET), lambda form, matmuls: {}, plain.PlainAttention, _engine_finish),
+        Dialect("plain", _engine_matmuls(plain.OPSET), _engine_modules, plain.PlainAttention, _engine_finish),
     )
 }

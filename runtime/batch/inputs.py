@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from ...errors import OptionError
+from .content import Identity, identify
 
 #: What a folder or a glob is searched for. What a file is, its content says once it is opened.
 VIDEO = "mp4 m4v mov mkv webm avi mpg mpeg m2ts mts ts wmv flv ogv 3gp y4m gif"
@@ -62,6 +63,20 @@ class Entry:
             return self.own_id
         named = json.dumps([os.path.normpath(self.file), self.prompt, self.start, self.end])
         return hashlib.sha256(named.encode()).hexdigest()[:16]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What its record says of it beside its id and its file."""
+        found: dict[str, Any] = {"start": self.start, "end": self.end}
+        if self.prompt is not None:
+            found["prompt"] = self.prompt
+        if self.meta:
+            found["meta"] = self.meta
+        return found
+
+    def identify(self) -> Identity | None:
+        """See ``content.identify``."""
+        return identify(self.file)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import msgspec
 
 from ...errors import IntertitleError, OptionError, TransientMediaError
 from ...plain_text import safe_json
+from ...whole_files import discard, whole
 from ..media.segments import MOST_SEGMENTS
 from .content import Identity
 
@@ -103,6 +104,7 @@ class _Found(msgspec.Struct):
 
     settings: dict[str, Any]
     file: str | None = None
+    source: str | None = None
     size: int | None = None
     mtime_ns: int | None = None
     sha256: str | None = None
@@ -143,10 +145,12 @@ class RecordFile:
     ``OptionError`` when another run has the file open, when it is not a file of records, when its records were made
     with other settings, and when it cannot be written.
 
-    ``KEY`` names the field that identifies a record and comes first in it, ``MAKER`` the command that writes the file.
+    ``KEY`` names the field that identifies a record and comes first in it, ``FILE`` that of the file that it is of,
+    ``MAKER`` the command that writes the output.
     """
 
     KEY: ClassVar[str] = "id"
+    FILE: ClassVar[str] = "file"
     MAKER: ClassVar[str] = "batch"
 
     def __init__(self, path: Path, settings: Settings, *, overwrite: bool = False, retry_failed: bool = False) -> None:
@@ -229,7 +233,7 @@ class RecordFile:
 
     def _load(self, overwrite: bool) -> None:
         self._end = 0
-        _partial(self.path.resolve()).unlink(missing_ok=True)
+        discard(self.path.resolve())
         with open(self._file.fileno(), "rb", closefd=False) as file:
             file.seek(0)
             if overwrite:
@@ -277,7 +281,7 @@ class RecordFile:
             offset,
             length,
             "error" in record,
-            record.get("file") or "",
+            record.get(self.FILE) or "",
             None if size is None or time is None else Identity(size, time),
             record.get("sha256"),
             (record.get("prompt"), record.get("start"), record.get("end")),
@@ -308,23 +312,20 @@ class RecordFile:
 
     def _rewrite(self, names: Sequence[str]) -> None:
         """The file with these records only, in this order: the new one or the old one is there at any moment."""
-        target = self.path.resolve()
-        partial = _partial(target)
-        file = open(partial, "w+b", buffering=0)  # noqa: PTH123, SIM115
+        file = None
         try:
-            _lock(file)
-            with suppress(OSError):
-                partial.chmod(os.fstat(self._file.fileno()).st_mode & 0o777)
-            with open(file.fileno(), "wb", closefd=False) as buffered:
-                for line in self._lines(names):
-                    buffered.write(line)
-            os.fsync(file.fileno())
-            partial.replace(target)
+            with whole(self.path.resolve(), alone=True) as partial:
+                file = open(partial, "w+b", buffering=0)  # noqa: PTH123, SIM115
+                _lock(file)
+                with suppress(OSError):
+                    partial.chmod(os.fstat(self._file.fileno()).st_mode & 0o777)
+                with open(file.fileno(), "wb", closefd=False) as buffered:
+                    for line in self._lines(names):
+                        buffered.write(line)
         except BaseException:
-            file.close()
-            partial.unlink(missing_ok=True)
+            if file is not None:
+                file.close()
             raise
-        _sync_directory(target.parent)
         self._file.close()
         self._file = file
         offset, before, self.known = 0, self.known, {}
@@ -342,6 +343,9 @@ class RecordFile:
 
 class RecordStream:
     """Records written to a stream, where nothing can be looked up or resumed."""
+
+    KEY: ClassVar[str] = RecordFile.KEY
+    FILE: ClassVar[str] = RecordFile.FILE
 
     def __init__(self, write: Callable[[str], object], settings: Settings) -> None:
         self.settings = settings
@@ -376,11 +380,6 @@ def encode(record: Mapping[str, Any]) -> bytes:
         return (safe_json(json.dumps(finite, ensure_ascii=False)) + "\n").encode()
     except UnicodeEncodeError:
         return (json.dumps(finite) + "\n").encode()
-
-
-def _partial(target: Path) -> Path:
-    """Where the new file is written that will take the place of ``target``. Only the holder of the lock does that."""
-    return target.with_name(f".{target.name}.intertitle-partial")
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:
@@ -420,13 +419,3 @@ def _lock(file: IO[bytes]) -> None:
         # Some network file systems have no locks: two runs on one output are not noticed there.
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-
-
-def _sync_directory(folder: Path) -> None:
-    """A rename is on disk once its folder is."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from ...errors import TargetError
+from ...whole_files import whole
 from ..integrity import cache_directory
 
 _NOTE_BYTES = 1 << 20
@@ -184,18 +185,13 @@ class EngineCache:
         return self.folder / f"timing-{library}-{version}.cache"
 
     def _write(self, path: Path, data: bytes) -> None:
-        partial = self.folder / f".{path.name}.{os.getpid()}.partial"
         try:
-            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
+            with whole(path) as partial:
+                descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(data)
         except OSError as error:
             raise TargetError(f"{path}: cannot be written: {error.strerror}") from None
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:
