@@ -60,18 +60,18 @@ def test_encoders_are_the_rounded_model(bundle, data_dir, expected):
     checkpoint = open_checkpoint(data_dir / "av-qwen2")
     rounded, original = Reference(checkpoint, roundings(bundle.manifest)), Reference(checkpoint)
     features = numbers["vision_features"]
-    fbank = numbers["fbank_video_policy"][np.newaxis]
+    fbank, pixels = numbers["fbank_video_policy"][np.newaxis], numbers["pixel_values"]
     frames = run(bundle, "frame_connector", features)
-    windows = frames.reshape(-1, bundle.manifest.visual.time_kernel, *frames.shape[1:])
-    tokens = run(bundle, "connector", windows)
+    windows = frames.reshape(-1, bundle.manifest.pipeline.stage("connector").unit.kernel, *frames.shape[1:])
     made = {
-        "vision": (numbers["pixel_values"], run(bundle, "vision", numbers["pixel_values"])),
-        "audio": (fbank, run(bundle, "audio", fbank)),
-        "connector": (features, tokens.reshape(numbers["video_tokens"].shape)),
+        "vision": ({"pixels": pixels}, run(bundle, "vision", pixels)),
+        "audio": ({"sound": fbank}, run(bundle, "audio", fbank)),
+        "frame_connector": ({"vision": features}, frames),
+        "connector": ({"frame_connector": frames}, run(bundle, "connector", windows)),
     }
-    for name, (given_value, mine) in made.items():
-        theirs, exact = rounded.run(name, given_value), original.run(name, given_value).reshape(mine.shape)
-        error = relative_error(mine, theirs.reshape(mine.shape))
+    for name, (given_values, mine) in made.items():
+        theirs, exact = rounded.run(name, given_values), original.run(name, given_values)
+        error = relative_error(mine, theirs)
         assert error < BOUNDS.get(target, 5e-3), name
         assert relative_error(mine, exact) < 0.12
         if target != "cpu":
