@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..contract.pipeline import PIXELS
+from ..models.beats import AudioBranch
+from ..models.config import VisionConfig
 from .data import heard, seen, whole_fbank
 from .policy import Policy, pixels
 from .scenes import Scene
@@ -29,16 +33,21 @@ class Features:
     def __len__(self) -> int:
         return len(self.vision)
 
-    def tokens(self, policy: Policy, rows: slice | npt.NDArray[np.integer]) -> tuple[Tensor, Tensor]:
-        """Visual ``[B, V, H]`` and audio ``[B, A, H]`` tokens of some clips, through the policy's connector and audio
-        projector; gradients pass."""
-        assert policy.audio is not None
+    def tokens(self, policy: Policy, rows: slice | npt.NDArray[np.integer]) -> dict[str, Tensor]:
+        """Tokens ``[B, U, n, H]`` of some clips by stage, ``connector`` and ``audio``, through all that follows the
+        towers; gradients pass."""
         vision, audio = (torch.from_numpy(np.array(part[rows], np.float32)) for part in (self.vision, self.audio))
-        return policy.visual_tokens(vision), policy.audio.projector(audio)
+        heard = audio_branch(policy).projector(audio).unsqueeze(1)
+        return {"connector": policy.run(["connector"], {"vision": vision})["connector"], "audio": heard}
 
     def prompts(self, policy: Policy, rows: slice | npt.NDArray[np.integer]) -> Tensor:
         """``Policy.prompt`` of some clips, ``[B, S, H]``."""
-        return policy.prompt(*self.tokens(policy, rows))
+        return policy.prompt(self.tokens(policy, rows))
+
+
+def audio_branch(policy: Policy) -> AudioBranch:
+    """The stage ``audio``, whose tower and projector are trained apart."""
+    return cast(AudioBranch, policy.stages["audio"])
 
 
 @torch.no_grad()
@@ -53,10 +62,11 @@ def compute_features(
 
     In ``folder`` if given, and from there if they are complete.
     """
-    assert policy.audio is not None
-    config, audio = policy.config, policy.audio.config
+    config, branch = policy.config, audio_branch(policy)
+    tower: VisionConfig = config.part("vision").config
+    audio = branch.config
     shapes = {
-        "vision_features": (count, config.num_frames, config.vision.num_patches, config.vision.hidden_size),
+        "vision_features": (count, config.sampling.count, tower.num_patches, tower.hidden_size),
         "audio_features": (count, audio.num_tokens, audio.hidden_size),
     }
     done = None if folder is None else folder / "features.done"
@@ -73,9 +83,9 @@ def compute_features(
         for start in range(0, count, _BATCH):
             rows = slice(start, min(start + _BATCH, count))
             frames, fbank = clips(rows)
-            vision[rows] = policy.vision(pixels(frames, config).flatten(0, 1)).unflatten(0, (-1, config.num_frames))
+            vision[rows] = policy.run(["vision"], {PIXELS: pixels(frames, config)})["vision"].numpy()
             whole = whole_fbank(torch.from_numpy(np.array(fbank, np.float32)), audio.num_frames)
-            sound[rows] = policy.audio.features(whole).numpy()
+            sound[rows] = branch.features(whole).numpy()
             if progress is not None:
                 progress(rows.stop, count)
         if done is None:
@@ -92,7 +102,7 @@ def scene_features(
     policy: Policy, scenes: Sequence[Scene], folder: Path | None = None, progress: Progress | None = None
 ) -> Features:
     """``compute_features`` of scenes that are rendered on the way."""
-    size, frames = policy.config.image.size, policy.config.num_frames
+    size, frames = policy.config.image.size, policy.config.sampling.count
 
     def clips(rows: slice) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.floating]]:
         some = scenes[rows]

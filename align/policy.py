@@ -1,29 +1,31 @@
-"""A captioner in training form: batched, differentiable, its pieces the reference modules of ``models/``.
+"""A captioner in training form: batched, differentiable, its stages the reference modules of ``models/``.
 
-Shapes use B clips, T frames, P patches of a frame, V visual and A audio tokens, S prompt tokens, N caption tokens, H
-decoder width. Captions are padded on the right, so that positions and the causal mask are those of a caption alone.
+Shapes use B clips, U units of a stage, n tokens of a unit, S prompt tokens, N caption tokens, H decoder width. Captions
+are padded on the right, so that positions and the causal mask are those of a caption alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from ..contract.pipeline import EachUnit, OneSound, Stage, Unit, Window, stages_of
+from ..errors import OptionError
+from ..export.tokenizer import collect_tokenizer
 from ..models import CaptionerCheckpoint, open_checkpoint
 from ..models import attention as attention_module
 from ..models.attention import CacheState, ReferenceAttention, grouped_attention, rotate, split_heads
-from ..models.beats import AudioBranch
 from ..models.config import CaptionerConfig
 from ..models.decoder import Decoder
 from ..models.save import save_checkpoint
-from ..models.vision import VisionTower
+from ..models.stages import run_stage
+from ..runtime.prompt import Slot, Timing, build_prompt, choose_pieces
 
 IGNORED = -100
 """Fills a batch of captions up to the longest (PyTorch's ``ignore_index``)."""
@@ -61,23 +63,18 @@ _CAUSAL = TrainingAttention()
 
 
 class Policy(nn.Module):
-    """A whole captioner over one clip's frames and sound. Audio and connector kinds as the checkpoint's config says."""
+    """A whole captioner: the stages of its pipeline by name, the decoder, the embedding table."""
 
-    vision: VisionTower
-    connector: nn.Module
-    audio: AudioBranch | None
     decoder: Decoder
 
     def __init__(self, opened: CaptionerCheckpoint) -> None:
         super().__init__()
         self.opened, self.config = opened, opened.config
-        self.vision = cast(VisionTower, opened.load("vision"))
-        self.connector = opened.load("connector")
-        self.audio = cast(AudioBranch, opened.load("audio")) if "audio" in opened.components else None
+        self.stages = nn.ModuleDict({part.stage.name: opened.load(part.stage.name) for part in self.config.parts})
         self.decoder = cast(Decoder, opened.load("decoder"))
         table = opened.embedding().to(torch.float32).clone()
         self.embedding = nn.Embedding.from_pretrained(table, freeze=False)
-        self.tokenizer = Tokenizer.from_file(str(opened.path / "tokenizer.json"))
+        self.tokenizer = collect_tokenizer(opened.path)
         self.eos = self.config.generation.eos_token_ids[0]
 
     @classmethod
@@ -87,34 +84,62 @@ class Policy(nn.Module):
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
         """Write the weights as a checkpoint folder beside the one they came from; see ``save_checkpoint``."""
-        parts = {"vision": self.vision, "connector": self.connector, "audio": self.audio, "decoder": self.decoder}
-        state = {name: module.state_dict() for name, module in parts.items() if module is not None}
+        parts = {**self.stages, "decoder": self.decoder}
+        state = {name: module.state_dict() for name, module in parts.items()}
         if self.config.decoder.tie_embeddings:
             state["decoder"].pop("lm_head.weight")
         return save_checkpoint(self.opened, state | {"embedding": self.embedding.state_dict()}, path, dtype)
 
     # --- from a clip to its prompt
 
-    def visual_tokens(self, features: Tensor) -> Tensor:
-        """Tower features ``[B, T, P, D]`` -> ``[B, V, H]``.
+    def run(self, names: Sequence[str], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``given`` with what the stages that lead from it to ``names`` give.
 
-        Clips are joined along time: exact for connectors whose windows of time divide T and are not padded (v35).
+        Everything is of B clips: pixels ``[B, T, 3, S, S]``, sound ``[B, 1, frames, mels]``, of a stage
+        ``[B, U, n, W]``.
         """
-        tokens = self.connector(features.flatten(0, 1))
-        return tokens.reshape(len(features), -1, tokens.shape[-1])
+        found = dict(given)
+        for stage in self.config.pipeline.needed(*names, given=set(given)):
+            found[stage.name] = self._run_stage(stage, {value.source: found[value.source] for value in stage.inputs})
+        return found
 
-    def prompt(self, visual: Tensor, audio: Tensor | None, instruction: str | None = None) -> Tensor:
-        """Embedded prompts ``[B, S, H]``: text, visual tokens, audio tokens, text."""
-        template = self.config.prompts["video" if audio is None else "audiovideo"]
-        said = instruction if instruction is not None else self.config.default_instruction
-        before, after = (self._text(part.replace("{instruction}", said)) for part in (template.prefix, template.suffix))
-        pieces = [before.expand(len(visual), -1, -1), visual]
-        pieces += [] if audio is None else [audio]
-        return torch.cat([*pieces, after.expand(len(visual), -1, -1)], dim=1)
+    def _run_stage(self, stage: Stage, values: Mapping[str, Tensor]) -> Tensor:
+        """A stage over the clips of a batch: joined along the units where they do not meet, else one after another."""
+        module, (clips, units) = self.stages[stage.name], next(iter(values.values())).shape[:2]
+        if _joins(stage.unit, units):
+            together = run_stage(stage, module, {name: value.flatten(0, 1) for name, value in values.items()})
+            return together.unflatten(0, (clips, -1))
+        each = [
+            run_stage(stage, module, {name: value[clip] for name, value in values.items()}) for clip in range(clips)
+        ]
+        return torch.stack(each)
 
-    def _text(self, text: str) -> Tensor:
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return self.embedding(torch.tensor(ids, dtype=torch.int64)).unsqueeze(0)
+    def prompt(
+        self, tokens: Mapping[str, Tensor], instruction: str | None = None, timing: Timing | None = None
+    ) -> Tensor:
+        """Embedded prompts ``[B, S, H]`` around the tokens ``[B, U, n, H]`` of stages, by the layout of the mode that
+        has these stages. ``OptionError`` where none has."""
+        layouts = self.config.prompts.values()
+        layout = next((layout for layout in layouts if set(stages_of(layout.pieces)) == set(tokens)), None)
+        if layout is None:
+            raise OptionError(f"no prompt of a {self.config.family} captioner is of {' and '.join(tokens)}")
+        built = build_prompt(
+            self.tokenizer,
+            choose_pieces(layout, timing),
+            instruction if instruction is not None else self.config.default_instruction,
+            {name: value.shape[1] for name, value in tokens.items()},
+            timing,
+            0 if timing is None else len(timing.times),
+        )
+        clips = len(next(iter(tokens.values())))
+        return torch.cat([self._piece(part, tokens).expand(clips, -1, -1) for part in built], dim=1)
+
+    def _piece(self, part: list[int] | Slot, tokens: Mapping[str, Tensor]) -> Tensor:
+        """Text ``[1, S, H]`` or a block ``[B, S, H]``."""
+        if isinstance(part, Slot):
+            value = tokens[part.stage]
+            return value.flatten(1, 2) if part.unit is None else value[:, part.unit]
+        return self.embedding(torch.tensor(part, dtype=torch.int64)).unsqueeze(0)
 
     # --- captions
 
@@ -200,6 +225,18 @@ class Policy(nn.Module):
             if bool(done.all()) or made.shape[1] == max_new_tokens:
                 return [_up_to(ids, self.eos) for ids in made.tolist()]
             embeds, filled = self.embedding(chosen).unsqueeze(1), filled + 1
+
+
+def _joins(unit: Unit, units: int) -> bool:
+    """Whether clips of so many units can follow each other in one run, without that any of them meet."""
+    match unit:
+        case EachUnit():
+            return True
+        case OneSound():
+            return units == 1
+        case Window():
+            return unit.padding == 0 and unit.stride == unit.kernel and units % unit.kernel == 0
+    return False
 
 
 def _chosen(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

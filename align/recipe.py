@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..models.config import AudioConfig, DecoderConfig, VisionConfig
-from ..models.random_layout import Size
+from ..models.videollama2.sizes import Videollama2Size
 
 TOWER = "small-siglip"
 """Folder of the vision tower's config inside the checkpoint."""
@@ -17,10 +17,10 @@ def _size(
     audio: tuple[int, int, int],
     decoder: tuple[int, int, int, int, int],
     vocabulary: int,
-) -> Size:
+) -> Videollama2Size:
     """Width, layers, heads of the towers; width, MLP, layers, heads and key/value heads of the decoder."""
     hidden, inner, layers, heads, kv = decoder
-    return Size(
+    return Videollama2Size(
         decoder=DecoderConfig(
             hidden, inner, layers, heads, kv, hidden // heads, vocabulary, 1e-6, 1e6, 2048, qkv_bias=True
         ),
@@ -50,7 +50,7 @@ def _size(
 class Recipe:
     """One training, whole. Steps are optimizer steps; a vision batch is of clips, all of whose frames are seen."""
 
-    size: Size
+    size: Videollama2Size
     clips: int
     validation: int
     vision_steps: int

@@ -25,7 +25,7 @@ from ..errors import OptionError
 from ..models.random_checkpoint import write_checkpoint
 from . import towers
 from .data import Clips, render_clips, whole_fbank
-from .features import Features, compute_features
+from .features import Features, audio_branch, compute_features
 from .files import read_json, read_state, write_whole
 from .policy import IGNORED, Policy, pixels
 from .recipe import Recipe
@@ -97,22 +97,22 @@ class Run:
     # --- towers
 
     def _train_vision(self, policy: Policy, train: Clips, validation: Clips) -> None:
-        grid = policy.config.vision.grid
-        heads = towers.VisionHeads(policy.config.vision.hidden_size)
+        tower, config = policy.stages["vision"], policy.config.part("vision").config
+        grid = config.grid
+        heads = towers.VisionHeads(config.hidden_size)
 
         def loss(clips: Clips, rows: np.ndarray) -> tuple[Tensor, Tensor]:
             frames = pixels(clips.frames[rows], policy.config).flatten(0, 1)
             targets, offsets = towers.patch_targets(torch.from_numpy(np.array(clips.states[rows])).flatten(0, 1), grid)
             backgrounds = torch.tensor([towers.background_target(clips.scene(int(row))) for row in rows])
             backgrounds = backgrounds.repeat_interleave(clips.frames.shape[1], 0)
-            return heads.loss(policy.vision(frames), targets, offsets, backgrounds)
+            return heads.loss(tower(frames), targets, offsets, backgrounds)
 
-        modules = nn.ModuleDict({"tower": policy.vision, "heads": heads})
+        modules = nn.ModuleDict({"tower": tower, "heads": heads})
         self._fit("vision", modules, train, validation, self.recipe.vision_steps, self.recipe.vision_batch, loss)
 
     def _train_audio(self, policy: Policy, train: Clips, validation: Clips) -> None:
-        branch = policy.audio
-        assert branch is not None
+        branch = audio_branch(policy)
         config = branch.config
         heads = towers.AudioHeads(config.hidden_size, config.num_tokens)
 
@@ -143,31 +143,31 @@ class Run:
             clips.split: [captions(clips.scene(row)) for row in range(len(clips))] for clips in (train, validation)
         }
         rng = np.random.default_rng(self.recipe.seed)
-        assert policy.audio is not None
-        projector, width = policy.audio.projector, policy.config.decoder.hidden_size
+        branch, width = audio_branch(policy), policy.config.decoder.hidden_size
         # The connector and the projector are told directly what to pass on: see ``towers``.
-        slots, cells = self.recipe.size.num_frames // 2, policy.config.vision.grid // 2
-        seen, heard = towers.SlotHeads(width), towers.AudioHeads(width, policy.audio.config.num_tokens)
+        seen, heard = towers.SlotHeads(width), towers.AudioHeads(width, branch.config.num_tokens)
 
         def loss(clips: Clips, rows: np.ndarray) -> tuple[Tensor, Tensor]:
             given = features if clips is train else held_out
             which = rng.integers(0, 5, len(rows)) if clips is train else np.zeros(len(rows), int)
             said = [texts[clips.split][row] for row in rows]
             tokens = policy.encode([lines[i % len(lines)] for lines, i in zip(said, which, strict=True)])
-            visual, audio = given.tokens(policy, rows)
+            blocks = given.tokens(policy, rows)
             with autocast():
-                logits = policy.logits(policy.prompt(visual, audio), tokens).float()
+                logits = policy.logits(policy.prompt(blocks), tokens).float()
             right = (logits.argmax(-1) == tokens)[tokens != IGNORED].float().mean()
             value = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), ignore_index=IGNORED)
             if clips is not train:
                 return value, right
-            told = self._told(seen, heard, clips, rows, visual.unflatten(1, (slots, cells * cells)), audio)
+            told = self._told(seen, heard, clips, rows, blocks["connector"], blocks["audio"][:, 0])
             return value + _TOLD * told, right
 
+        between = {stage.name: policy.stages[stage.name] for stage in policy.config.pipeline.visual()}
+        between.pop("vision")
         modules = nn.ModuleDict(
             {
-                "connector": policy.connector,
-                "projector": projector,
+                **between,
+                "projector": branch.projector,
                 "decoder": policy.decoder,
                 "embedding": policy.embedding,
                 "seen": seen,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..contract.pipeline import PIXELS, SOUND
 from ..errors import OptionError
 from .files import write_whole
 from .policy import Policy
@@ -21,7 +23,7 @@ _BASE = "base_model.model."
 
 
 class Trained:
-    """PEFT's layers in a policy's decoder, and connector and audio projector whole where ``connector_rate`` says so.
+    """PEFT's layers in a policy's decoder, and where ``connector_rate`` says so all that is between towers and decoder.
 
     Tensors go by PEFT's names over the released layout's. Raises ``OptionError`` where PEFT is not installed, and for
     a policy that has such layers already.
@@ -42,13 +44,18 @@ class Trained:
             from peft.tuners.lora import LoraLayer
         except ImportError as error:
             raise OptionError(f"tuning needs PEFT (pip install 'intertitle[align]'): {error}") from None
-        whole = _projectors(policy) if connector_rate else {}
+        whole = _behind_towers(policy) if connector_rate else {}
+        # Views of the parameters, in the released layout's shapes: what is copied into them is trained on.
+        views = {
+            component: policy.opened.to_checkpoint(component, {name: tensor.data for name, tensor in part.items()})
+            for component, part in whole.items()
+        }
         self._config = LoraConfig(
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type]  # a float is as good, PEFT's annotation is narrower
             lora_dropout=dropout,
             target_modules=list(TARGETS),
-            modules_to_save=["mm_projector", "mm_projector_a"] if whole else None,
+            modules_to_save=_modules(views.values()) if whole else None,
             task_type="CAUSAL_LM",
         )
         decoder = policy.decoder
@@ -66,11 +73,9 @@ class Trained:
                 self._low_rank[f"{module}.lora_{side}.weight"] = part.get_parameter("default.weight")
         self._whole = [parameter.requires_grad_() for part in whole.values() for parameter in part.values()]
         self._before = [parameter.detach().clone() for parameter in self._whole]
-        # Views of the parameters, in the released layout's shapes: what is copied into them is trained on.
         self._tensors = {name: tensor.data for name, tensor in self._low_rank.items()}
-        for component, part in whole.items():
-            views = policy.opened.to_checkpoint(component, {name: tensor.data for name, tensor in part.items()})
-            self._tensors |= {f"{_BASE}{name}": view for name, view in views.items()}
+        for part in views.values():
+            self._tensors |= {f"{_BASE}{name}": view for name, view in part.items()}
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -115,10 +120,23 @@ class Trained:
         write_whole(weights, lambda path: save_file(tensors, path, {"format": "pt"}))
 
 
-def _projectors(policy: Policy) -> dict[str, dict[str, Tensor]]:
-    """Connector and audio projector, by component and the name in it."""
-    found: dict[str, dict[str, Tensor]] = {"connector": dict(policy.connector.named_parameters())}
-    if policy.audio is not None:
-        own = policy.audio.projector.named_parameters()
-        found["audio"] = {f"projector.{name}": tensor for name, tensor in own}
+def _behind_towers(policy: Policy) -> dict[str, dict[str, Tensor]]:
+    """What stands between the towers and the decoder, by component and the name in it: all of a stage that takes what
+    another one gives, and the projector in a stage that has its tower in it."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for part in policy.config.parts:
+        name = part.stage.name
+        own = dict(policy.stages[name].named_parameters())
+        if any(value.source in (PIXELS, SOUND) for value in part.stage.inputs):
+            own = {entry: tensor for entry, tensor in own.items() if entry.startswith("projector.")}
+        if own:
+            found[name] = own
     return found
+
+
+def _modules(components: Iterable[Iterable[str]]) -> list[str]:
+    """What PEFT calls the modules that hold each component's tensors: the last word of the longest name that all of
+    them begin with (``mm_projector``). A module inside of another one is left out."""
+    roots = {commonpath([name.rpartition(".")[0].replace(".", "/") for name in names]) for names in components}
+    outer = [root for root in roots if not any(root.startswith(f"{other}/") for other in roots)]
+    return sorted(root.rpartition("/")[2] for root in outer)

@@ -153,8 +153,7 @@ def main(checkpoint: Path, adapter: Path | None, count: int, only: tuple[str, ..
             compile_bundle(checkpoint, path, adapter=adapter, weights=weights, encoder_weights=encoders)
             captioners[weights, encoders] = Captioner.load(path)
         usual = captioners.get(("int4", "fp32"), next(iter(captioners.values())))
-        spec = usual.manifest.preprocessing
-        clips = [scene_media(scene, spec) for scene in scenes]
+        clips = [scene_media(scene, usual.manifest.pipeline) for scene in scenes]
         policy = Policy.open(checkpoint, adapter).eval()
         texts = caption_features(policy, scene_features(policy, scenes))
         reports["pytorch"] = evaluate(scenes, texts, meteor=True)

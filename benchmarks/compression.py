@@ -9,7 +9,6 @@ parameters; their drift says that the measure works, and nothing about captions.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -19,17 +18,9 @@ from pathlib import Path
 
 import click
 import numpy as np
-import torch
-from safetensors.torch import save_file
 
 from ..calibration.comparison import measure_drift
 from ..calibration.reference import GreedyCaption
-from ..export.compile import compile_bundle
-from ..models.config import DecoderConfig, VisionConfig
-from ..models.decoder import Decoder
-from ..models.random_checkpoint import write_checkpoint
-from ..models.sources import decoder_sources
-from ..models.vision import VisionTower
 from ..runtime.captioner import Captioner
 from ..runtime.clip import Clip
 from ..runtime.inference import FloatArray
@@ -68,9 +59,10 @@ def run_setting(captioner: Captioner, clip: Clip, setting: float | None, length:
     while len(tokens) < length:
         rows.append(inference.step(np.array(tokens[-1:]))[0].copy())
         tokens.append(int(rows[-1].argmax()) if fed is None else fed[len(tokens)])
+    tower, *behind = (stage.name for stage in captioner.manifest.pipeline.visual())
     seconds = {
-        "vision": stages.seconds["vision"],
-        "connector": stages.seconds["connector"] + stages.seconds.get("compress", 0.0),
+        "vision": stages.seconds[tower],
+        "connector": sum(stages.seconds.get(name, 0.0) for name in (*behind, "compress")),
         "prefill": prefilled - started,
         "decode_per_token": (time.perf_counter() - prefilled) / (length - 1),
     }
@@ -81,7 +73,8 @@ def measure_bundle(bundle: Path, clips: Sequence[Path], length: int, rounds: int
     """All settings on all clips; of the seconds the median over clips and rounds, of the drift the mean over clips."""
     captioner = Captioner.load(bundle)
     manifest = captioner.manifest
-    merging = [ratio.keep for ratio in manifest.visual.ratios]
+    stage = manifest.pipeline.merging
+    merging = [] if stage is None else [variant.keep for variant in stage.variants]
     settings = sorted(merging, reverse=True) if merging else SETTINGS
     read = [captioner.read(clip, audio=False) for clip in clips]
     # The uncompressed clip is the yardstick: None, or the largest compiled ratio. It also warms the sessions up.
@@ -123,78 +116,6 @@ def measure_bundle(bundle: Path, clips: Sequence[Path], length: int, rounds: int
     }
 
 
-def write_aurora_checkpoint(folder: Path) -> Path:
-    """A random checkpoint in AuroraCap's layout: 24 layers of 896, a tower of 6 layers of 384 at 224 pixels."""
-    (folder / "visual_encoder").mkdir(parents=True)
-    (folder / "projector").mkdir()
-    words = write_checkpoint(folder.with_name("words"), "tiny")
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if (words / name).exists():
-            (folder / name).write_bytes((words / name).read_bytes())
-    decoder = DecoderConfig(896, 4864, 24, 14, 14, 64, 32000, 1e-5, 1e4, 16384, rope_factor=4.0)
-    tower = VisionConfig("clip", 384, 1536, 6, 6, 224, 16, 1e-5, "quick_gelu", keep=1.0)
-    configs = {
-        "config.json": {
-            "model_type": "llama",
-            "hidden_size": decoder.hidden_size,
-            "intermediate_size": decoder.intermediate_size,
-            "num_hidden_layers": decoder.num_layers,
-            "num_attention_heads": decoder.num_heads,
-            "num_key_value_heads": decoder.num_kv_heads,
-            "vocab_size": decoder.vocab_size,
-            "rms_norm_eps": decoder.rms_norm_eps,
-            "max_position_embeddings": decoder.context_length,
-            "rope_scaling": {"type": "linear", "factor": decoder.rope_factor},
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-        "visual_encoder/config.json": {
-            "model_type": "clip_vision_model",
-            "hidden_size": tower.hidden_size,
-            "intermediate_size": tower.intermediate_size,
-            "num_hidden_layers": tower.num_layers,
-            "num_attention_heads": tower.num_heads,
-            "image_size": tower.image_size,
-            "patch_size": tower.patch_size,
-        },
-        "projector/config.json": {"hidden_act": "gelu", "bias": True},
-    }
-    for name, values in configs.items():
-        (folder / name).write_text(json.dumps(values))
-    with torch.device("meta"):
-        shapes = {name: tuple(value.shape) for name, value in Decoder(decoder).state_dict().items()}
-        features = {f"vision_model.{name}": tuple(v.shape) for name, v in VisionTower(tower).state_dict().items()}
-    language = {
-        source.names[0]: shape
-        for source, shape in zip(decoder_sources(shapes, decoder).values(), shapes.values(), strict=True)
-    }
-    language["model.embed_tokens.weight"] = (decoder.vocab_size, decoder.hidden_size)
-    wide, narrow = decoder.hidden_size, tower.hidden_size
-    projector = {
-        "model.0.weight": (wide, narrow),
-        "model.0.bias": (wide,),
-        "model.2.weight": (wide, wide),
-        "model.2.bias": (wide,),
-    }
-    parts = {"model": language, "visual_encoder/model": features, "projector/model": projector}
-    generator = torch.Generator().manual_seed(0)
-    for name, tensors in parts.items():
-        save_file(
-            {entry: _draw(entry, shape, generator) for entry, shape in tensors.items()}, folder / f"{name}.safetensors"
-        )
-    return folder
-
-
-def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Norm weights about 1, biases about 0, layers that keep the spread of their input; in bfloat16."""
-    values = torch.randn(shape, generator=generator)
-    if len(shape) == 1:
-        values = 1 + 0.1 * values if "norm" in name and name.endswith("weight") else 0.02 * values
-    else:
-        values *= 0.02 if "embed" in name else float(np.prod(shape[1:])) ** -0.5
-    return values.bfloat16()
-
-
 @click.command()
 @click.argument("paths", nargs=-1, type=click.Path(exists=True, path_type=Path))
 @click.option(
@@ -209,9 +130,7 @@ def main(paths: tuple[Path, ...], tokens: int, rounds: int, result: str) -> None
     with tempfile.TemporaryDirectory() as scratch:
         note = None if bundles else RANDOM
         if not bundles:
-            aurora = write_aurora_checkpoint(Path(scratch) / "aurora" / "auroracap-0.5b")
-            compiled = compile_bundle(aurora, Path(scratch) / "auroracap-0.5b-int4", weights="int4")
-            bundles = [random_bundle(Path(scratch), "0.5b"), compiled.path]
+            bundles = [random_bundle(Path(scratch), size) for size in ("0.5b", "auroracap-0.5b")]
         measured = [measure_bundle(bundle, clips, tokens, rounds) for bundle in bundles]
     figures = {
         "note": note,

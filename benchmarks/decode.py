@@ -17,9 +17,10 @@ from pathlib import Path
 import click
 import numpy as np
 
+from ..contract.records import DecoderShape
 from ..export.compile import compile_bundle
 from ..models.random_checkpoint import write_checkpoint
-from ..runtime.bundle import Bundle, DecoderSpec
+from ..runtime.bundle import Bundle
 from ..runtime.decoding import Settings, TokenSearch, generate
 from ..runtime.ort import OrtDecoder, open_session
 from .harness import alternate, paired_ratio, write_result
@@ -40,7 +41,7 @@ def captioner_loop(decoder: OrtDecoder, prompt: np.ndarray, tokens: int) -> floa
     return (time.perf_counter() - started) / tokens
 
 
-def bare_loop(session, spec: DecoderSpec, prompt: np.ndarray, tokens: int) -> float:
+def bare_loop(session, spec: DecoderShape, prompt: np.ndarray, tokens: int) -> float:
     """Seconds a token of bare runs: fixed inputs, the lengths counted up, outputs ignored."""
     import onnxruntime
 
@@ -83,7 +84,7 @@ def bare_loop(session, spec: DecoderSpec, prompt: np.ndarray, tokens: int) -> fl
 class TorchEager:
     """transformers' Qwen2 of the same shape in bfloat16."""
 
-    def __init__(self, spec: DecoderSpec, intermediate_size: int, num_heads: int) -> None:
+    def __init__(self, spec: DecoderShape, intermediate_size: int, num_heads: int) -> None:
         import torch
         from transformers import Qwen2Config, Qwen2ForCausalLM
 

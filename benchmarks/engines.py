@@ -17,8 +17,7 @@ from pathlib import Path
 import click
 
 from ..export.compile import compile_bundle
-from ..models.random_checkpoint import write_checkpoint
-from ..models.random_layout import SIZES
+from ..models.random_checkpoint import SIZES, write_checkpoint
 from .harness import run_process, write_result
 
 _BUILD_ONE = """

@@ -224,10 +224,10 @@ class _Captioning:
     def stages(self) -> dict[str, Any]:
         """Median seconds of each stage of a clip of frames with sound, nothing of its prompt in the cache."""
         captioner, rng = self._loaded(), np.random.default_rng(0)
-        spec = captioner.manifest.preprocessing
-        frames = rng.integers(0, 256, (spec.num_frames, 360, 640, 3), dtype=np.uint8)
+        pipeline = captioner.manifest.pipeline
+        frames = rng.integers(0, 256, (pipeline.sampling.count, 360, 640, 3), dtype=np.uint8)
         sound = rng.integers(-3000, 3000, 16000 * 5, dtype=np.int16)
-        heard: dict[str, Any] = {"waveform": sound, "sample_rate": 16000} if spec.audio else {}
+        heard: dict[str, Any] = {"waveform": sound, "sample_rate": 16000} if pipeline.sound else {}
         how = Decoding(max_new_tokens=self._tokens)
 
         def caption() -> Caption:

@@ -21,7 +21,8 @@ import numpy.typing as npt
 import onnx
 import torch
 
-from ..runtime.bundle import MANIFEST_FILE, FileRecord, Manifest, parse_manifest
+from ..contract.manifest import FileRecord, Manifest
+from ..runtime.bundle import MANIFEST_FILE, parse_manifest
 from ..runtime.integrity import FileState, hash_files, remember
 
 #: What a hollow bundle has in place of its files of weights.

@@ -21,7 +21,11 @@ from ..models.random_checkpoint import SIZES, write_checkpoint
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The seed of the weights.")
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def main(out: Path, size: str, seed: int, quiet: bool) -> None:
-    """Write a VideoLLaMA2.1-7B-AV-shaped checkpoint with random weights to OUT (a new folder; 17 GB at 7b)."""
+    """Write a checkpoint with random weights in a released layout to OUT, a new folder.
+
+    \b
+    Sizes: 7b is VideoLLaMA2.1-7B-AV (17 GB); the others are listed in sizes.py of each family's folder.
+    """
     started = time.perf_counter()
     try:
         with ProgressDisplay(quiet) as display:

@@ -64,7 +64,7 @@ def bound(captioner: Captioner, rows: int) -> dict[str, int]:
     assert scheduler is not None
     decoder, inference = captioner.manifest.decoder, scheduler.inference
     prompt = 4 * decoder.hidden_size * inference.max_length
-    frames = 3 * 640 * 360 * captioner.manifest.preprocessing.num_frames
+    frames = 3 * 640 * 360 * captioner.manifest.pipeline.sampling.count
     return {
         "cache": captioner.manifest.cache_bytes * inference.rows * inference.max_length,
         "prompts": prompt * (rows + 1),

@@ -30,12 +30,16 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 import numpy as np
 from intertitle.runtime.preprocess.fbank import kaldi_fbank
-from intertitle.runtime.preprocess.image import ImageSpec, preprocess_frames
+from intertitle.runtime.preprocess.image import preprocess_frames
+try:
+    from intertitle.contract.pipeline import ImagePlan
+except ImportError:  # a checkout from before there was such a module
+    from intertitle.runtime.preprocess.image import ImageSpec as ImagePlan
 rounds, count, width, height = map(int, sys.argv[2:])
 rng = np.random.default_rng(0)
 frames = np.repeat(rng.integers(0, 256, (1, height, width, 3), np.uint8), count, axis=0)
 sound = rng.normal(0, 0.1, 480_000).astype(np.float32)
-spec = ImageSpec("shortest_edge", 336, 336, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+spec = ImagePlan("shortest_edge", 336, 336, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 for turn in range(rounds + 1):
     wall, processor = time.perf_counter(), time.process_time()
     preprocess_frames(frames, spec)

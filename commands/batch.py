@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..console import BatchDisplay, ProgressDisplay, check_savable, save, say
+from ..console import BatchDisplay, save, say
 from ..errors import OptionError
-from . import FAILED, options
-from .outputs import check_output, check_record_name
+from . import options
+from .jobs import check_records, exit_by, load_captioner, told_when_interrupted
+from .outputs import check_output
 
 if TYPE_CHECKING:
     from ..runtime.batch import Entry, RecordFile, RecordStream, Settings, SubtitleWriter
@@ -113,24 +114,13 @@ def batch(
     if segments == "scenes" and find_spec("scenedetect") is None:
         raise OptionError("cutting at scenes needs PySceneDetect: pip install 'intertitle[scenes]'")
     if target is not None:
-        check_savable(target)
-        if target.exists() and not target.is_file():
-            raise OptionError(f"{target}: is a pipe or a device; use -o - and send stdout there")
-        check_record_name(target)
-        check_output(target, (*inputs, bundle / "bundle.json"))
+        check_records(target, inputs, bundle, "; use -o - and send stdout there")
     entries = read_inputs(inputs)
     files = [entry for entry in entries if isinstance(entry, Entry)]
     if target is not None:
         check_output(target, (entry.file for entry in files))
     subtitles = _subtitles(files, srt, vtt, subtitles_dir)
-    from ..runtime.batching import READ_AHEAD
-    from ..runtime.captioner import Captioner
-
-    readers = options.start_readers(READ_AHEAD, item_timeout)
-    with ProgressDisplay(quiet) as progress:
-        captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress)
-    captioner.readers = readers
-    options.say_device(captioner)
+    captioner = load_captioner(bundle, device, threads, item_timeout, quiet)
     settings = Settings.of(
         bundle,
         {"prompt": prompt, "segments": segments, **viewing.record, **asdict(decoding)},
@@ -156,16 +146,10 @@ def batch(
             },
             debug=click.get_current_context().ensure_object(dict).get("debug", False),
         )
-        try:
+        with told_when_interrupted(target, display):
             tally = job.run(captioner)
-        except KeyboardInterrupt:
-            display.stop()
-            if target is not None:
-                say(f"{target}: what is done is kept; the same command goes on from there", prefix="")
-            raise
     display.summary(tally, target)
-    if tally.failures:
-        raise click.exceptions.Exit(FAILED)
+    exit_by(tally)
 
 
 def _open_output(target: Path | None, settings: Settings, **how: bool) -> RecordFile | RecordStream:

@@ -211,8 +211,8 @@ _VIEWING: dict[str, Callable[[Command], Command]] = {
         "--visual-tokens",
         type=VisualTokens(),
         metavar="N|SHARE",
-        help="Keep this many visual tokens (256) or this share of them (50%); similar ones are merged.  [default: "
-        "100%]",
+        help="Keep this many visual tokens (256) or this share of them (50%); similar ones are merged.  [default: the "
+        "bundle's]",
     ),
     "duplicates": click.option(
         "--duplicates",

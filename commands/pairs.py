@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..console import BatchDisplay, ProgressDisplay, duration, say
+from ..console import BatchDisplay, duration, say
 from ..errors import OptionError
-from . import FAILED, options
-from .outputs import check_output, check_record_name
+from . import options
+from .jobs import check_records, exit_by, load_captioner, told_when_interrupted
+from .outputs import check_output
 
 if TYPE_CHECKING:
     from ..align.preference import Item, PairTally, Scorer
@@ -154,19 +155,9 @@ def pairs(
     scorer = _scorer(name, judge_url, judge_model, judge_workers, judge_timeout)
     if str(output) == "-":
         raise OptionError("-: pairs need a file that can be gone on with, not stdout")
-    check_record_name(output)
-    files = [entry.file for entry in entries if isinstance(entry, Entry)]
-    check_output(output, (*inputs, bundle / "bundle.json", *files))
-    if output.exists() and not output.is_file():
-        raise OptionError(f"{output}: is a pipe or a device, and pairs need a file that can be gone on with")
-    from ..runtime.batching import READ_AHEAD
-    from ..runtime.captioner import Captioner
-
-    readers = options.start_readers(READ_AHEAD, item_timeout)
-    with ProgressDisplay(quiet) as progress:
-        captioner = Captioner.load(bundle, device=device, threads=threads, progress=progress)
-    options.say_device(captioner)
-    captioner.readers = readers
+    check_records(output, inputs, bundle, ", and pairs need a file that can be gone on with")
+    check_output(output, (entry.file for entry in entries if isinstance(entry, Entry)))
+    captioner = load_captioner(bundle, device, threads, item_timeout, quiet)
     settings = Settings.of(
         bundle,
         {**recipe.record, "scorer": scorer.name, "judge_model": judge_model, "gap": gap},
@@ -180,16 +171,11 @@ def pairs(
     ):
         job = PairJob(entries, records, scorer, gap=gap, watch=display, debug=debug)
         proposer = Proposer(captioner, recipe, segments=scorer.needs_segments, likelihoods=scorer.needs_likelihoods)
-        try:
+        with told_when_interrupted(output, display):
             tally = job.run(proposer)
-        except KeyboardInterrupt:
-            display.stop()
-            say(f"{output}: what is done is kept; the same command goes on from there", prefix="")
-            raise
     in_file = sum(1 for _ in read_pairs(output)) if output.exists() else 0
     say(_summary(tally, in_file, time.monotonic() - began), prefix="")
-    if tally.failures:
-        raise click.exceptions.Exit(FAILED)
+    exit_by(tally)
 
 
 def _check(inputs: tuple[str, ...], scenes: str | None, scorer: str, url: str | None, model: str | None) -> None:

@@ -169,9 +169,14 @@ class Stage(Record, frozen=True, kw_only=True):
 
 class Text(Record, frozen=True, tag="text"):
     """Text of the prompt. A place in braces is filled in: see ``VARIABLES``. Neighbouring texts are tokenized as one,
-    without special tokens."""
+    without special tokens.
+
+    ``behind``: a special token that stands in front of it only while it is tokenized. It is for models that tokenize
+    the whole prompt at once, with this token in the clip's place: some tokenizers then put no space in front.
+    """
 
     text: str
+    behind: str = ""
 
 
 class Ids(Record, frozen=True, tag="ids"):

@@ -146,6 +146,12 @@ class Checkpoint:
         """Sub-folders that are part of the checkpoint."""
         return tuple(self._part_names(self.path, self.config))
 
+    @property
+    def tower_folder(self) -> str | None:
+        """The sub-folder that ``mm_vision_tower`` names, None where that is a hub name."""
+        name = self.config.get("mm_vision_tower")
+        return name if name in self.part_names else None
+
     def tensor(self, name: str) -> Tensor:
         """One tensor's values in the file's dtype. It may be a view of the mapped file: do not write into it."""
         info = self.tensors.get(name)

@@ -94,10 +94,12 @@ class AudioConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A Llama-shaped decoder (Llama, Mistral, Qwen2): RMSNorm, rotary, grouped queries, SwiGLU.
+    """A Llama-shaped decoder (Llama, Mistral, Mixtral, Qwen2): RMSNorm, rotary, grouped queries, SwiGLU.
 
     ``rope_factor`` divides the positions (linear scaling). ``context_length`` is the largest number of positions, the
-    sliding window included where a checkpoint has one switched on.
+    sliding window included where a checkpoint has one switched on. ``num_experts``: the SwiGLUs of a layer, of which a
+    router chooses ``experts_per_token`` for each token; 0 is a layer with one SwiGLU and no router.
+    ``intermediate_size`` is that of one expert.
     """
 
     hidden_size: int
@@ -113,6 +115,8 @@ class DecoderConfig:
     rope_factor: float = 1.0
     qkv_bias: bool = False
     tie_embeddings: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
 
     @property
     def shape(self) -> DecoderShape:

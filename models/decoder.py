@@ -1,4 +1,4 @@
-"""The language decoder of every family: a Llama-shaped stack (Llama, Mistral, Qwen2).
+"""The language decoder of every family: a Llama-shaped stack (Llama, Mistral, Mixtral, Qwen2).
 
 State-dict names follow the released checkpoints without their ``model.`` prefix. The embedding table is not part of
 it: the runtime looks rows up on the host and splices visual and audio tokens in before the decoder runs.
@@ -77,6 +77,51 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Router(nn.Module):
+    """The score of every expert for a token: ``[..., H]`` to ``[..., num_experts]``.
+
+    Its weight is ``[num_experts, H]``. It is not an ``nn.Linear``, because it is never quantized: it decides which
+    experts run.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+def choose_experts(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` best experts of each token: weights that sum to 1, and numbers int64, both ``[..., count]``.
+
+    Mixtral's rule (transformers 4.42.4, MixtralSparseMoeBlock): softmax in float32 over all experts, then the best
+    ones, divided by their sum.
+    """
+    weights, chosen = scores.float().softmax(-1).topk(count, dim=-1)
+    return weights / weights.sum(-1, keepdim=True), chosen
+
+
+class SparseMLP(nn.Module):
+    """Several SwiGLUs ("experts"), of which each token passes the few that a router chooses (Mixtral)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.experts_per_token = config.experts_per_token
+        self.gate = Router(config)
+        self.experts = nn.ModuleList(MLP(config) for _ in range(config.num_experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        weights, chosen = choose_experts(self.gate(tokens), self.experts_per_token)
+        out = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            rows, places = (chosen == number).nonzero(as_tuple=True)
+            weighted = expert(tokens[rows]) * weights[rows, places].unsqueeze(-1).to(x.dtype)
+            out = out.index_add(0, rows, weighted)
+        return out.view_as(x)
+
+
 class DecoderLayer(nn.Module):
     """Pre-norm attention and MLP, each with its residual."""
 
@@ -85,7 +130,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SelfAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = SparseMLP(config) if config.num_experts else MLP(config)
 
     def forward(
         self, x: Tensor, past_key: Tensor, past_value: Tensor, state: CacheState

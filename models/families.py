@@ -4,31 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 
 from ..errors import CheckpointError
-from .auroracap import config as auroracap_config
-from .auroracap import weights as auroracap_weights
 from .checkpoint import Checkpoint
 from .config import CaptionerConfig
 from .fields import shown
+from .random_layout import Size
 from .sources import Shape, Translation
-from .videollama2 import config as videollama2_config
-from .videollama2 import weights as videollama2_weights
+
+#: The folders of the families beside this file, in the order in which they are asked. A new family is a line here.
+FOLDERS = (
+    "videollama2",
+    "auroracap",
+    "llava_video",
+    "llava_next_video",
+)
 
 
 @dataclass(frozen=True)
 class Family:
-    """What a family's folder provides."""
+    """What a family's folder provides: ``KNOWN_AS``, ``matches`` and ``read_config`` of its ``config.py``,
+    ``translate`` of its ``weights.py``, and ``SIZES`` of its ``sizes.py``.
 
+    ``known_as``: its name and the ``model_type`` of its checkpoints, for the user. ``sizes``: of random checkpoints, by
+    name (``random_checkpoint.py``).
+    """
+
+    known_as: str
     matches: Callable[[Checkpoint], bool]
     read_config: Callable[[Checkpoint], CaptionerConfig]
     translate: Callable[[Checkpoint, CaptionerConfig, Mapping[str, Mapping[str, Shape]]], Translation]
+    sizes: Mapping[str, Size]
 
 
-FAMILIES = {
-    "videollama2": Family(videollama2_config.matches, videollama2_config.read_config, videollama2_weights.translate),
-    "auroracap": Family(auroracap_config.matches, auroracap_config.read_config, auroracap_weights.translate),
-}
+def _family(folder: str) -> Family:
+    config, weights = (import_module(f".{folder}.{name}", __package__) for name in ("config", "weights"))
+    sizes = {}
+    if find_spec(f".{folder}.sizes", __package__) is not None:
+        sizes = import_module(f".{folder}.sizes", __package__).SIZES
+    return Family(config.KNOWN_AS, config.matches, config.read_config, weights.translate, sizes)
+
+
+FAMILIES = {folder: _family(folder) for folder in FOLDERS}
 
 
 def find_family(checkpoint: Checkpoint) -> Family:
@@ -37,7 +56,7 @@ def find_family(checkpoint: Checkpoint) -> Family:
         if family.matches(checkpoint):
             return family
     kind = checkpoint.config.get("model_type")
+    known = ", ".join(family.known_as for family in FAMILIES.values())
     raise CheckpointError(
-        f"{checkpoint.path}: model_type {shown(kind)} is not a captioner of a known family; known are VideoLLaMA2 "
-        "(videollama2_mistral, videollama2_qwen2) and AuroraCap (llama with visual_encoder/ and projector/)"
+        f"{checkpoint.path}: model_type {shown(kind)} is not a captioner of a known family; known are {known}"
     )

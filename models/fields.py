@@ -11,6 +11,7 @@ _REQUIRED: Any = object()
 #: No size in a config is larger; a hostile one must not exhaust the memory.
 _LARGEST = 1 << 21
 MOST_LAYERS = 1000
+MOST_EXPERTS = 1000
 _SHOWN = 80
 
 

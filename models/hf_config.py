@@ -9,7 +9,7 @@ from ..contract.records import Generation
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
 from .config import DecoderConfig, VisionConfig
-from .fields import MOST_LAYERS, Fields, shown
+from .fields import MOST_EXPERTS, MOST_LAYERS, Fields, shown
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -71,6 +71,19 @@ def builtin_tower(name: str) -> Fields | None:
         if name == known or name.rstrip("/").rpartition("/")[2] == known.rpartition("/")[2]:
             return Fields(values, f"vision tower {known}")
     return None
+
+
+def read_named_tower(checkpoint: Checkpoint, name: str, select_layer: int) -> VisionConfig:
+    """The tower that a checkpoint names (``mm_vision_tower``): of a folder inside it, or a built-in one."""
+    folder = checkpoint.tower_folder
+    local = checkpoint.json(f"{folder}/config.json") if folder else None
+    tower = Fields(local, f"{folder}/config.json") if local is not None else builtin_tower(name)
+    if tower is None:
+        raise CheckpointError(
+            f"config.json: vision tower {shown(name)} is not known; put its config.json and weights in a folder of "
+            "that name inside the checkpoint"
+        )
+    return read_vision(tower, select_layer)
 
 
 def read_vision(fields: Fields, select_layer: int = -2, keep: float | None = None) -> VisionConfig:
@@ -159,8 +172,11 @@ def _triple(fields: Fields, key: str, default: tuple[float, float, float]) -> tu
     return float(value[0]), float(value[1]), float(value[2])
 
 
-def read_decoder(fields: Fields, *, qkv_bias: bool, sliding_window: int | None) -> DecoderConfig:
-    """A Llama, Mistral or Qwen2 config.json. ``sliding_window``: the window, where the checkpoint has one on."""
+def read_decoder(fields: Fields, *, qkv_bias: bool, sliding_window: int | None, sparse: bool = False) -> DecoderConfig:
+    """A Llama, Mistral, Mixtral (``sparse``) or Qwen2 config.json.
+
+    ``sliding_window``: the window, where the checkpoint has one on.
+    """
     if fields.get("quantization_config") is not None:
         raise CheckpointError(f"{fields.where}: an already quantized checkpoint is not read; give the original one")
     if fields.text("hidden_act", "silu") != "silu":
@@ -185,6 +201,7 @@ def read_decoder(fields: Fields, *, qkv_bias: bool, sliding_window: int | None) 
         fields.integer("max_position_embeddings", maximum=longest),
         fields.integer("max_sequence_length", 1, maximum=longest),
     )
+    num_experts, experts_per_token = _experts(fields) if sparse else (0, 0)
     rope = fields.child("rope_parameters") or fields  # where transformers 5 keeps rope_theta
     return DecoderConfig(
         hidden_size=hidden_size,
@@ -200,7 +217,18 @@ def read_decoder(fields: Fields, *, qkv_bias: bool, sliding_window: int | None) 
         rope_factor=_rope_factor(fields),
         qkv_bias=qkv_bias,
         tie_embeddings=fields.flag("tie_word_embeddings", False),
+        num_experts=num_experts,
+        experts_per_token=experts_per_token,
     )
+
+
+def _experts(fields: Fields) -> tuple[int, int]:
+    """How many experts a layer has and how many a token gets; the defaults are those of transformers' MixtralConfig."""
+    experts = fields.integer("num_local_experts", 8, maximum=MOST_EXPERTS)
+    chosen = fields.integer("num_experts_per_tok", 2)
+    if chosen > experts:
+        raise CheckpointError(f"{fields.where}: a token cannot get {chosen} of {experts} experts")
+    return experts, chosen
 
 
 def _rope_factor(fields: Fields) -> float:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from .config import DecoderConfig, VisionConfig
@@ -62,6 +63,23 @@ def from_conv3d(name: str, shape: Shape, kernel: tuple[int, int, int]) -> Source
     )
 
 
+def first_rows(source: Source, rows: int) -> Source:
+    """The first rows of the one tensor of ``source``, which has ``rows``. Written back, the others are zero."""
+    (shape,) = source.shapes
+    count = shape[0]
+    return Source(
+        source.names,
+        ((rows, *shape[1:]),),
+        lambda tensor: tensor[:count],
+        lambda value: (torch.cat((value, value.new_zeros(rows - count, *shape[1:]))),),
+    )
+
+
+def renamed(sources: Mapping[str, Source], rename: Callable[[str], str]) -> dict[str, Source]:
+    """The same sources of tensors by other names."""
+    return {entry: replace(source, names=tuple(map(rename, source.names))) for entry, source in sources.items()}
+
+
 def first_present(names: Collection[str], *candidates: str) -> str:
     """The first of several names a tensor may go by; the first of all where none is there (then it is missing)."""
     return next((name for name in candidates if name in names), candidates[0])
@@ -82,7 +100,20 @@ def decoder_sources(shapes: Mapping[str, Shape], config: DecoderConfig) -> dict[
         if config.tie_embeddings
         else {"lm_head.weight": "lm_head.weight"}
     )
-    return {entry: direct(tied.get(entry, f"model.{entry}"), shape) for entry, shape in shapes.items()}
+    return {entry: direct(tied.get(entry, _decoder_name(entry)), shape) for entry, shape in shapes.items()}
+
+
+#: transformers' names of a Mixtral expert's matmuls.
+_EXPERT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+def _decoder_name(entry: str) -> str:
+    expert = re.fullmatch(r"(layers\.\d+)\.mlp\.(gate|experts\.\d+\.(\w+))\.weight", entry)
+    if expert is None:
+        return f"model.{entry}"
+    layer, inner, matmul = expert.groups()
+    inner = inner if matmul is None else inner.replace(matmul, _EXPERT[matmul])
+    return f"model.{layer}.block_sparse_moe.{inner}.weight"
 
 
 def embedding_source(config: DecoderConfig) -> dict[str, Source]:

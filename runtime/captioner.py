@@ -15,28 +15,19 @@ from .backends import Backend, Options, OrtBackend, open_backend
 from .batching import READ_AHEAD, BatchItem, BatchResult, Pipeline, run_batch
 from .bundle import Bundle
 from .caption import Caption, CaptionStream
-from .clip import Clip, array_clip, read_clip
-from .contrast import Contrast
+from .clip import Clip
 from .decoding import Decoding, Scheduler, Token, TokenSearch, generate, log_likelihoods, resolve
-from .encoder import EncodedClip, Encoder
+from .encoder import Encoder
 from .guard import Guard
 from .inference import FloatArray, Inference
-from .prepared import (
-    Arrays,
-    MediaOptions,
-    PreparedClip,
-    Source,
-    ViewingOptions,
-    viewing_and_arrays,
-    viewing_of,
-)
+from .intake import Intake
+from .prepared import MediaOptions, PreparedClip, Source, ViewingOptions, viewing_and_arrays, viewing_of
 from .reading import TIME_LIMIT, Readers, start_readers
 from .residency import Residency
 from .runner import Runner
-from .task import CaptionTask, Model, contrast_of
+from .task import CaptionTask, Model
 from .text import check_text, load_tokenizer
 from .timing import Progress, Stages, deadline_at
-from .viewing import Viewing
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -73,10 +64,7 @@ class Captioner:
         self._device = backend.device
         self._guard = Guard(forks=self._device == "cpu")
         self._model = Model(bundle, self.tokenizer, self.encoder)
-        self.readers: Readers | None = None
-        """Processes that read the files of ``caption``, ``read`` and ``caption_batch``. ``None``: those of a batch are
-        read in its own, others in this one."""
-        self._threads: int | None = None
+        self._intake = Intake(self._model, self._loaded)
 
     @classmethod
     def load(
@@ -105,7 +93,7 @@ class Captioner:
         bundle = Bundle.open(path, progress=lambda done, total: report("checking the bundle", done, total))
         backend, notes = open_backend(bundle, device, threads, options)
         captioner = cls(bundle, backend, staged, notes)
-        captioner._threads = threads
+        captioner._intake.threads = threads
         _log.info("opened %s on %s in %.2f s", bundle.path, captioner.device, time.perf_counter() - started)
         return captioner
 
@@ -115,6 +103,16 @@ class Captioner:
         if self._loaded.backend is not None:
             self._device = self._loaded.backend.device
         return self._device
+
+    @property
+    def readers(self) -> Readers | None:
+        """Processes that read the files of ``caption``, ``read`` and ``caption_batch``. ``None``: those of a batch are
+        read in its own, others in this one."""
+        return self._intake.readers
+
+    @readers.setter
+    def readers(self, readers: Readers | None) -> None:
+        self._intake.readers = readers
 
     def __repr__(self) -> str:
         known = f"{self.manifest.name!r}, family={self.manifest.family!r}, device={self.device!r}"
@@ -210,7 +208,7 @@ class Captioner:
         until = deadline_at(deadline)
         stages = Stages(progress, until)
         with self._guard.use():
-            (task,) = self._tasks(source, prompt, [decoding or Decoding()], stages, media)
+            (task,) = self._intake.tasks(source, media, prompt, [decoding or Decoding()], stages)
         task.deadline = until
         stream = CaptionStream(iter(()))
         stream._pieces = self._pieces(task, stream)
@@ -262,7 +260,7 @@ class Captioner:
         else:
             seeds = [decoding.seed, *np.random.SeedSequence(decoding.seed).generate_state(count - 1, np.uint64)]
             each, results = [replace(decoding, seed=int(seed)) for seed in seeds], 1
-        tasks = self._tasks(source, prompt, each, stages, media, results)
+        tasks = self._intake.tasks(source, media, prompt, each, stages, results)
         together = min(rows, len(tasks)) * tasks[0].rows
         runner = Runner(self._loaded.idle_scheduler(together, max(task.max_length for task in tasks), stages, True))
         for task in tasks:
@@ -307,18 +305,14 @@ class Captioner:
         readers = (self.readers or start_readers(READ_AHEAD, item_timeout)) if isolate else None
 
         def read(item: BatchItem, stages: Stages) -> Clip:
-            read_it = read_clip if readers is None else readers.read
-            return read_it(item.source, self.manifest.pipeline, item.viewing(view), stages, threads=self._threads)
+            return self._intake.read_file(item.source, item.viewing(view), stages, readers)
 
         def stop() -> None:
             if readers is not None:
                 (readers.interrupt if readers is self.readers else readers.close)()
 
         def task(item: BatchItem, clip: Clip, stages: Stages) -> CaptionTask:
-            asked = prompt if item.prompt is None else item.prompt
-            self._model.check_length(clip, view.visual_tokens, asked, how)
-            prepared = self._encode(clip, view, stages, keep_features=how.contrast == "temporal")
-            return self._captions_of(prepared, asked, [how], stages)[0]
+            return self._intake.task_of(clip, view, prompt if item.prompt is None else item.prompt, how, stages)
 
         def open_scheduler(max_length: int) -> Scheduler:
             count = min(rows or DEFAULT_ROWS, self._loaded.captions_in(memory, max_length, per_caption))
@@ -351,7 +345,7 @@ class Captioner:
             return self._score(source, text, prompt, media)
 
     def _score(self, source: Source | PreparedClip | None, text: str, prompt: str | None, media: MediaOptions) -> float:
-        encoded = self._prepared(source, Stages(), media).encoded
+        encoded = self._intake.prepare(source, media, Stages()).encoded
         token_ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         token_ids.append(self.manifest.generation.eos_token_ids[0])
         instruction = self._model.instruction(prompt)
@@ -372,7 +366,7 @@ class Captioner:
         What their prompts have in common, the clip above all, is also prefilled once while nothing else is captioned.
         """
         with self._guard.use():
-            return self._prepared(source, Stages(progress), media, keep_features=True)
+            return self._intake.prepare(source, media, Stages(progress), keep_features=True)
 
     def read(
         self,
@@ -382,30 +376,7 @@ class Captioner:
         **media: Unpack[MediaOptions],
     ) -> Clip:
         """The frames and the sound that the captioner would look at and listen to."""
-        viewing, arrays = viewing_and_arrays(media)
-        return self._read(source, viewing, arrays, stages or Stages())
-
-    def _read(self, source: Source | None, viewing: Viewing, arrays: Arrays, stages: Stages) -> Clip:
-        frames, waveform = arrays.get("frames"), arrays.get("waveform")
-        if (source is None) != (frames is not None or waveform is not None):
-            raise OptionError("give either a file or arrays (frames=, waveform=), not both and not neither")
-        pipeline, times, seconds = self.manifest.pipeline, arrays.get("frame_times"), arrays.get("seconds")
-        if source is not None:
-            if times is not None or seconds is not None:
-                raise OptionError("frame_times= and seconds= are for arrays, not for files")
-            read = read_clip if self.readers is None else self.readers.read
-            return read(source, pipeline, viewing, stages, threads=self._threads)
-        if viewing.start is not None or viewing.end is not None:
-            raise OptionError("start= and end= are for files, not for arrays")
-        return array_clip(
-            frames,
-            waveform if viewing.audio else None,
-            arrays.get("sample_rate"),
-            pipeline,
-            frame_times=times,
-            seconds=seconds,
-            duplicates=viewing.duplicates,
-        )
+        return self._intake.read(source, *viewing_and_arrays(media), stages or Stages())
 
     def open_inference(self, max_length: int, rows: int = 1, stages: Stages | None = None) -> Inference:
         """A decoder with an empty cache for ``rows`` sequences of ``max_length`` tokens."""
@@ -416,72 +387,6 @@ class Captioner:
         settings = resolve(Decoding(max_new_tokens=max_new_tokens), self.manifest.generation)
         inference = self.open_inference(len(embeds) + max_new_tokens)
         return generate(inference, inference.prefill(0, embeds)[0], TokenSearch(settings))
-
-    def _tasks(
-        self,
-        source: Source | PreparedClip | None,
-        prompt: str | None,
-        decodings: Sequence[Decoding],
-        stages: Stages,
-        media: MediaOptions,
-        num_results: int = 1,
-    ) -> list[CaptionTask]:
-        """A task for each of ``decodings``, which have the contrast in common, of one clip."""
-        how = decodings[0]
-        prepared = self._prepared(source, stages, media, prompt, how, keep_features=how.contrast == "temporal")
-        return self._captions_of(prepared, prompt, decodings, stages, num_results, isinstance(source, PreparedClip))
-
-    def _prepared(
-        self,
-        source: Source | PreparedClip | None,
-        stages: Stages,
-        media: MediaOptions,
-        prompt: str | None = None,
-        decoding: Decoding | None = None,
-        keep_features: bool = False,
-    ) -> PreparedClip:
-        """A clip, read and encoded. With ``decoding``, what cannot fit is refused before any encoder runs."""
-        if isinstance(source, PreparedClip):
-            if media:
-                raise OptionError(f"the clip is prepared already: {', '.join(media)} cannot change it")
-            return source
-        viewing, arrays = viewing_and_arrays(media)
-        clip = self._read(source, viewing, arrays, stages)
-        if decoding is not None:
-            self._model.check_length(clip, viewing.visual_tokens, prompt, decoding)
-        return self._encode(clip, viewing, stages, keep_features)
-
-    def _encode(self, clip: Clip, viewing: Viewing, stages: Stages, keep_features: bool) -> PreparedClip:
-        self._loaded.make_room()
-        budget = viewing.visual_tokens
-        encoded = self.encoder.encode(clip, stages, visual_tokens=budget, keep_features=keep_features)
-        return PreparedClip(clip, encoded)
-
-    def _captions_of(
-        self,
-        prepared: PreparedClip,
-        prompt: str | None,
-        decodings: Sequence[Decoding],
-        stages: Stages,
-        num_results: int = 1,
-        keep_frames: bool = False,
-    ) -> list[CaptionTask]:
-        """Tasks that need no encoder any more: the contrasted views, each once, are encoded here.
-
-        The clip's frames go with that, but for ``keep_frames``.
-        """
-        views: dict[Contrast, EncodedClip] = {}
-        tasks: list[CaptionTask] = []
-        for how in decodings:
-            view = contrast_of(how, prepared.encoded.mode)
-            if view is not None and view not in views:
-                self._loaded.make_room()
-                views[view] = self.encoder.contrast(prepared.clip, prepared.encoded, view, stages)
-            other = None if view is None else views[view]
-            tasks.append(CaptionTask(self._model, prepared, other, prompt, how, stages, num_results))
-        if not keep_frames:
-            prepared.clip.frames = None
-        return tasks
 
     def _guarded(self, results: Iterator[BatchResult]) -> Iterator[BatchResult]:
         """The results, each made while this captioner is held."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from ..contract.pipeline import TIMED, VARIABLES, EachOf, Ids, Piece, PromptLayout, Text, Tokens
-from ..errors import OptionError
+from ..errors import BundleError, OptionError
 
 _VARIABLE = re.compile(r"\{(" + "|".join(VARIABLES) + r")\}")
 
@@ -61,7 +61,7 @@ def texts_of(pieces: Sequence[Piece]) -> list[str]:
     found: list[str] = []
     for piece in pieces:
         if isinstance(piece, Text):
-            found.append(piece.text)
+            found += [piece.text, piece.behind]
         elif isinstance(piece, EachOf):
             found += [piece.before, piece.after, piece.separator]
     return found
@@ -86,20 +86,30 @@ def build_prompt(
     special tokens; ids and slots part them (VideoLLaMA2 ``mm_utils.tokenizer_multimodal_token``, docs/facts.md 1.5).
     """
     found: list[list[int] | Slot] = []
-    text = ""
+    texts: list[Text] = []
     values = _values(instruction, timing, places)
-    for part in _flat(pieces, units, values):
-        if isinstance(part, str):
-            text += part
+    for part in (*_flat(pieces, units, values), []):
+        if isinstance(part, Text):
+            if part.text:
+                texts.append(part)
             continue
-        if text:
-            found.append(tokenizer.encode(text, add_special_tokens=False).ids)
-            text = ""
+        if texts:
+            found.append(_tokenized(tokenizer, texts))
+            texts = []
         if part:
             found.append(part)
-    if text:
-        found.append(tokenizer.encode(text, add_special_tokens=False).ids)
     return found
+
+
+def _tokenized(tokenizer: Tokenizer, texts: Sequence[Text]) -> list[int]:
+    """The ids of neighbouring texts. ``BundleError`` where the first one's ``behind`` is no token."""
+    lead = texts[0].behind
+    ids = tokenizer.encode(lead + "".join(text.text for text in texts), add_special_tokens=False).ids
+    if not lead:
+        return ids
+    if ids[:1] != [tokenizer.token_to_id(lead)]:
+        raise BundleError(f"tokenizer.json: {lead!r}, which the prompt names, is not a special token")
+    return ids[1:]
 
 
 def segments(pieces: Sequence[list[int] | Array]) -> tuple[list[list[int] | Array], ...]:
@@ -121,11 +131,11 @@ def joined(
 
 def _flat(
     pieces: Sequence[Piece], units: Mapping[str, int], values: Callable[[str, int], str]
-) -> Iterator[str | list[int] | Slot]:
+) -> Iterator[Text | list[int] | Slot]:
     """The pieces one by one, texts filled in."""
     for piece in pieces:
         if isinstance(piece, Text):
-            yield values(piece.text, 0)
+            yield Text(values(piece.text, 0), piece.behind)
         elif isinstance(piece, Ids):
             yield list(piece.ids)
         elif isinstance(piece, Tokens):
@@ -133,10 +143,10 @@ def _flat(
         else:
             for unit in range(units[piece.stage]):
                 if unit:
-                    yield values(piece.separator, unit)
-                yield values(piece.before, unit + 1)
+                    yield Text(values(piece.separator, unit))
+                yield Text(values(piece.before, unit + 1))
                 yield Slot(piece.stage, unit)
-                yield values(piece.after, unit + 1)
+                yield Text(values(piece.after, unit + 1))
 
 
 def _values(instruction: str, timing: Timing | None, places: int) -> Callable[[str, int], str]:

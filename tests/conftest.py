@@ -219,8 +219,11 @@ VARIANTS = {
     "av-qwen2": Variant("av-qwen2"),
     "clip-mistral": Variant("clip-mistral"),
     "clip-mistral-lora": Variant("clip-mistral", adapter="clip-mistral-lora"),
+    "clip-mixtral": Variant("clip-mixtral"),
     "auroracap": Variant("auroracap"),
     "auroracap-keep": Variant("auroracap", keep=0.4),
+    "llava-video": Variant("llava-video"),
+    "llava-next-video": Variant("llava-next-video"),
 }
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import wave
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +25,14 @@ import click
 import intertitle
 import numpy as np
 import pytest
+from intertitle.align.preference import Recipe
 from intertitle.align.scenes import captions, compare, draw_scene
 from intertitle.cli import DEMO_CLIP, cli, main
 from intertitle.commands import SHIPPED
 from intertitle.commands.options import Grouped
 from intertitle.runtime.caption import CaptionStream
+from intertitle.runtime.decoding import Decoding
+from intertitle.runtime.viewing import Viewing
 
 Compiled = Callable[..., Path]
 Expected = Callable[[str], dict[str, np.ndarray]]
@@ -111,14 +114,15 @@ def write_lossless(path: Path, frames: np.ndarray, samples: np.ndarray) -> Path:
 # --- the same tokens as the original implementations, from files
 
 
-@pytest.mark.parametrize("variant", ["av-qwen2", "clip-mistral", "clip-mistral-lora", "auroracap-keep"])
+@pytest.mark.parametrize("variant", ["av-qwen2", "clip-mistral", "clip-mistral-lora", "clip-mixtral", "auroracap-keep"])
 def test_a_folder_of_frames_to_tokens_as_the_reference(
     variant: str, compiled: Compiled, expected: Expected, run: Callable[..., Result], tmp_path: Path
 ):
     numbers = expected(variant)
     pictures = write_pictures(tmp_path / "pictures", numbers["frames_uint8"])
     tokens = numbers["greedy_tokens" if "greedy_tokens" in numbers else "video.greedy_tokens"]
-    result = run("caption", compiled(variant), pictures, "--no-audio", "--json", "-q", "--max-new-tokens", 48)
+    options = ["--no-audio", "--json", "-q", "--max-new-tokens", len(tokens)]
+    result = run("caption", compiled(variant), pictures, *options)
     assert (result.code, result.err) == (0, "")
     assert json.loads(result.out)["token_ids"] == tokens.tolist()
 
@@ -465,6 +469,16 @@ def test_sections_of_a_help_hold_every_option_once(name: str, run: Callable[...,
     assert "--temperature" in sections["Decoding"]
     assert "--threads" in sections["Device"]
     assert "--debug" in sections["Other"]
+
+
+def test_one_name_from_the_option_to_the_record():
+    """The fields of a ``Viewing`` and a ``Decoding`` are the options of commands, and so are those of a ``Recipe``."""
+    spelled = {name: {option.name for option in options_of(command)} for name, command in cli.commands.items()}
+    viewing, decoding = ({field.name for field in fields(record)} for record in (Viewing, Decoding))
+    assert viewing | decoding - {"retrospective_template"} <= spelled["caption"]
+    assert (viewing | decoding) - {"retrospective_template", "start", "end"} <= spelled["batch"]
+    assert {*Recipe().record} - {"start", "end"} <= spelled["pairs"]
+    assert {*Viewing().record} == viewing
 
 
 def test_no_arguments_show_the_help(run: Callable[..., Result]):

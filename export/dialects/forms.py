@@ -12,9 +12,10 @@ from torch import nn
 from ...calibration.quantize import FEW_WEIGHTS
 from ...models.attention import Attention
 from ...models.connectors import SqueezeExcite
-from ...models.decoder import MLP, RMSNorm, SelfAttention
+from ...models.decoder import MLP, RMSNorm, SelfAttention, SparseMLP
 from ..trace import TracedGraph
 from . import fused, half, ort, plain, standard
+from .experts import DenseExperts, GroupedExperts, with_linear
 from .residuals import fuse_residuals
 
 Rule = Callable[..., Any]
@@ -87,6 +88,8 @@ def _ort_rules(form: Form) -> Rules:
         rules[SelfAttention] = lambda original: fused.FusedSelfAttention(original, product, form.dtype)
         mlp = fused.HalfMLP if form.dtype == torch.float16 else fused.FusedMLP
         rules[MLP] = lambda original: mlp(original, product)
+    expert = rules.get(MLP, _as_it_is)
+    rules[SparseMLP] = lambda original: GroupedExperts(original, expert)
     return rules
 
 
@@ -101,8 +104,11 @@ def _ort_finish(graph: TracedGraph, form: Form, decoder: bool) -> None:
 def _engine_products(opset: int) -> Callable[[Form], Rules]:
     def rules(form: Form) -> Rules:
         if form.weights == "int8":
-            return _products(form, lambda linear: standard.ChannelProduct(linear, opset))
-        return _products(form, standard.blocked_product(form.block_size, opset))
+            layers = _products(form, lambda linear: standard.ChannelProduct(linear, opset))
+        else:
+            layers = _products(form, standard.blocked_product(form.block_size, opset))
+        linear = layers.get(nn.Linear, _as_it_is)
+        return layers | {SparseMLP: lambda sparse: DenseExperts(sparse, lambda expert: with_linear(expert, linear))}
 
     return rules
 

@@ -13,6 +13,7 @@ from ..sources import mlp_kind
 from ..vision import tower_part
 from . import prompt, weights
 
+KNOWN_AS = "AuroraCap (llama with visual_encoder/ and projector/)"
 #: Frames of the reference's quick start; a checkpoint does not say.
 NUM_FRAMES = 8
 #: The longest answer in the reference's quick start (rese1f/aurora README). Its captions are detailed, of hundreds of

@@ -9,16 +9,22 @@ from ..checkpoint import Checkpoint
 from ..config import AudioConfig, CaptionerConfig, ConnectorConfig, VisionConfig
 from ..connectors import connector_parts
 from ..fields import MOST_LAYERS, Fields, shown
-from ..hf_config import builtin_tower, check_heads, read_decoder, read_generation, read_image_processing, read_vision
+from ..hf_config import check_heads, read_decoder, read_generation, read_image_processing, read_named_tower
 from ..sources import mlp_kind
 from ..vision import tower_part
 from . import prompt, weights
 
-#: model_type -> whether the decoder is Mistral (else Qwen2). "mistral" is how older 2-7B-16F revisions say it.
-DECODERS = {"videollama2": True, "videollama2_mistral": True, "mistral": True, "videollama2_qwen2": False}
+KNOWN_AS = "VideoLLaMA2 (videollama2_mistral, videollama2_mixtral, videollama2_qwen2)"
+#: model_type -> the decoder. "mistral" is how older 2-7B-16F revisions say it.
+DECODERS = {
+    "videollama2": "mistral",
+    "videollama2_mistral": "mistral",
+    "mistral": "mistral",
+    "videollama2_mixtral": "mixtral",
+    "videollama2_qwen2": "qwen2",
+}
 #: In the family, but with a decoder that is not built here.
 UNSUPPORTED = {
-    "videollama2_mixtral": "a sparse mixture of experts",
     "videollama2_llama": "an unreleased Llama variant",
     "videollama2_gemma2": "an unreleased Gemma2 variant",
     "videollama2_phi3": "an unreleased Phi3 variant",
@@ -42,12 +48,12 @@ def read_config(checkpoint: Checkpoint) -> CaptionerConfig:
     kind = fields.text("model_type")
     if kind in UNSUPPORTED:
         raise CheckpointError(f"config.json: model_type {shown(kind)} ({UNSUPPORTED[kind]}) is not supported")
-    mistral = DECODERS[kind]
+    mistral = DECODERS[kind] != "qwen2"  # Mixtral has the same prompt and the same attention
     windowed = mistral or fields.flag("use_sliding_window", False)
     window = fields.integer("sliding_window") if windowed and fields.get("sliding_window") is not None else None
-    decoder = read_decoder(fields, qkv_bias=not mistral, sliding_window=window)
+    decoder = read_decoder(fields, qkv_bias=not mistral, sliding_window=window, sparse=DECODERS[kind] == "mixtral")
     vision = _read_vision(checkpoint, fields)
-    tower = weights.tower_folder(checkpoint)
+    tower = checkpoint.tower_folder
     processor = f"{tower}/preprocessor_config.json" if tower else "preprocessor_config.json"
     connector = ConnectorConfig(
         kind=fields.text("mm_projector_type", "linear"),
@@ -80,15 +86,7 @@ def _read_vision(checkpoint: Checkpoint, fields: Fields) -> VisionConfig:
     select_layer = fields.get("mm_vision_select_layer", -2)
     if isinstance(select_layer, bool) or not isinstance(select_layer, int):
         raise CheckpointError(f"config.json: mm_vision_select_layer must be a whole number, not {shown(select_layer)}")
-    folder = weights.tower_folder(checkpoint)
-    local = checkpoint.json(f"{folder}/config.json") if folder else None
-    tower = Fields(local, f"{folder}/config.json") if local is not None else builtin_tower(name)
-    if tower is None:
-        raise CheckpointError(
-            f"config.json: vision tower {shown(name)} is not known; put its config.json and weights in a folder of "
-            "that name inside the checkpoint"
-        )
-    return read_vision(tower, select_layer)
+    return read_named_tower(checkpoint, name, select_layer)
 
 
 def _read_audio(checkpoint: Checkpoint, fields: Fields, out_size: int) -> AudioConfig:

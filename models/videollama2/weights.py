@@ -31,12 +31,6 @@ AUDIO_PROJECTOR = "model.mm_projector_a."
 _CONV1X1 = re.compile(r"s[12]\.b\d+\.((conv1|conv3|downsample)\.conv|se\.fc[12])\.weight")
 
 
-def tower_folder(checkpoint: Checkpoint) -> str | None:
-    """The folder inside the checkpoint that ``mm_vision_tower`` names, None where that is a hub name."""
-    name = checkpoint.config.get("mm_vision_tower")
-    return name if name in checkpoint.part_names else None
-
-
 def has_audio(checkpoint: Checkpoint) -> bool:
     """Whether there is an audio branch: the config names one, or its tensors are there."""
     named = checkpoint.config.get("mm_audio_tower") is not None
@@ -49,7 +43,7 @@ def translate(
     """The source of every entry of every component; ``shapes`` are the entries' own, by component and name."""
     names, tower = checkpoint.tensors, config.part("vision").config
     kernel = (1, 2, 2) if config.part("connector").config.kind == "spatial_conv" else (2, 2, 2)
-    folder = tower_folder(checkpoint)
+    folder = checkpoint.tower_folder
     # The shards' copy of the tower is the trained one; the folder's is used where the shards have none.
     inside = folder is None or any(name.startswith(VISION) for name in names)
     vision = VISION if inside else f"{folder}/vision_model."

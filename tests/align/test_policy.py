@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from intertitle.align.policy import IGNORED, Policy, pad, pixels
+from intertitle.contract.pipeline import EachUnit, Stage, StageInput, WholeClip, Window
+from intertitle.errors import OptionError
 
 
 @pytest.fixture(scope="module")
@@ -18,25 +20,94 @@ def numbers(data_dir):
     return np.load(data_dir / "av-qwen2" / "expected.npz")
 
 
+def visual(policy, features):
+    """What follows the tower: ``[B, T, P, D]`` to ``{"connector": [B, U, n, H]}``."""
+    return {"connector": policy.run(["connector"], {"vision": features})["connector"]}
+
+
 @pytest.fixture(scope="module")
 def prompt(policy, numbers):
-    visual = policy.visual_tokens(torch.from_numpy(numbers["vision_features"])[None])
-    audio = torch.from_numpy(numbers["audio_tokens"])[None]
-    return policy.prompt(visual, audio, "Describe what you see and hear.")
+    tokens = visual(policy, torch.from_numpy(numbers["vision_features"])[None])
+    tokens["audio"] = torch.from_numpy(numbers["audio_tokens"])[None, None]
+    return policy.prompt(tokens, "Describe what you see and hear.")
 
 
-def test_visual_tokens_and_prompt_equal_the_reference(policy, numbers):
-    visual = policy.visual_tokens(torch.from_numpy(numbers["vision_features"])[None])
-    torch.testing.assert_close(visual[0], torch.from_numpy(numbers["video_tokens"]), rtol=1e-4, atol=1e-4)
+def test_stages_of_a_batch_equal_the_reference(policy, numbers):
+    """Two clips, the second with its frames in reverse order: the first one's numbers are the reference's."""
+    frames, fbank = (torch.from_numpy(numbers[name]) for name in ("pixel_values", "fbank_video_policy"))
+    with torch.no_grad():
+        found = policy.run(
+            ["connector", "audio"],
+            {"pixels": torch.stack((frames, frames.flip(0))), "sound": fbank.expand(2, 1, -1, -1)},
+        )
+    for name, wanted in (("vision", "vision_features"), ("connector", "video_tokens"), ("audio", "audio_tokens")):
+        reference = torch.from_numpy(numbers[wanted])
+        torch.testing.assert_close(found[name][0].reshape(reference.shape), reference, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found["connector"][0], found["connector"][1], atol=1e-2)
 
 
-def test_clips_of_a_batch_do_not_mix(policy):
+@pytest.mark.parametrize("mode", ["video", "audio", "audiovideo"])
+def test_prompts_equal_the_reference(policy, numbers, mode):
+    """The instruction is the default one. A sound alone is heard from its beginning, so its tokens are made here."""
+    heard = "fbank_audio_policy" if mode == "audio" else "fbank_video_policy"
+    given = {"pixels": torch.from_numpy(numbers["pixel_values"])[None]}
+    given["sound"] = torch.from_numpy(numbers[heard])[None, None]
+    names = {"video": ["connector"], "audio": ["audio"], "audiovideo": ["connector", "audio"]}[mode]
+    with torch.no_grad():
+        tokens = {name: policy.run([name], given)[name] for name in names}
+        embeds = policy.prompt(tokens)[0]
+    torch.testing.assert_close(embeds, torch.from_numpy(numbers[f"{mode}.inputs_embeds"]), rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_without_a_prompt_are_refused(policy):
+    with pytest.raises(OptionError, match="no prompt of a videollama2 captioner is of vision"):
+        policy.prompt({"vision": torch.zeros(1, 8, 25, 64)})
+
+
+@pytest.mark.parametrize("name", ["av-qwen2", "clip-mistral", "auroracap"])
+def test_clips_of_a_batch_do_not_mix(name, data_dir):
+    """Windows that divide the clip (av-qwen2), windows over zeros around it (clip-mistral), single frames."""
+    policy = Policy.open(data_dir / name).eval()
     torch.manual_seed(0)
-    features = torch.randn(3, 8, policy.config.vision.num_patches, policy.config.vision.hidden_size)
-    together = policy.visual_tokens(features)
-    for clip in range(3):
-        alone = policy.visual_tokens(features[clip : clip + 1])[0]
-        torch.testing.assert_close(together[clip], alone, rtol=1e-5, atol=1e-5)
+    size = policy.config.image.output_size
+    pixels = torch.randn(3, 8, 3, size, size)
+    with torch.no_grad():
+        together = policy.run(["connector"], {"pixels": pixels})["connector"]
+        for clip in range(3):
+            alone = policy.run(["connector"], {"pixels": pixels[clip : clip + 1]})["connector"]
+            torch.testing.assert_close(together[clip : clip + 1], alone, rtol=1e-4, atol=1e-4)
+            prompt = policy.prompt({"connector": together})[clip : clip + 1]
+            torch.testing.assert_close(prompt, policy.prompt({"connector": alone}), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("frames", [4, 7])
+@pytest.mark.parametrize(
+    "unit", [EachUnit(), Window(2, 2), Window(2, 2, 1), Window(3, 1), WholeClip()], ids=lambda unit: str(unit)
+)
+def test_any_unit_runs_for_a_batch_as_for_each_clip(unit, frames, policy):
+    """A stage of each kind whose module sums what it sees, frames in powers of ten: by hand for each clip alone."""
+
+    class Sum(torch.nn.Module):
+        def forward(self, x):
+            kept = {"frame": 1, "window": 1, "clip": 0}[unit.__struct_config__.tag]
+            return x.sum(tuple(range(kept, x.dim())), keepdim=True).reshape(-1, 1, 1)
+
+    stage = Stage(name="sum", unit=unit, inputs=(StageInput("x", "pixels"),), output="y")
+    clips = 10.0 ** torch.arange(frames) * torch.tensor([1.0, 3.0])[:, None]
+    policy.stages["sum"] = Sum()
+    try:
+        found = policy._run_stage(stage, {"pixels": clips[..., None]})
+    finally:
+        del policy.stages["sum"]
+    wanted = []
+    for clip in clips.tolist():
+        if isinstance(unit, Window):
+            padded = [0.0] * unit.padding + clip + [0.0] * unit.padding
+            starts = range(0, len(padded) - unit.kernel + 1, unit.stride)
+            wanted.append([sum(padded[start : start + unit.kernel]) for start in starts])
+        else:
+            wanted.append([sum(clip)] if isinstance(unit, WholeClip) else clip)
+    assert found.flatten(1).tolist() == wanted
 
 
 @pytest.mark.parametrize("mode", ["video", "audiovideo"])
@@ -80,12 +151,13 @@ def test_gradients_reach_every_part(data_dir):
     policy = Policy.open(data_dir / "av-qwen2")
     policy.requires_grad_(True)
     torch.manual_seed(0)
-    visual = policy.visual_tokens(torch.randn(1, 8, policy.config.vision.num_patches, policy.config.vision.hidden_size))
-    tokens = policy.encode(["a red circle"])
-    assert tokens[0, -1] == policy.eos
-    assert IGNORED not in tokens
-    policy.log_probs(policy.prompt(visual, None), tokens)[0].sum().neg().backward()
-    for part in (policy.connector, policy.decoder, policy.embedding):
+    tower = policy.config.part("vision").config
+    tokens = visual(policy, torch.randn(1, 8, tower.num_patches, tower.hidden_size))
+    caption = policy.encode(["a red circle"])
+    assert caption[0, -1] == policy.eos
+    assert IGNORED not in caption
+    policy.log_probs(policy.prompt(tokens), caption)[0].sum().neg().backward()
+    for part in (policy.stages["frame_connector"], policy.stages["connector"], policy.decoder, policy.embedding):
         assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in part.parameters())
 
 

@@ -40,8 +40,8 @@ def compiled_again(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def clips(captioners):
-    spec = captioners["fp32"].manifest.preprocessing
-    return [scene_media(scene, spec) for scene in SCENES]
+    pipeline = captioners["fp32"].manifest.pipeline
+    return [scene_media(scene, pipeline) for scene in SCENES]
 
 
 def said(captioner: Captioner, clips) -> list[str]:

@@ -35,8 +35,9 @@ def base(data_dir):
 def clips(base):
     """Three clips' features: noise."""
     config, rng = Policy.open(base).config, np.random.default_rng(0)
-    vision = (config.num_frames, config.vision.num_patches, config.vision.hidden_size)
-    audio = (config.audio.num_tokens, config.audio.hidden_size)
+    tower, branch = config.part("vision").config, config.part("audio").config
+    vision = (config.sampling.count, tower.num_patches, tower.hidden_size)
+    audio = (branch.num_tokens, branch.hidden_size)
     return Features(*(rng.standard_normal((3, *shape)).astype(np.float16) for shape in (vision, audio)))
 
 
@@ -91,7 +92,10 @@ def test_connector_and_projector_are_replaced_whole(base, clips, tmp_path):
     wanted = {name for name in opened.checkpoint.tensors if ".mm_projector" in name}
     assert set(opened.adapter.replaced) == wanted
     after = clips.prompts(policy, slice(None)).detach()
-    assert (after != before).any(dim=-1).sum() == 3 * (len(clips.tokens(policy, slice(1))[0][0]) + clips.audio.shape[1])
+    changed = sum(tokens[0].flatten(0, 1).shape[0] for tokens in clips.tokens(policy, slice(1)).values())
+    assert (after != before).any(dim=-1).sum() == 3 * changed
+    saved = json.loads((out / "adapter_config.json").read_text())["modules_to_save"]
+    assert saved == ["mm_projector", "mm_projector_a"]
 
 
 def test_peft_itself_reads_the_folder(base, clips, tmp_path):
@@ -114,8 +118,9 @@ def test_the_compiled_captioner_says_what_the_tuned_policy_says(connector_rate, 
     numbers = np.load(base / "expected.npz")
     policy = Policy.open(base)
     with torch.no_grad():
-        seen = policy.vision(torch.from_numpy(numbers["pixel_values"])).numpy()[None]
-    clip = Features(seen, numbers["audio_features"].reshape(1, -1, policy.config.audio.hidden_size))
+        seen = policy.stages["vision"](torch.from_numpy(numbers["pixel_values"])).numpy()[None]
+    width = policy.config.part("audio").config.hidden_size
+    clip = Features(seen, numbers["audio_features"].reshape(1, -1, width))
     how = replace(HOW, objective="supervised", connector_rate=connector_rate)
     out = tune(policy, clip, [replace(PAIRS[0], clip=0)], how, tmp_path / "adapter")
     with torch.no_grad():

@@ -107,7 +107,7 @@ def test_a_captioner_that_listens_in_every_mode(check, wav):
     assert (silent.verdict, silent.clips[0].mode, stages(silent)) == ("PASS", "video", [["pixels", *VISUAL, *TEXT]])
 
 
-@pytest.mark.parametrize("variant", ["clip-mistral", "clip-mistral-lora", "auroracap-keep"])
+@pytest.mark.parametrize("variant", ["clip-mistral", "clip-mistral-lora", "clip-mixtral", "auroracap-keep"])
 def test_captioners_that_only_see(variant, check):
     report = check(variant, max_new_tokens=24)
     assert (report.verdict, report.first_divergent, report.notes) == ("PASS", None, [])

@@ -19,7 +19,7 @@ from intertitle.models.decoder import Decoder
 from intertitle.runtime.backends import OrtBackend
 from intertitle.runtime.bundle import Bundle
 
-VARIANTS = ["av-qwen2", "clip-mistral", "auroracap-keep"]
+VARIANTS = ["av-qwen2", "clip-mistral", "auroracap-keep", "clip-mixtral"]
 #: Largest error relative to the largest value; measured at 2.0e-3 or less.
 BOUND = 5e-3
 

@@ -27,11 +27,12 @@ from intertitle.runtime.timing import Stages
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-ALL = ["av-qwen2", "clip-mistral", "clip-mistral-lora", "auroracap", "auroracap-keep"]
+ALL = ["av-qwen2", "clip-mistral", "clip-mistral-lora", "clip-mixtral", "auroracap", "auroracap-keep"]
 MODES = {
     "av-qwen2": ["video.", "audio.", "audiovideo."],
     "clip-mistral": ["video."],
     "clip-mistral-lora": ["video."],
+    "clip-mixtral": ["video."],
     "auroracap-keep": [""],
 }
 
@@ -162,7 +163,7 @@ def test_greedy_tokens(variant, mode, compiled, expected):
     inference = decoder(bundle).open(1, len(embeds) + 48)
     logits = inference.prefill(0, embeds)[0]
     assert relative_error(logits, numbers[f"{mode}last_logits"]) < 1e-4
-    settings = resolve(Decoding(max_new_tokens=48), bundle.manifest.generation)
+    settings = resolve(Decoding(max_new_tokens=len(tokens)), bundle.manifest.generation)
     assert [token.id for token in generate(inference, logits, TokenSearch(settings))] == tokens
 
 

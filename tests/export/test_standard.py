@@ -23,7 +23,7 @@ from intertitle.models.decoder import Decoder
 from intertitle.runtime.bundle import Bundle
 from intertitle.runtime.captioner import Captioner
 
-ALL = ["av-qwen2", "clip-mistral", "clip-mistral-lora", "auroracap", "auroracap-keep"]
+ALL = ["av-qwen2", "clip-mistral", "clip-mistral-lora", "clip-mixtral", "auroracap", "auroracap-keep"]
 SOME = ["av-qwen2", "clip-mistral", "auroracap-keep"]
 
 #: Largest error relative to the largest value. float16 was measured at 2.0e-3 or less.
@@ -85,6 +85,7 @@ def compare_steps(
 
 
 CASES: list[Any] = [("tensorrt-rtx", v, "fp32") for v in ALL] + [("tensorrt-rtx", v, "fp16") for v in SOME]
+CASES += [("tensorrt-rtx", "clip-mixtral", "fp16"), ("tensorrt-10.3", "clip-mixtral", "fp32")]
 CASES += [("tensorrt-10.3", "av-qwen2", "fp16")]
 CASES += [pytest.param("tensorrt-10.3", v, "fp32", marks=pytest.mark.slow) for v in SOME]
 

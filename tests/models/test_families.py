@@ -104,10 +104,15 @@ def test_plain_mistral_of_older_revisions(copied, opened):
         open_checkpoint(copy.path)
 
 
-def test_mixtral_is_refused(copied):
-    copy = copied("clip-mistral")
-    copy.edit_json("config.json", model_type="videollama2_mixtral")
-    with pytest.raises(CheckpointError, match="mixture of experts"):
+def test_experts_of_a_config(copied):
+    copy = copied("clip-mixtral")
+    decoder = read(copy.path).decoder
+    assert (decoder.num_experts, decoder.experts_per_token, decoder.intermediate_size) == (8, 2, 72)
+    # transformers' MixtralConfig has these where a file leaves them out.
+    copy.edit_json("config.json", "num_local_experts", "num_experts_per_tok")
+    assert read(copy.path).decoder == decoder
+    copy.edit_json("config.json", num_experts_per_tok=9)
+    with pytest.raises(CheckpointError, match="cannot get 9 of 8 experts"):
         open_checkpoint(copy.path)
 
 
@@ -456,8 +461,9 @@ def test_vision_config_of_a_whole_clip_and_of_another_tower():
 
 def test_every_family_opens_through_the_registry(opened):
     """Invariants over the registry: a fixture of each, sources for all entries and for nothing else."""
-    assert {opened(name).config.family for name in ("clip-mistral", "av-qwen2", "auroracap")} == set(FAMILIES)
-    for name in ("clip-mistral", "av-qwen2", "auroracap"):
+    fixtures = ("clip-mistral", "av-qwen2", "auroracap", "llava-video", "llava-next-video")
+    assert {opened(name).config.family for name in fixtures} == set(FAMILIES)
+    for name in fixtures:
         checkpoint: CaptionerCheckpoint = opened(name)
         assert set(checkpoint.config.prompts) >= {"video"}
         assert ("audio" in checkpoint.components) == ({"audio", "audiovideo"} <= set(checkpoint.config.prompts))
@@ -470,7 +476,7 @@ def test_every_family_opens_through_the_registry(opened):
 def test_released_size_is_accepted_from_its_headers(copied):
     """Names and shapes of VideoLLaMA2.1-7B-AV, written down from docs/facts.md for the benchmark's random
     checkpoint."""
-    from intertitle.models.random_layout import SIZES, layout
+    from intertitle.models.random_checkpoint import SIZES
 
     copy = copied("av-qwen2")
     decoder = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064}
@@ -478,7 +484,7 @@ def test_released_size_is_accepted_from_its_headers(copied):
     tower = "google/siglip-so400m-patch14-384"
     copy.edit_json("config.json", "beats_config", **decoder, **heads, mm_vision_tower=tower, mm_hidden_size=1152)
     table = "relative_attention_bias"
-    tensors, kept = layout(SIZES["7b"])[0], "layers.0.self_attn.relative_attention_bias.weight"
+    tensors, kept = SIZES["7b"].layout().shards[""], "layers.0.self_attn.relative_attention_bias.weight"
     headers = {
         tensor.name: TensorInfo(tuple(tensor.shape), torch.bfloat16, copy.path / "nowhere", tensor.name)
         for tensor in tensors

@@ -6,19 +6,29 @@ from __future__ import annotations
 import json
 import math
 import resource
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from intertitle.errors import OptionError
-from intertitle.models import open_checkpoint
+from intertitle.export.tokenizer import collect_tokenizer
+from intertitle.models import FAMILIES, CaptionerCheckpoint, open_checkpoint
+from intertitle.models.auroracap import sizes as auroracap
+from intertitle.models.checkpoint import Checkpoint
+from intertitle.models.families import find_family
 from intertitle.models.random_checkpoint import SIZES, write_checkpoint
-from intertitle.models.random_layout import RandomTensor, layout
+from intertitle.models.random_layout import RandomTensor
+from intertitle.models.stages import run_stages
+from intertitle.models.tensor_files import TensorInfo
+from intertitle.models.videollama2 import sizes as videollama2
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+TINY = videollama2.SIZES["tiny"]
 TABLE = ".relative_attention_bias.weight"
 
 
@@ -108,20 +118,19 @@ def test_spreads(tiny: Path) -> None:
 
 def test_our_reader_takes_it_and_values_stay_sane(tiny: Path) -> None:
     captioner = open_checkpoint(tiny)
-    assert captioner.components == ("vision", "connector", "audio", "decoder")
+    assert captioner.components == ("vision", "frame_connector", "connector", "audio", "decoder")
     config = captioner.config
     assert (config.generation.repetition_penalty, config.generation.eos_token_ids) == (1.05, (319, 317))
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(8, 3, 70, 70, generator=generator)
-    features = captioner.load("vision")(pixels)
-    tokens = captioner.load("connector")(features)
-    assert tokens.shape[-2:] == (16, 128)
-    for values in (features, tokens):
-        assert 0.1 < values.std() < 10
+    found = run_stages(config.pipeline.needed("connector"), captioner.load, {"pixels": pixels})
+    assert found["connector"].flatten(0, 1).shape == (16, 128)
+    for name in ("vision", "frame_connector", "connector"):
+        assert 0.1 < found[name].std() < 10
 
 
 def test_without_the_audio_branch_in_the_shards(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path / "beside", "tiny", audio_in_shards=False)
+    path = write_checkpoint(tmp_path / "beside", replace(TINY, audio_in_shards=False))
     assert not any("audio_tower" in name or "projector_a" in name for name in shard_tensors(path))
     assert "audio" in open_checkpoint(path).components
 
@@ -136,12 +145,13 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     assert seen[-1] == (2 * written, 2 * written)
 
 
-def count(tensors: list[RandomTensor], prefix: str) -> int:
+def count(tensors: Sequence[RandomTensor], prefix: str) -> int:
     return sum(math.prod(tensor.shape) for tensor in tensors if tensor.name.startswith(prefix))
 
 
 def test_the_real_size_has_the_released_shapes_and_counts() -> None:
-    tensors, pickles = layout(SIZES["7b"])
+    layout = SIZES["7b"].layout()
+    tensors, pickles = layout.shards[""], layout.pickles
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     stage = "model.mm_projector.s1."
     # docs/facts.md 1.3 and 1.4.
@@ -171,7 +181,8 @@ def test_the_real_size_has_the_released_shapes_and_counts() -> None:
 def test_decoder_and_vision_tower_are_those_of_transformers(size: str) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-    d, v = SIZES[size].decoder, SIZES[size].vision
+    own = videollama2.SIZES
+    d, v = own[size].decoder, own[size].vision
     qwen = Qwen2Config(
         hidden_size=d.hidden_size,
         intermediate_size=d.intermediate_size,
@@ -196,7 +207,7 @@ def test_decoder_and_vision_tower_are_those_of_transformers(size: str) -> None:
     root = "model.vision_tower.vision_tower.vision_model."
     wanted |= {root + name.removeprefix("vision_model."): tuple(t.shape) for name, t in tower.named_parameters()}
     others = ("model.mm_projector", "model.audio_tower.")
-    ours = {t.name: t.shape for t in layout(SIZES[size])[0] if not t.name.startswith(others)}
+    ours = {t.name: t.shape for t in own[size].layout().shards[""] if not t.name.startswith(others)}
     assert ours == wanted
     released = {"7b": 7_615_616_512, "0.5b": 494_032_768}  # Qwen2-7B and Qwen2-0.5B
     assert sum(math.prod(shape) for name, shape in ours.items() if not name.startswith(root)) == released[size]
@@ -215,26 +226,98 @@ def test_tokenizer(tiny: Path, data_dir: Path) -> None:
     assert ours["chat_template"] == theirs["chat_template"]
 
 
-def test_tokenizer_of_the_real_size(tmp_path: Path) -> None:
-    from intertitle.models.random_checkpoint import _config_files, _write_tokenizer
-
-    specials = _write_tokenizer(tmp_path, SIZES["7b"], None)
+def test_tokenizer_of_the_real_size() -> None:
+    files = SIZES["7b"].files(None)
+    tokenizer = Tokenizer.from_str(files["tokenizer.json"])
+    specials = json.loads(files["added_tokens.json"])
     assert specials == {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}
-    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer.get_vocab_size() == 151646
     assert tokenizer.encode("<|im_end|>a").ids == [151645, tokenizer.token_to_id("a")]
     assert len(tokenizer.encode("Describe the video in detail.").ids) < 12
-    files = _config_files(SIZES["7b"], specials)
-    assert "beats_config" not in files["config.json"]
-    assert files["generation_config.json"]["eos_token_id"] == [151645, 151643]
+    assert "beats_config" not in json.loads(files["config.json"])
+    assert json.loads(files["generation_config.json"])["eos_token_id"] == [151645, 151643]
     assert not any("/" in name for name in files)
+
+
+# --- every family
+
+
+@pytest.mark.parametrize("name", list(SIZES))
+def test_the_family_reads_the_headers_of_each_of_its_sizes(name: str, tmp_path: Path) -> None:
+    """Every size is a checkpoint that its family reads, with all tensors and no others."""
+    family = next(family for family in FAMILIES if name in FAMILIES[family].sizes)
+    size = SIZES[name]
+    for file, content in size.files(None).items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(content)
+    layout, headers = size.layout(), {}
+    for folder, tensors in layout.shards.items():
+        assert len({tensor.name for tensor in tensors}) == len(tensors)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        # Of a table that all layers share the first is enough.
+        headers |= {
+            f"{folder}/{tensor.name}".removeprefix("/"): TensorInfo(
+                tuple(tensor.shape), torch.bfloat16, tmp_path / "nowhere", tensor.name
+            )
+            for tensor in tensors
+            if tensor.seeded_as == tensor.name
+        }
+    checkpoint = Checkpoint(tmp_path, json.loads((tmp_path / "config.json").read_text()), headers)
+    assert find_family(checkpoint) is FAMILIES[family]
+    opened = CaptionerCheckpoint(checkpoint, FAMILIES[family].read_config(checkpoint))
+    opened.validate()
+    assert max(collect_tokenizer(tmp_path).get_vocab().values()) < opened.config.decoder.vocab_size
+
+
+@pytest.mark.parametrize("name", ["tiny", "auroracap-tiny"])
+def test_a_written_checkpoint_opens(name: str, tmp_path: Path) -> None:
+    captioner = open_checkpoint(write_checkpoint(tmp_path / name, name))
+    config, size = captioner.config, captioner.config.image.output_size
+    pixels = torch.randn(config.sampling.count, 3, size, size, generator=torch.Generator().manual_seed(0))
+    found = run_stages(config.pipeline.needed("connector"), captioner.load, {"pixels": pixels})["connector"]
+    assert found.shape[2] == config.decoder.hidden_size
+    assert 0.1 < found.std() < 10
+
+
+def test_parameters_of_the_other_released_sizes() -> None:
+    """docs/facts.md 1.1 (7B-16F: Mistral 7.24 B, connector 0.489 B, CLIP-L 0.303 B) and Qwen2-72B (72.71 B)."""
+    for name, decoder, connector in (("videollama2-7b", 7.24e9, 489.2e6), ("videollama2-72b", 72.71e9, 1934.7e6)):
+        tensors = SIZES[name].layout().shards[""]
+        tower, projector = "model.vision_tower.", "model.mm_projector."
+        rest = sum(math.prod(t.shape) for t in tensors if not t.name.startswith((tower, projector)))
+        assert rest == pytest.approx(decoder, rel=1e-3)
+        assert count(tensors, projector) == pytest.approx(connector, rel=1e-3)
+        assert count(tensors, tower) == pytest.approx(0.303e9, rel=2e-3)
+
+
+def test_the_clip_tower_is_that_of_transformers() -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    size = auroracap.SIZES["auroracap-7b"]
+    v = size.vision
+    config = CLIPVisionConfig(
+        hidden_size=v.hidden_size,
+        intermediate_size=v.intermediate_size,
+        num_hidden_layers=v.num_layers,
+        num_attention_heads=v.num_heads,
+        image_size=v.image_size,
+        patch_size=v.patch_size,
+    )
+    with torch.device("meta"):
+        tower = CLIPVisionModel(config)
+    wanted = {f"vision_model.{n.removeprefix('vision_model.')}": tuple(t.shape) for n, t in tower.named_parameters()}
+    assert {t.name: t.shape for t in size.layout().shards["visual_encoder"]} == wanted
+
+
+def test_sizes_have_names_of_their_own() -> None:
+    assert sum(len(family.sizes) for family in FAMILIES.values()) == len(SIZES)
 
 
 # --- bad input
 
 
 def test_an_unknown_size_and_a_taken_path(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"size '8b' is not one of 7b, 0\.5b, tiny"):
+    with pytest.raises(OptionError, match=r"size '8b' is not one of 7b, 0\.5b, tiny, "):
         write_checkpoint(tmp_path / "x", "8b")
     with pytest.raises(OptionError, match="exists already"):
         write_checkpoint(tmp_path, "tiny")

@@ -27,15 +27,15 @@ def per_frame(compiled) -> intertitle.Captioner:
     return intertitle.Captioner.load(compiled("auroracap-keep"))
 
 
-@pytest.mark.parametrize("variant", ["av-qwen2", "clip-mistral", "auroracap-keep"])
+@pytest.mark.parametrize("variant", ["av-qwen2", "clip-mistral", "clip-mixtral", "auroracap-keep"])
 def test_frames_to_tokens_as_the_reference(variant, compiled, expected):
     """From raw frames on: preprocessing, towers, connector, prompt, decoding, all the runtime's own."""
-    numbers = expected(variant)
+    numbers, mode = expected(variant), "" if variant == "auroracap-keep" else "video."
+    tokens = numbers[f"{mode}greedy_tokens"].tolist()
     caption = intertitle.Captioner.load(compiled(variant)).caption(
-        frames=numbers["frames_uint8"], decoding=intertitle.Decoding(max_new_tokens=48)
+        frames=numbers["frames_uint8"], decoding=intertitle.Decoding(max_new_tokens=len(tokens))
     )
-    mode = "" if variant == "auroracap-keep" else "video."
-    assert caption.token_ids == numbers[f"{mode}greedy_tokens"].tolist()
+    assert caption.token_ids == tokens
     assert caption.finish_reason == ("stop" if caption.token_ids[-1] == 2 else "length")
 
 
@@ -72,9 +72,10 @@ def test_a_video_file_with_sound(listener):
         "read_frames",
         "read_audio",
         "preprocess",
-        "vision",
-        "connector",
         "fbank",
+        "vision",
+        "frame_connector",
+        "connector",
         "audio",
         "prefill",
         "decode",

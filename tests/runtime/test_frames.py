@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from intertitle.contract.pipeline import Sampling
 from intertitle.errors import MediaError, OptionError
-from intertitle.runtime.preprocess.frames import sample_indices
+from intertitle.runtime.preprocess.frames import sample_indices, sample_places
 
 
 @pytest.mark.parametrize("variant", ["av-qwen2", "clip-mistral"])
@@ -47,6 +48,38 @@ def test_indices_ascend_within_the_clip(total: int, count: int, rule: str) -> No
     assert (np.diff(indices) >= 0).all()
     if count <= total:
         assert len(set(indices.tolist())) == count
+
+
+def test_strided_matches_every_row_of_the_fixture(expected: Callable[[str], dict[str, np.ndarray]]) -> None:
+    rows = expected("llava-next-video")["frame_sample"]
+    assert len(rows) == 6
+    for total, count, *indices in rows.tolist():
+        places = sample_places(total, 25.0, Sampling(rule="strided", count=count))
+        assert places.index.dtype == np.int64
+        assert places.index.tolist() == indices
+
+
+@pytest.mark.parametrize("name", ["", *(f"sample{number}." for number in range(6))])
+def test_rate_matches_every_clip_of_the_fixture(name: str, expected: Callable[[str], dict[str, np.ndarray]]) -> None:
+    numbers = expected("llava-video")
+    total, fps, count, forced = numbers[f"{name}clip"].tolist()
+    places = sample_places(int(total), fps, Sampling(rule="rate", count=int(count), fps=1.0, forced=bool(forced)))
+    assert places.index.tolist() == numbers[f"{name}index" if name else "frame_index"].tolist()
+    assert places.times is not None
+    assert ",".join(f"{time:.2f}s" for time in places.times) == str(numbers[f"{name}frame_time"])
+    assert places.seconds == numbers[f"{name}video_time"]
+
+
+def test_rate_rounds_half_to_even_and_refuses_less_than_half_a_frame() -> None:
+    plan = Sampling(rule="rate", count=64, fps=1.0)
+    # Python's round: 2.5 is 2, 3.5 is 4; the times suppose the rounded rate.
+    assert sample_places(8, 2.5, plan).index.tolist() == [0, 2, 4, 6]
+    places = sample_places(8, 3.5, plan)
+    assert places.times is not None
+    assert (places.index.tolist(), places.times.tolist()) == ([0, 4], [0.0, 1.0])
+    for fps in (0.5, 0.4):
+        with pytest.raises(MediaError, match="frames a second are too few"):
+            sample_places(8, fps, plan)
 
 
 def test_refusals() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from intertitle import Captioner, Decoding
+from intertitle import Captioner, Decoding, Share
 from intertitle.contract.pipeline import EachOf, EachUnit, Ids, OneSound, Text, Tokens, Window
 from intertitle.errors import BundleError
 from intertitle.runtime.bundle import Bundle, parse_manifest
@@ -32,7 +32,7 @@ def test_the_same_tokens_as_the_runtime_of_version_2(
     if mode == "contrast":
         how = Decoding(max_new_tokens=24, contrast="temporal")
     if mode == "share 0.4":
-        media["visual_tokens"] = 0.4
+        media["visual_tokens"] = Share(0.4)
     captioner = Captioner.load(OLD / name, device="cpu")
     assert captioner.caption(decoding=how, **media).token_ids == TOKENS[name][mode]  # type: ignore[arg-type]
 

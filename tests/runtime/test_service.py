@@ -146,21 +146,18 @@ def test_the_length_of_a_prompt_is_known_before_it_is_encoded(variant, visual_to
         captioner.read(frames=numbers["frames_uint8"][:1]),
         captioner.read(frames=numbers["frames_uint8"][[0, 0, 1, 1, 2, 2, 3, 3]], duplicates=1.0),
     ]
-    if captioner.manifest.preprocessing.audio is not None:
+    pipeline, encoder, asked = captioner.manifest.pipeline, captioner.encoder, "What is seen?"
+    if pipeline.sound is not None:
         sound = {"waveform": numbers["audio_int16"], "sample_rate": 16000}
         clips += [captioner.read(frames=numbers["frames_uint8"], **sound), captioner.read(**sound)]
     for clip in clips:
-        if (
-            captioner.manifest.visual.ratios
-            and visual_tokens == Count(40)
-            and captioner.encoder.block_lengths(clip)[1:]
-        ):
+        if pipeline.merging is not None and visual_tokens == Count(40) and len(clip.order) > 1:
             # No compiled ratio gives so few of a clip with several frames.
             with pytest.raises(OptionError, match="no compiled ratio"):
-                captioner.encoder.block_lengths(clip, visual_tokens)
+                encoder.prompt_length(clip, asked, visual_tokens)
             continue
-        encoded = captioner.encoder.encode(clip, Stages(), visual_tokens=visual_tokens)
-        assert captioner.encoder.block_lengths(clip, visual_tokens) == [len(block) for block in encoded.blocks]
+        encoded = encoder.encode(clip, Stages(), visual_tokens=visual_tokens)
+        assert encoder.prompt_length(clip, asked, visual_tokens) == len(encoder.prompt_embeds(encoded, asked))
 
 
 @pytest.mark.parametrize("method", ["caption", "stream", "candidates", "caption_batch"])
@@ -212,8 +209,8 @@ def test_a_number_of_threads_that_makes_no_sense(compiled, threads):
 # Memory
 
 
-@pytest.mark.parametrize(("contrast", "kept"), [(None, False), ("temporal", False), ("noise", True)])
-def test_frames_are_freed_while_their_caption_is_generated(listener, monkeypatch, contrast, kept):
+@pytest.mark.parametrize("contrast", [None, "temporal", "noise"])
+def test_frames_are_freed_while_their_caption_is_generated(listener, monkeypatch, contrast):
     read, clips = captioner_module.read_clip, []
 
     def remember(*arguments, **options):
@@ -224,10 +221,10 @@ def test_frames_are_freed_while_their_caption_is_generated(listener, monkeypatch
     how = intertitle.Decoding(contrast=contrast, max_new_tokens=4)
     with listener.stream(DEMO, decoding=how) as stream:
         next(stream)
-        assert (clips[0].frames is not None) is kept
+        assert clips[0].frames is None
     (result,) = listener.caption_batch([DEMO], decoding=how, isolate=False)
     assert result.caption is not None
-    assert (clips[1].frames is not None) is kept
+    assert clips[1].frames is None
     # A prepared clip is the user's to look at.
     prepared = listener.prepare(DEMO)
     listener.caption(prepared, decoding=how)

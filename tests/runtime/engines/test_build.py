@@ -42,7 +42,9 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("variant", ["av-qwen2", "clip-mistral", "clip-mistral-lora", "auroracap", "auroracap-keep"])
+@pytest.mark.parametrize(
+    "variant", ["av-qwen2", "clip-mistral", "clip-mistral-lora", "clip-mixtral", "auroracap", "auroracap-keep"]
+)
 def test_every_component_builds(variant, compiled, library):
     """From fp16 and from int4. Encoders are float16 in both: the same graphs, and the engines that are there."""
     for weights in ("fp16", "int4"):

@@ -40,7 +40,7 @@ def build(compiled, fake_library, host):
     return make
 
 
-@pytest.mark.parametrize("variant", ["av-qwen2", "clip-mistral", "auroracap-keep"])
+@pytest.mark.parametrize("variant", ["av-qwen2", "clip-mistral", "clip-mixtral", "auroracap-keep"])
 def test_captions_of_the_fixtures(variant, build, expected):
     bundle, backend = build(variant)
     numbers, captioner = expected(variant), Captioner(bundle, backend)

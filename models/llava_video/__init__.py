@@ -1,0 +1,1 @@
+"""LLaVA-Video (LLaVA-VL/LLaVA-NeXT, model_type ``llava_qwen``)."""
