@@ -134,7 +134,11 @@ def stage(name: str, verdict: str) -> StageResult:
     ],
 )
 def test_conclusion(stages, tokens, conclusion):
-    stages_of_it = [("vision", EachUnit(), "pixels"), ("connector", EachUnit(), "vision"), ("audio", OneSound(), "sound")]
+    stages_of_it = [
+        ("vision", EachUnit(), "pixels"),
+        ("connector", EachUnit(), "vision"),
+        ("audio", OneSound(), "sound"),
+    ]
     pipeline = Pipeline(
         sampling=Sampling(rule="centered", count=2),
         image=ImagePlan("exact", 4, 4, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),

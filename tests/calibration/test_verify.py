@@ -213,13 +213,10 @@ def test_the_component_with_wrong_weights_is_named(component, stage, check, comp
     assert report.notes == []
 
 
-@pytest.mark.parametrize("variant", sorted(VARIANTS))
-def test_the_stage_with_other_weights_is_named(variant, compiled, data_dir):
+def test_the_stage_with_other_weights_is_named(every_variant, compiled, open_variant):
     """In every family and for each of its stages: the reference has other weights there, and nowhere else."""
-    how = VARIANTS[variant]
-    adapter = None if how.adapter is None else data_dir / how.adapter
-    captioner = intertitle.Captioner.load(compiled(variant))
-    reference = Reference(open_checkpoint(data_dir / how.checkpoint, adapter, how.keep))
+    captioner = intertitle.Captioner.load(compiled(every_variant))
+    reference = Reference(open_variant(every_variant))
     assert verify(captioner, reference, [DEMO], max_new_tokens=2).verdict == "PASS"
     for component in reference.checkpoint.components:
         module = reference.module(component)
