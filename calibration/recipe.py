@@ -48,25 +48,18 @@ def component_rules(
 ) -> list[Rule]:
     """The rules of one component (its module may be on the meta device) whose weights are of a format.
 
-    A layer keeps float32 if its module names it in ``float32_layers`` (a router of experts). If the format is
-    quantized, a layer stays unquantized if its module names it in ``unquantized_layers`` (squeeze-excite, which scales
-    whole channels) or if the encoding does not take it (few weights, a width that blocks must divide and do not).
+    If the format is quantized, a layer stays unquantized if its module names it in ``unquantized_layers``
+    (squeeze-excite, which scales whole channels) or if the encoding does not take it (few weights, a width that blocks
+    must divide and do not).
     """
-    record, plain = FORMATS[format], target.unquantized(format)
     size = target.block_size(format) if block_size is None else block_size
     encoded = encoding(target.dialect, format)
-    layers, exceptions = linear_layers(module), dict[str, str]()
-    float32, unquantized = _named(module, "float32_layers"), _named(module, "unquantized_layers")
-    for name, layer in layers.items():
-        kept = record.quantized and (name in unquantized or not encoded.takes(layer, size))
-        wanted = "fp32" if name in float32 else plain if kept else format
-        if wanted != format:
-            exceptions[name] = wanted
-    rules: list[Rule] = []
-    for wanted in dict.fromkeys(exceptions.values()):
-        chosen = [name for name, kept in exceptions.items() if kept == wanted]
-        others = [name for name in layers if exceptions.get(name) != wanted]
-        rules += [Rule(component=component, pattern=each, format=wanted) for each in patterns(chosen, others)]
+    layers, kept = linear_layers(module), list[str]()
+    if FORMATS[format].quantized:
+        named = _named(module, "unquantized_layers")
+        kept = [name for name, layer in layers.items() if name in named or not encoded.takes(layer, size)]
+    plain, others = target.unquantized(format), [name for name in layers if name not in set(kept)]
+    rules = [Rule(component=component, pattern=each, format=plain) for each in patterns(kept, others)]
     return [*rules, Rule(component=component, pattern="*", format=format, block_size=size)]
 
 

@@ -126,7 +126,7 @@ def wheel(built: dict[str, Path]) -> list[str]:
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(repo_dir: Path, wheel: list[str]):
-    rooms = ["contract", "runtime", "models", "calibration", "commands", "export", "benchmarks", "align"]
+    rooms = ["runtime", "models", "calibration", "commands", "contract", "export", "benchmarks", "align"]
     expected = {str(path.relative_to(repo_dir)) for room in rooms for path in (repo_dir / room).rglob("*.py")}
     expected |= {path.name for path in repo_dir.glob("*.py")} - {"setup.py"} | {"py.typed"}
     expected |= {str(path.relative_to(repo_dir)) for path in (repo_dir / "calibration" / "clips").glob("*.mp4")}

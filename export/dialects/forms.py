@@ -118,12 +118,12 @@ def _engine_matmuls(opset: int) -> dict[str, Lowering]:
     }
 
 
-def _plain_modules(form: Form, matmuls: Matmuls) -> Replacements:
+def _engine_modules(form: Form, matmuls: Matmuls) -> dict[type[nn.Module], Replacement]:
     return {SparseMLP: lambda original: DenseExperts(original, matmuls.inside)}
 
 
 def _standard_modules(form: Form, matmuls: Matmuls) -> Replacements:
-    return {RMSNorm: ort.RMSNormalization, **_plain_modules(form, matmuls)}
+    return {RMSNorm: ort.RMSNormalization, **_engine_modules(form, matmuls)}
 
 
 def _engine_finish(graph: TracedGraph, form: Form, decoder: bool) -> None:
@@ -152,6 +152,6 @@ DIALECTS = {
             standard.StandardAttention,
             _engine_finish,
         ),
-        Dialect("plain", _engine_matmuls(plain.OPSET), _plain_modules, plain.PlainAttention, _engine_finish),
+        Dialect("plain", _engine_matmuls(plain.OPSET), _engine_modules, plain.PlainAttention, _engine_finish),
     )
 }

@@ -18,9 +18,11 @@ from intertitle.calibration.comparison import (
     compare_tokens,
     conclude,
     measure_drift,
+    tested,
 )
 from intertitle.calibration.reference import GreedyCaption
 from intertitle.contract.formats import FORMATS
+from intertitle.contract.pipeline import EachUnit, ImagePlan, OneSound, Pipeline, Sampling, Stage, StageInput
 
 THEIRS = np.array([[2.0, -4.0, 1.0]], np.float32)
 
@@ -132,7 +134,21 @@ def stage(name: str, verdict: str) -> StageResult:
     ],
 )
 def test_conclusion(stages, tokens, conclusion):
+    stages_of_it = [
+        ("vision", EachUnit(), "pixels"),
+        ("connector", EachUnit(), "vision"),
+        ("audio", OneSound(), "sound"),
+    ]
+    pipeline = Pipeline(
+        sampling=Sampling(rule="centered", count=2),
+        image=ImagePlan("exact", 4, 4, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        stages=tuple(
+            Stage(name=name, unit=unit, inputs=(StageInput("x", source),), output="y", tokens=1)
+            for name, unit, source in stages_of_it
+        ),
+        prompts={},
+    )
     clips = [ClipResult(str(i), "video", tokens=TokenResult(1, 1, None, t)) for i, t in enumerate(tokens)]
     clips[0].stages = [stage("vision", "PASS"), *(stage(name, "FAIL") for name in stages[:1])]
     clips[1].stages = [*(stage(name, "FAIL") for name in stages[1:]), stage("decode logits", "PASS")]
-    assert conclude(clips) == conclusion
+    assert conclude(clips, tested(pipeline)) == conclusion
