@@ -95,7 +95,7 @@ def compile_command(
             weights=weights,
             encoder_weights=encoder_weights,
             block_size=block_size,
-            visual_tokens=[share.ratio for share in visual_tokens] or None,
+            visual_tokens=visual_tokens or None,
             overwrite=overwrite,
             progress=progress,
         )

@@ -23,6 +23,7 @@ from ..errors import OptionError
 from ..models import CaptionerCheckpoint, open_checkpoint
 from ..models.stages import measured
 from ..runtime.bundle import parse_manifest
+from ..runtime.viewing import Share
 from .components import ComponentGraph, captioner_parts, component_graph
 from .dialects.fused import read_fused
 from .graph_writer import DataFile, WeightReader, payload_size, serialize, write_weights
@@ -60,7 +61,7 @@ def compile_bundle(
     weights: str | None = None,
     encoder_weights: str | None = None,
     block_size: int | None = None,
-    visual_tokens: float | Sequence[float] | None = None,
+    visual_tokens: Share | Sequence[Share] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> CompileResult:
@@ -69,7 +70,7 @@ def compile_bundle(
     ``adapter``: a LoRA adapter (PEFT layout), merged in fp32. ``weights``: the decoder's format, the target's default
     when ``None``, and ``encoder_weights`` that of all other components; ``block_size``: int4 weights that share a
     scale (larger: faster, coarser, and a caption may come out otherwise in a batch than alone). ``visual_tokens``:
-    the ratio of visual tokens that AuroraCap's merging keeps, or several of which the first is the default at run time
+    the share of visual tokens that AuroraCap's merging keeps, or several of which the first is the default at run time
     (``DEFAULT_RATIOS`` when ``None``); they share the weights. ``overwrite``: replace a bundle that is there already.
     The bundle appears under ``output`` whole or not at all. Raises ``CheckpointError``, ``OptionError`` or
     ``TargetError``, and ``IntertitleError`` for a full disk.
@@ -131,12 +132,16 @@ def compile_bundle(
 
 
 def _open(
-    path: Path, adapter: Path | None, visual_tokens: float | Sequence[float] | None
+    path: Path, adapter: Path | None, visual_tokens: Share | Sequence[Share] | None
 ) -> tuple[CaptionerCheckpoint, tuple[float, ...]]:
     """The checkpoint, and the shares of tokens that its merging stage is compiled for (none where it has no such)."""
-    asked = (visual_tokens,) if isinstance(visual_tokens, float | int) else visual_tokens
-    if asked is not None and not asked:
-        raise OptionError("no ratio of visual tokens was given")
+    shares = visual_tokens if isinstance(visual_tokens, Sequence) or visual_tokens is None else (visual_tokens,)
+    if shares is not None and not shares:
+        raise OptionError("no share of visual tokens was given")
+    for share in shares or ():
+        if not isinstance(share, Share):
+            raise OptionError(f"a bundle holds shares of visual tokens, such as Share(0.5), not {share!r}")
+    asked = None if shares is None else [share.ratio for share in shares]
     source = open_checkpoint(path, adapter, None if asked is None else asked[0])
     for ratio in asked or ():
         source.config.keeping(ratio)  # refuses what cannot be

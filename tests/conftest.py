@@ -255,6 +255,7 @@ def compiled(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     """``compiled(variant, weights, target)``: the bundle of a fixture checkpoint, compiled once in a whole test run."""
     from filelock import FileLock
     from intertitle.export import compile as export
+    from intertitle.runtime.viewing import Share
 
     # Workers of pytest-xdist have sibling base directories; they share what lies above.
     base = tmp_path_factory.getbasetemp()
@@ -276,7 +277,7 @@ def compiled(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
                     weights=weights,
                     adapter=adapter,
                     target=target,
-                    visual_tokens=how.keep,
+                    visual_tokens=None if how.keep is None else Share(how.keep),
                 )
         return bundle
 

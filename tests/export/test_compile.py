@@ -33,6 +33,7 @@ from intertitle.models import random_checkpoint
 from intertitle.runtime.bundle import Bundle
 from intertitle.runtime.ort import OrtDecoder
 from intertitle.runtime.prompt import Slot, build_prompt
+from intertitle.runtime.viewing import Count, Share
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -385,9 +386,9 @@ def test_a_bfloat16_checkpoint_with_tied_embeddings(tmp_path, data_dir):
         ({"weights": "int3"}, OptionError, "takes weights int4 or fp32, not 'int3'"),
         ({"weights": ""}, OptionError, "not ''"),
         ({"target": "toaster"}, TargetError, "unknown target 'toaster'; known: cpu"),
-        ({"visual_tokens": 0.5}, OptionError, "no token merging"),
-        ({"visual_tokens": (1.0, 0.5)}, OptionError, "no token merging"),
-        ({"visual_tokens": ()}, OptionError, "no ratio"),
+        ({"visual_tokens": Share(0.5)}, OptionError, "no token merging"),
+        ({"visual_tokens": (Share(1.0), Share(0.5))}, OptionError, "no token merging"),
+        ({"visual_tokens": ()}, OptionError, "no share"),
         ({"adapter": "nowhere"}, CheckpointError, "nowhere"),
     ],
 )
@@ -397,10 +398,10 @@ def test_what_cannot_be_asked_for(options, kind, message, tmp_path, data_dir):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("ratio", [0.0, -1.0, 1.5, float("nan"), (0.5, 0.0), (1, float("nan"))])
-def test_a_ratio_that_cannot_be(ratio, tmp_path, data_dir):
-    with pytest.raises(OptionError, match="ratio of visual tokens"):
-        compile_bundle(data_dir / "auroracap", tmp_path / "bundle", visual_tokens=ratio)
+@pytest.mark.parametrize("budget", [0.5, 1, Count(1), (Share(0.5), Count(256)), "50%"])
+def test_a_budget_that_is_no_share(budget, tmp_path, data_dir):
+    with pytest.raises(OptionError, match="a bundle holds shares of visual tokens"):
+        compile_bundle(data_dir / "auroracap", tmp_path / "bundle", visual_tokens=budget)
     assert list(tmp_path.iterdir()) == []
 
 

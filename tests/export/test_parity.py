@@ -24,6 +24,7 @@ from intertitle.runtime.decoding import Decoding, TokenSearch, generate, resolve
 from intertitle.runtime.encoder import Encoder, Units
 from intertitle.runtime.ort import OrtComponent, OrtDecoder
 from intertitle.runtime.timing import Stages
+from intertitle.runtime.viewing import Share
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
@@ -87,7 +88,9 @@ def test_vision_does_not_depend_on_the_batch(compiled, expected):
 
 def test_ratios_of_merging_share_the_weights(tmp_path, data_dir, expected):
     """Two graphs over one data file, each with the numbers of the original implementation."""
-    compiled = compile_bundle(data_dir / "auroracap", tmp_path / "bundle", weights="fp32", visual_tokens=(0.4, 1.0))
+    compiled = compile_bundle(
+        data_dir / "auroracap", tmp_path / "bundle", weights="fp32", visual_tokens=(Share(0.4), Share(1.0))
+    )
     bundle, numbers = Bundle.open(compiled.path), expected("auroracap")
     vision = bundle.manifest.pipeline.stage("vision")
     assert [(each.keep, each.graph, each.tokens) for each in vision.variants] == [
@@ -100,7 +103,7 @@ def test_ratios_of_merging_share_the_weights(tmp_path, data_dir, expected):
         "vision.onnx.data",
     ]
     # Nothing of the second graph was added to the weights.
-    single = Bundle.open(compile_bundle(data_dir / "auroracap", tmp_path / "one", visual_tokens=0.4).path)
+    single = Bundle.open(compile_bundle(data_dir / "auroracap", tmp_path / "one", visual_tokens=Share(0.4)).path)
     data = "vision.onnx.data"
     assert bundle.manifest.files[data] == single.manifest.files[data]
     # The connector's graph serves both.
