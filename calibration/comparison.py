@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..runtime.bundle import Manifest
+from ..contract.manifest import Manifest
+from ..contract.pipeline import Pipeline
 from ..runtime.inference import FloatArray
 from .reference import GreedyCaption, repetition_penalty
 
 PASS, AMBIGUOUS, FAIL = "PASS", "AMBIGUOUS", "FAIL"
 
-#: The stages in the order of the data, and the component that each one tests. After a comma, the name of a stage says
-#: which of several graphs it tests ("vision, ratio 0.5").
-STAGES = {
-    "pixels": "preprocessing",
-    "vision": "vision",
-    "frame connector": "frame_connector",
-    "connector": "connector",
-    "fbank": "preprocessing",
-    "audio": "audio",
-    "embeddings": "embedding",
-    "prefill logits": "decoder",
-    "decode logits": "decoder",
-}
+#: What is compared beside the stages of the pipeline, in front of them and behind, and what each one tests.
+_BEFORE = {"pixels": "preprocessing", "fbank": "preprocessing"}
+_BEHIND = {"embeddings": "embedding", "prefill logits": "decoder", "decode logits": "decoder"}
 
 #: The largest allowed difference, relative to the reference's largest magnitude.
 #: pixels: the same integer arithmetic, then three float32 operations. fbank: a bfloat16 step at the top of its range.
-#: The other stages are float32 on both sides (an int4 decoder is compared with float32 matmuls); ``tolerance`` has the
-#: exceptions.
-TOLERANCE = {
-    "pixels": 1e-6,
-    "vision": 1e-4,
-    "frame connector": 1e-4,
-    "connector": 1e-4,
-    "fbank": 2**-7,
-    "audio": 1e-4,
-    "embeddings": 1e-6,
-    "prefill logits": 1e-4,
-    "decode logits": 1e-4,
-}
+#: embeddings: one table on both sides.
+TOLERANCE = {"pixels": 1e-6, "fbank": 2**-7, "embeddings": 1e-6}
+
+#: The tolerance of a component that is float32 on both sides (an int4 decoder is compared with float32 matmuls).
+FLOAT32 = 1e-4
 
 #: The tolerance of a component with float16 matmuls (at most 2e-3 on the fixtures; deeper models have more), and of one
 #: whose kernel rounds activations to int8 (at most 3e-2 on the encoders of the fixtures).
@@ -52,14 +35,23 @@ HALF, INT8_ACTIVATIONS = 2e-2, 1e-1
 NEAR_TIE = {"fp32": 1e-4, "fp16": HALF, "int4": 5e-2, "int8": 5e-2}
 
 
+def tested(pipeline: Pipeline) -> dict[str, str]:
+    """The stages of a report in the order of the data, and the component that each one tests.
+
+    The stages of the pipeline have their own names, which are those of their components.
+    """
+    return _BEFORE | {stage.name: stage.name for stage in pipeline.stages} | _BEHIND
+
+
 def tolerance(stage: str, manifest: Manifest) -> float:
-    """The allowed difference of a stage's output from the reference's, for a bundle with these components."""
-    component = manifest.components.get(STAGES[_kind(stage)])
+    """The allowed difference of a stage's output from the reference's: that of its component's format."""
+    kind = _kind(stage)
+    component = manifest.components.get(_BEHIND.get(kind, kind))
     if component is None:
-        return TOLERANCE[_kind(stage)]
+        return TOLERANCE[kind]
     if manifest.cache_dtype == "float16":
         return HALF
-    return INT8_ACTIVATIONS if component.weights == "int8" else TOLERANCE[_kind(stage)]
+    return INT8_ACTIVATIONS if component.weights == "int8" else FLOAT32
 
 
 def near_tie(manifest: Manifest) -> float:
@@ -69,7 +61,7 @@ def near_tie(manifest: Manifest) -> float:
 
 @dataclass(frozen=True)
 class StageResult:
-    """One comparison.
+    """One comparison. After a comma, the name of a stage says which of its graphs it tests (``vision, ratio 0.5``).
 
     ``relative_error`` is max |a - b| / max |b|, where b is the reference's output. It is ``None`` if the shapes differ
     or a value is not finite; ``problem`` then says which.
@@ -153,11 +145,11 @@ class Report:
     environment: dict[str, str | int | None] = field(default_factory=dict)
 
 
-def conclude(clips: Sequence[ClipResult]) -> tuple[str, str | None]:
-    """The verdict over all clips and the first divergent component."""
+def conclude(clips: Sequence[ClipResult], tested: Mapping[str, str]) -> tuple[str, str | None]:
+    """The verdict over all clips and the first divergent component. ``tested``: see the function of that name."""
     failed = {_kind(stage.stage) for clip in clips for stage in clip.stages if stage.verdict == FAIL}
     tokens = {clip.tokens.verdict for clip in clips if clip.tokens is not None}
-    for stage, component in STAGES.items():
+    for stage, component in tested.items():
         if stage in failed:
             return FAIL, component
     if FAIL in tokens:
@@ -165,9 +157,8 @@ def conclude(clips: Sequence[ClipResult]) -> tuple[str, str | None]:
     return (AMBIGUOUS if AMBIGUOUS in tokens else PASS), None
 
 
-def compare_stage(stage: str, mine: FloatArray, theirs: FloatArray, allowed: float | None = None) -> StageResult:
-    """Compare a stage's output with the reference's. ``allowed``: the tolerance; ``None`` is that of float32."""
-    allowed = TOLERANCE[_kind(stage)] if allowed is None else allowed
+def compare_stage(stage: str, mine: FloatArray, theirs: FloatArray, allowed: float = FLOAT32) -> StageResult:
+    """Compare a stage's output with the reference's. ``allowed``: the tolerance."""
     problem = _incomparable(mine, theirs)
     error = relative_error(mine, theirs) if problem is None else None
     verdict = PASS if error is not None and error <= allowed else FAIL

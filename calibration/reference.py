@@ -16,12 +16,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..contract.pipeline import EachUnit, ImagePlan
 from ..errors import OptionError
 from ..models import CaptionerCheckpoint
-from ..models.config import ImageProcessing
 from ..models.decoder import Decoder
+from ..models.stages import build_on_meta, run_stage
 from ..runtime.inference import FloatArray, FullLogits
 from .quantize import Rounding
+
+#: Units of a stage that are computed at once, where each is computed alone: a long clip must not need more memory.
+_UNITS = 8
 
 #: Povey's window is a Hann window to the power of this (Kaldi, feature-window.cc).
 _POVEY_POWER = 0.85
@@ -53,14 +57,33 @@ class Reference:
         return np.stack([reference_pixels(frame, self.config.image) for frame in frames])
 
     def fbank(self, sound: FloatArray) -> FloatArray:
-        """``[frames, mel]`` of 16 kHz sound."""
-        assert self.config.audio is not None
-        return reference_fbank(sound, self.config.audio.num_mel_bins)
+        """``[frames, mel]`` of sound at the rate of the sound plan."""
+        plan = self.config.sound
+        assert plan is not None
+        return reference_fbank(sound, plan.num_mel_bins, plan.sample_rate)
 
-    def run(self, component: str, value: FloatArray) -> FloatArray:
-        """An encoder: ``vision``, ``connector`` or ``audio``, shapes as in the graphs."""
+    def run(self, stage: str, values: Mapping[str, FloatArray], keep: float | None = None) -> FloatArray:
+        """What a stage gives its units, ``[units, tokens, width]``. Equal units are computed again.
+
+        ``values``: of its sources by name: all places of the clip as ``pixels [T, 3, S, S]``, ``sound [1, frames,
+        mel]``, what earlier stages gave. ``keep``: another share of tokens than the checkpoint was opened with.
+        """
+        part = self.config.part(stage)
+        module = self.module(stage)
+        if keep is not None:
+            form = build_on_meta(self.config.keeping(keep).part(stage))
+            form.load_state_dict(module.state_dict(), assign=True)
+            module = form
+        taken = {value.source: torch.from_numpy(values[value.source]) for value in part.stage.inputs}
         with torch.no_grad():
-            return self.module(component)(torch.from_numpy(value)).numpy()
+            if not isinstance(part.stage.unit, EachUnit):
+                return run_stage(part.stage, module, taken).numpy()
+            count = len(taken[part.stage.inputs[0].source])
+            runs = [
+                run_stage(part.stage, module, {name: value[start : start + _UNITS] for name, value in taken.items()})
+                for start in range(0, count, _UNITS)
+            ]
+            return torch.cat(runs).numpy()
 
     def embed(self, token_ids: npt.NDArray[np.int64]) -> FloatArray:
         """Rows of the embedding table ``[n, H]``."""
@@ -194,7 +217,7 @@ def repetition_penalty(logits: FloatArray, seen: Sequence[int], penalty: float) 
     return scores.index_put((index,), torch.where(picked < 0, picked * penalty, picked / penalty)).numpy()
 
 
-def reference_pixels(frame: npt.NDArray[np.uint8], spec: ImageProcessing) -> FloatArray:
+def reference_pixels(frame: npt.NDArray[np.uint8], spec: ImagePlan) -> FloatArray:
     """One frame ``[H, W, 3]`` through Pillow, as the CLIP and SigLIP image processors do it: ``[3, S, S]``."""
     height, width = frame.shape[:2]
     image = Image.fromarray(frame)

@@ -12,26 +12,27 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
 from .._version import __version__
+from ..contract.manifest import Manifest
+from ..contract.pipeline import PIXELS, SOUND, Pipeline, Stage, stages_of
 from ..errors import OptionError
 from ..models import CaptionerCheckpoint, open_checkpoint
-from ..models.connectors import SpatialTemporalConnector
-from ..models.vision import VisionTower
-from ..runtime.bundle import Bundle, Manifest
+from ..models.config import CaptionerConfig
+from ..models.stages import measured, meta_values
+from ..runtime.bundle import Bundle
 from ..runtime.captioner import Captioner
 from ..runtime.clip import Clip
-from ..runtime.encoder import EncodedClip, splice_blocks
+from ..runtime.encoder import EncodedClip, Units
 from ..runtime.inference import FloatArray, Inference
-from ..runtime.preprocess.fbank import kaldi_fbank
+from ..runtime.preprocess.fbank import sound_features
 from ..runtime.preprocess.image import preprocess_frames
-from ..runtime.text import PromptSpec, build_prompt
+from ..runtime.prompt import Slot, build_prompt, choose_pieces, joined, unit_slots
 from ..runtime.timing import Stages
 from .comparison import (
     ClipResult,
@@ -43,6 +44,7 @@ from .comparison import (
     measure_drift,
     near_tie,
     relative_error,
+    tested,
     tolerance,
 )
 from .exact_decoder import ExactDecoder, accuracy_level
@@ -69,7 +71,7 @@ def verify_bundle(
     """
     captioner = Captioner.load(bundle)
     manifest = captioner.manifest
-    source = open_checkpoint(Path(checkpoint), None if adapter is None else Path(adapter), manifest.visual.keep)
+    source = open_checkpoint(Path(checkpoint), None if adapter is None else Path(adapter), _keep(manifest))
     quantized, rounded = manifest.components["decoder"].block_size, roundings(manifest)
     original = Reference(source)
     report = verify(
@@ -104,42 +106,69 @@ def verify(
     check_same_model(captioner.manifest, reference)
     check = _Check(captioner, reference, original, max_new_tokens, progress or (lambda _: None))
     clips = [check.run(os.fspath(source), captioner.read(source, audio=audio)) for source in media]
-    verdict, divergent = conclude(clips)
+    verdict, divergent = conclude(clips, tested(captioner.manifest.pipeline))
     return Report(verdict, divergent, captioner.manifest.weights, clips)
 
 
 def roundings(manifest: Manifest) -> dict[str, Rounding]:
     """The rounding in a bundle of each component of the checkpoint."""
     return {
-        # In the checkpoint the two parts of the connector are one component.
-        name.removeprefix("frame_"): Rounding(manifest.dialect, component.weights, component.block_size or 0)
+        name: Rounding(manifest.dialect, component.weights, component.block_size or 0)
         for name, component in manifest.components.items()
         if component.weights in ("int4", "int8")
     }
 
 
 def check_same_model(manifest: Manifest, reference: Reference) -> None:
-    """``OptionError`` if bundle and checkpoint have different families or shapes."""
+    """``OptionError`` if bundle and checkpoint have different families, sizes or pipelines.
+
+    Texts of prompts and numbers of the preprocessing may differ: the report tells it.
+    """
     config = reference.config
     if manifest.family != config.family:
         raise OptionError(f"the bundle is a {manifest.family} captioner, the reference a {config.family} one")
-    vision, connector = manifest.components["vision"], reference.checkpoint.module("connector")
-    windows = (1, 0)
-    if isinstance(connector, SpatialTemporalConnector):
-        windows = (connector.time_kernel, connector.time_padding)
-    shapes = {
-        "decoder layers": (manifest.decoder.num_layers, config.decoder.num_layers),
-        "decoder width": (manifest.decoder.hidden_size, config.decoder.hidden_size),
-        "vocabulary": (manifest.decoder.vocab_size, config.decoder.vocab_size),
-        "image size": (vision.inputs[0].shape[-1], config.vision.image_size),
-        "tower width": (vision.outputs[0].shape[-1], config.vision.hidden_size),
-        "number of frames": (manifest.preprocessing.num_frames, config.num_frames),
-        "frames that the connector joins": ((manifest.visual.time_kernel, manifest.visual.time_padding), windows),
-        "audio branch": ("audio" in manifest.components, config.audio is not None),
-    }
-    for what, (mine, theirs) in shapes.items():
+    for what, mine, theirs in _facts(manifest, config):
         if mine != theirs:
             raise OptionError(f"not the same model: {what} {mine} in the bundle, {theirs} in the reference")
+
+
+def _facts(manifest: Manifest, config: CaptionerConfig) -> Iterator[tuple[str, object, object]]:
+    """What must be equal, and what it is in the bundle and in the reference. The stages come in order."""
+    ours = manifest.pipeline
+    theirs = measured(config, tuple(variant.keep for variant in ours.merging.variants) if ours.merging else ())
+    yield "decoder layers", manifest.decoder.num_layers, config.decoder.num_layers
+    yield "decoder width", manifest.decoder.hidden_size, config.decoder.hidden_size
+    yield "vocabulary", manifest.decoder.vocab_size, config.decoder.vocab_size
+    yield "image size", ours.image.output_size, theirs.image.output_size
+    yield "sampling", ours.sampling, theirs.sampling
+    yield "sound", ours.sound, theirs.sound
+    yield "stages", _names(ours), _names(theirs)
+    values = meta_values(config)
+    for mine, other in zip(ours.stages, theirs.stages, strict=True):
+        width = manifest.components[mine.name].outputs[0].shape[-1]
+        yield f"stage '{mine.name}':", _shape(ours, mine, width), _shape(theirs, other, values[mine.name].shape[-1])
+    mine_in, theirs_in = (
+        {mode: stages_of((*layout.pieces, *layout.untimed)) for mode, layout in pipeline.prompts.items()}
+        for pipeline in (ours, theirs)
+    )
+    yield "stages in the prompts:", mine_in, theirs_in
+
+
+def _names(pipeline: Pipeline) -> str:
+    return ", ".join(stage.name for stage in pipeline.stages)
+
+
+def _shape(pipeline: Pipeline, stage: Stage, width: int | str) -> str:
+    """How a stage is called and what it gives, in words."""
+    takes = ", ".join(value.source for value in stage.inputs)
+    tokens = " or ".join(map(str, pipeline.token_counts(stage.name)))
+    return f"{stage.unit} of {takes} to {tokens} tokens of {width}"
+
+
+def _keep(manifest: Manifest) -> float | None:
+    """The share of tokens that the bundle keeps unless told otherwise; ``None`` where it merges none."""
+    merging = manifest.pipeline.merging
+    return None if merging is None else merging.variants[0].keep
 
 
 def environment(bundle: Bundle, source: CaptionerCheckpoint) -> dict[str, str | int | None]:
@@ -198,6 +227,7 @@ class _Check:
         self._reference, self._original = reference, original
         self._max_new_tokens, self._report = max_new_tokens, report
         manifest = captioner.manifest
+        self._pipeline = manifest.pipeline
         # With float16 matmuls the activations are not rounded to int8.
         rounds = manifest.components["decoder"].block_size is not None and manifest.cache_dtype == "float32"
         self._exact = ExactDecoder(captioner.bundle) if rounds else None
@@ -205,9 +235,7 @@ class _Check:
 
     def run(self, name: str, clip: Clip) -> ClipResult:
         self._result = result = ClipResult(name, clip.mode)
-        visual = None if clip.frames is None else self._visual(clip)
-        audio = None if clip.sound is None else self._audio(clip.sound)
-        prompt = self._prompt(EncodedClip(clip.mode, splice_blocks(visual, audio)))
+        prompt = self._prompt(clip, self._blocks(clip))
         caption = self._reference.greedy(prompt, self._max_new_tokens)
         self._decoder(prompt, caption)
         tokens = self._tokens(clip, caption)
@@ -215,59 +243,63 @@ class _Check:
             result.drift = self._drift(self._original, prompt, caption, tokens)
         return result
 
-    def _visual(self, clip: Clip) -> FloatArray:
-        """Compare pixels, vision and connector; return the reference's visual tokens ``[blocks, tokens, H]``."""
-        assert clip.frames is not None
-        assert clip.order is not None
-        pixels = self._reference.pixels(clip.frames)
-        self._hold("pixels", preprocess_frames(clip.frames, self._captioner.manifest.preprocessing.image), pixels)
-        features = self._reference.run("vision", pixels)
-        self._hold("vision", self._encoder.features(pixels, self._stages), features)
-        self._merging(pixels[:2])
-        # The reference's connector runs as a whole: it does not skip equal frames and windows.
-        tokens = self._reference.run("connector", features[clip.order])
-        frames = self._frame_tokens(features)
-        self._hold("connector", self._encoder.connect(frames, clip.order, self._stages), tokens)
-        return tokens
+    def _blocks(self, clip: Clip) -> dict[str, list[FloatArray]]:
+        """Compare the preprocessing and the stages; return the reference's blocks ``[tokens, H]`` of the prompt."""
+        theirs, given = self._preprocessed(clip)
+        pieces = choose_pieces(self._reference.config.prompts[clip.mode], clip.timing)
+        for stage in self._pipeline.needed(*stages_of(pieces)):
+            tokens = self._reference.run(stage.name, theirs)
+            mine = self._encoder.run_stage(stage, [given[value.source] for value in stage.inputs], self._stages)
+            self._hold(stage.name, mine.expand(), tokens)
+            self._variants(stage, theirs)
+            # The next stages of the bundle get the reference's tokens, with the units that it took for equal.
+            theirs[stage.name], given[stage.name] = tokens, _alike(tokens, mine.order)
+        apart = unit_slots(pieces)
+        return {
+            name: list(theirs[name]) if name in apart else [theirs[name].reshape(-1, theirs[name].shape[-1])]
+            for name in stages_of(pieces)
+        }
 
-    def _merging(self, pixels: FloatArray) -> None:
-        """Compare the other ratios of merging of the tower on a few frames."""
-        for ratio in self._captioner.manifest.visual.ratios[1:]:
-            with torch.device("meta"):
-                tower = VisionTower(replace(self._reference.config.vision, keep=ratio.keep))
-            tower.load_state_dict(self._reference.module("vision").state_dict(), assign=True)
-            mine = self._encoder.features(pixels, self._stages, ratio)
-            self._hold(f"vision, ratio {ratio.keep:g}", mine, _forward(tower.eval(), pixels))
+    def _preprocessed(self, clip: Clip) -> tuple[dict[str, FloatArray], dict[str, Units]]:
+        """Compare pixels and filter bank; return the reference's, for every place of the clip and as distinct units."""
+        theirs: dict[str, FloatArray] = {}
+        given: dict[str, Units] = {}
+        if clip.frames is not None:
+            assert clip.order is not None
+            pixels = self._reference.pixels(clip.frames)
+            self._hold("pixels", preprocess_frames(clip.frames, self._pipeline.image), pixels)
+            given[PIXELS] = Units(pixels, clip.order)
+            theirs[PIXELS] = given[PIXELS].expand()
+        if clip.sound is not None:
+            assert self._pipeline.sound is not None
+            fbank = self._reference.fbank(clip.sound)
+            self._hold("fbank", sound_features(clip.sound, self._pipeline.sound), fbank)
+            theirs[SOUND] = fbank[np.newaxis]
+            given[SOUND] = Units.all_distinct(theirs[SOUND])
+        return theirs, given
 
-    def _frame_tokens(self, features: FloatArray) -> FloatArray:
-        """Compare the part of the connector per frame; return the reference's output ``[N, P, C]``."""
-        connector = self._reference.module("connector")
-        part = connector.frame_part() if isinstance(connector, SpatialTemporalConnector) else None
-        if part is None:
-            return features
-        tokens = _forward(part, features)
-        self._hold("frame connector", self._encoder.frame_tokens(features, self._stages), tokens)
-        return tokens
+    def _variants(self, stage: Stage, theirs: dict[str, FloatArray]) -> None:
+        """Compare the other forms of a stage that merges tokens, on a few units."""
+        for variant in stage.variants[1:]:
+            some = {value.source: theirs[value.source][:2] for value in stage.inputs}
+            inputs = [Units.all_distinct(values) for values in some.values()]
+            mine = self._encoder.run_stage(stage, inputs, self._stages, variant).expand()
+            wanted = self._reference.run(stage.name, some, variant.keep)
+            self._hold(f"{stage.name}, ratio {variant.keep:g}", mine, wanted)
 
-    def _audio(self, sound: FloatArray) -> FloatArray:
-        """Compare filter bank and audio; return the reference's audio tokens ``[tokens, H]``."""
-        fbank = self._reference.fbank(sound)
-        self._hold("fbank", kaldi_fbank(sound), fbank)
-        tokens = self._reference.run("audio", fbank[np.newaxis])[0]
-        self._hold("audio", self._encoder.audio_tokens(fbank, self._stages), tokens)
-        return tokens
-
-    def _prompt(self, encoded: EncodedClip) -> FloatArray:
-        """Compare the prompts, each from its own template and table; return the reference's ``[S, H]``."""
-        config = self._reference.config
-        spec = PromptSpec(**asdict(config.prompts[encoded.mode]))
-        chunks = build_prompt(
-            self._captioner.tokenizer, spec, config.default_instruction, num_blocks=len(encoded.blocks)
+    def _prompt(self, clip: Clip, blocks: dict[str, list[FloatArray]]) -> FloatArray:
+        """Compare the prompts, each from its own layout and table; return the reference's ``[S, H]``."""
+        config, tokenizer = self._reference.config, self._captioner.tokenizer
+        places = 0 if clip.order is None else len(clip.order)
+        pieces = choose_pieces(config.prompts[clip.mode], clip.timing)
+        units = {name: len(found) for name, found in blocks.items()}
+        built = build_prompt(tokenizer, pieces, config.default_instruction, units, clip.timing, places)
+        prompt = joined(
+            [blocks[part.stage][part.unit or 0] if isinstance(part, Slot) else part for part in built],
+            self._reference.embed,
         )
-        pieces = [self._reference.embed(np.array(chunk, np.int64)) for chunk in chunks]
-        for index, block in enumerate(encoded.blocks):
-            pieces.insert(2 * index + 1, block)
-        prompt = np.concatenate(pieces)
+        pieces = choose_pieces(self._pipeline.prompts[clip.mode], clip.timing)
+        encoded = EncodedClip(clip.mode, blocks, pieces, places, clip.timing)
         own = self._encoder.prompt_embeds(encoded, self._captioner.manifest.default_instruction)
         self._hold("embeddings", own, prompt)
         return prompt
@@ -317,9 +349,12 @@ class _Check:
         self._report(f"{self._result.clip}: {text}")
 
 
-def _forward(module: torch.nn.Module, value: FloatArray) -> FloatArray:
-    with torch.no_grad():
-        return module(torch.from_numpy(value)).numpy()
+def _alike(values: FloatArray, order: npt.NDArray[np.int64]) -> Units:
+    """Units ``[units, ...]`` of which those that have one number in ``order`` are taken for equal."""
+    if len(order) != len(values):
+        return Units.all_distinct(values)
+    _, first, places = np.unique(order, return_index=True, return_inverse=True)
+    return Units(values[first], places.reshape(-1))
 
 
 def _along(inference: Inference, prompt: FloatArray, caption: GreedyCaption) -> FloatArray:

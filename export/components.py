@@ -81,13 +81,13 @@ def stage_signature(stage: Stage, pipeline: Pipeline, values: Mapping[str, Tenso
     the source has variants with different numbers of tokens, so that one graph serves them all.
     """
     arguments, axes = [], []
-    for place, value in enumerate(stage.inputs):
+    for value in stage.inputs:
         units = pipeline.units(value.source, pipeline.sampling.count)
         axis, sizes = _LEADING[type(stage.unit)](stage.unit, units)
         arguments.append(torch.zeros(*sizes, *values[value.source].shape[1:]))
         varying = {} if axis is None else {0: axis}
         if varies(pipeline, value.source):
-            varying[len(sizes)] = f"{value.name}.tokens" if place else "tokens"
+            varying[len(sizes)] = "tokens"
         axes.append(varying)
     names = tuple(value.name for value in stage.inputs)
     return Signature(tuple(arguments), tuple(axes), names, (stage.output,))

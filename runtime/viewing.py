@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from decimal import Decimal
+from numbers import Real
 from typing import Any
 
 import msgspec
@@ -109,6 +110,15 @@ class Viewing:
     visual_tokens: TokenBudget | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.audio, bool):
+            raise OptionError(f"audio is True or False, not {self.audio!r}")
+        for name in ("start", "end", "duplicates"):
+            value = getattr(self, name)
+            if value is not None:
+                if isinstance(value, bool) or not isinstance(value, Real):
+                    raise OptionError(f"{name} is a number, not {value!r}")
+                # NumPy's numbers too become floats.
+                object.__setattr__(self, name, float(value))
         for name, time in (("start", self.start), ("end", self.end)):
             if time is not None and not (math.isfinite(time) and time >= 0):
                 raise OptionError(f"{name} of a span is seconds from 0 on, not {time}")

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import wave
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +25,14 @@ import click
 import intertitle
 import numpy as np
 import pytest
+from intertitle.align.preference import Recipe
 from intertitle.align.scenes import captions, compare, draw_scene
 from intertitle.cli import DEMO_CLIP, cli, main
 from intertitle.commands import SHIPPED
 from intertitle.commands.options import Grouped
 from intertitle.runtime.caption import CaptionStream
+from intertitle.runtime.decoding import Decoding
+from intertitle.runtime.viewing import Viewing
 
 Compiled = Callable[..., Path]
 Expected = Callable[[str], dict[str, np.ndarray]]
@@ -466,6 +469,16 @@ def test_sections_of_a_help_hold_every_option_once(name: str, run: Callable[...,
     assert "--temperature" in sections["Decoding"]
     assert "--threads" in sections["Device"]
     assert "--debug" in sections["Other"]
+
+
+def test_one_name_from_the_option_to_the_record():
+    """The fields of a ``Viewing`` and a ``Decoding`` are the options of commands, and so are those of a ``Recipe``."""
+    spelled = {name: {option.name for option in options_of(command)} for name, command in cli.commands.items()}
+    viewing, decoding = ({field.name for field in fields(record)} for record in (Viewing, Decoding))
+    assert viewing | decoding - {"retrospective_template"} <= spelled["caption"]
+    assert (viewing | decoding) - {"retrospective_template", "start", "end"} <= spelled["batch"]
+    assert {*Recipe().record} - {"start", "end"} <= spelled["pairs"]
+    assert {*Viewing().record} == viewing
 
 
 def test_no_arguments_show_the_help(run: Callable[..., Result]):

@@ -25,9 +25,14 @@ DIALECTS = ("standard", "plain")
 
 @dataclass(frozen=True)
 class Part:
-    """A graph of the bundle that becomes an engine. ``name``: the file name without suffix and dialect."""
+    """A graph of the bundle that becomes an engine.
+
+    ``name``: the file name without suffix and dialect. ``of``: the name of its component; a stage with variants has
+    several graphs.
+    """
 
     name: str
+    of: str
     component: Component
     graph: Path
 
@@ -48,17 +53,19 @@ class Built:
 
 
 def parts(bundle: Bundle) -> list[Part]:
-    """All graphs of a bundle, with one per ratio of merging. ``TargetError`` for a bundle without engines."""
+    """All graphs of a bundle, with those of the variants of a stage. ``TargetError`` for a bundle without engines."""
     manifest = bundle.manifest
     if manifest.dialect not in DIALECTS:
         raise TargetError(
             f"{bundle.path}: the bundle is for {manifest.target}, which needs no engines; for engines compile "
             "the checkpoint with --target tensorrt-rtx"
         )
-    found = [Part(name, component, bundle.file(component.graph)) for name, component in manifest.components.items()]
-    vision = manifest.components["vision"]
-    for ratio in manifest.visual.ratios[1:]:
-        found.append(Part(ratio.graph.removesuffix(".onnx"), vision, bundle.file(ratio.graph)))
+    components = manifest.components
+    found = [Part(name, name, component, bundle.file(component.graph)) for name, component in components.items()]
+    for stage in manifest.pipeline.stages:
+        for variant in stage.variants[1:]:
+            name = variant.graph.removesuffix(".onnx")
+            found.append(Part(name, stage.name, components[stage.name], bundle.file(variant.graph)))
     return found
 
 
@@ -144,7 +151,7 @@ def build_bundle(
                 plan = build_engine(
                     library,
                     part.graph,
-                    profiles(part.name, part.component, bundle.manifest, limits),
+                    profiles(part.of, part.component, bundle.manifest, limits),
                     max_length=limits.max_length,
                     capabilities=named,
                     memory=memory,

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...contract.manifest import Component, Manifest
+from ...contract.pipeline import EachOf, Pipeline, PromptLayout, Stage, Text, stages_of
 from ...errors import OptionError
 
-#: Room for the text of a prompt, in tokens.
-_TEXT_TOKENS = 256
+#: Room for the text of a prompt, in tokens: what stands there once, and what names the time of one frame ("104.75s,").
+_TEXT_TOKENS, _TIME_TOKENS = 256, 8
 #: The length of a row is a multiple of this many tokens, so that each row begins at a multiple of 256 bytes, as
 #: TensorRT needs.
 _ROUND = 64
@@ -40,13 +41,10 @@ def default_limits(
 
     ``OptionError`` for sizes without room for a token or above the decoder's context.
     """
-    context, visual = manifest.decoder.context_length, manifest.visual
+    context = manifest.decoder.context_length
     if max_length is None:
-        per_block = max([visual.tokens_per_block, *(ratio.tokens_per_block for ratio in visual.ratios)])
-        audio = manifest.preprocessing.audio
-        tokens = visual.blocks * per_block + (audio.num_tokens if audio else 0) + _TEXT_TOKENS
-        tokens += manifest.generation.max_new_tokens
-        max_length = min(tokens, context)
+        longest = max(_longest(manifest.pipeline, layout) for layout in manifest.pipeline.prompts.values())
+        max_length = min(longest + manifest.generation.max_new_tokens, context)
     if not 2 <= max_length <= context:
         raise OptionError(f"a row can hold 2 to {context} tokens, not {max_length}")
     max_length = min(-(-max_length // _ROUND) * _ROUND, context)
@@ -57,7 +55,7 @@ def default_limits(
 
 
 def profiles(name: str, component: Component, manifest: Manifest, limits: Limits) -> list[Profile]:
-    """The optimization profiles of a component.
+    """The optimization profiles of the component ``name``.
 
     The decoder has two (prompts of one row; one token of every row), other components have one, and a component with
     fixed shapes has no profile.
@@ -70,18 +68,42 @@ def profiles(name: str, component: Component, manifest: Manifest, limits: Limits
     elif name == "selection":
         phases = [{"rows": (1, 1, limits.rows)}]
     else:
-        frames, visual = manifest.preprocessing.num_frames, manifest.visual
-        slots = max((frames + 2 * visual.time_padding) // visual.time_kernel, 1)
-        counts = [visual.tokens_per_block, *(ratio.tokens_per_block for ratio in visual.ratios)]
-        phases = [
-            {
-                "frames": (1, frames, frames),
-                "slots": (1, slots, slots),
-                "tokens": (min(counts), counts[0], max(counts)),
-            }
-        ]
+        return _stage_profiles(manifest.pipeline.stage(name), component, manifest, limits)
     varying = [value for value in component.inputs if any(axis in phases[0] for axis in value.shape)]
     return [{value.name: _ranged(value.shape, phase, limits) for value in varying} for phase in phases if varying]
+
+
+def _longest(pipeline: Pipeline, layout: PromptLayout) -> int:
+    """Tokens of the longest prompt of a layout: all places, the largest number of tokens, and room for its text."""
+    places, length = pipeline.sampling.count, _TEXT_TOKENS
+    for name in stages_of(layout.pieces):
+        length += pipeline.units(name, places) * max(pipeline.token_counts(name))
+    for piece in layout.pieces:
+        if isinstance(piece, EachOf):
+            # A token has at least one byte.
+            text = f"{piece.before}{piece.after}{piece.separator}".encode()
+            length += pipeline.units(piece.stage, places) * len(text)
+        elif isinstance(piece, Text):
+            length += piece.text.count("{times}") * places * _TIME_TOKENS
+    return length
+
+
+def _stage_profiles(stage: Stage, component: Component, manifest: Manifest, limits: Limits) -> list[Profile]:
+    """The profile of a stage: from one unit to all units of the longest clip, with each number of tokens."""
+    pipeline, profile = manifest.pipeline, Profile()
+    slots = max(1, pipeline.units(stage.name, pipeline.sampling.count))
+    specs = {spec.name: spec for spec in component.inputs}
+    for value in stage.inputs:
+        shape = specs[value.name].shape
+        if all(isinstance(axis, int) for axis in shape):
+            continue
+        frames = max(1, pipeline.units(value.source, pipeline.sampling.count))
+        phase: dict[str, Range] = {"frames": (1, frames, frames), "slots": (1, slots, slots)}
+        if "tokens" in shape:
+            counts = pipeline.token_counts(value.source)
+            phase["tokens"] = (min(counts), counts[0], max(counts))
+        profile[value.name] = _ranged(shape, phase, limits)
+    return [profile] if profile else []
 
 
 def _ranged(

@@ -127,8 +127,9 @@ def test_captions_of_several(bundle: Path, folder: Path, command: Command, fault
     assert result.err.splitlines() == [f"intertitle: {name}: {FAILED[name]}" for name in ("crash.mp4", "bug.mp4")]
 
 
-def test_a_time_limit(bundle: Path, folder: Path, command: Command):
-    result = command("batch", bundle, "first.mp4", "-o", "out.jsonl", "--item-timeout", 0.001, *SHORT)
+@pytest.mark.parametrize("name", ["batch", "pairs"])
+def test_a_time_limit(name: str, bundle: Path, folder: Path, command: Command):
+    result = command(name, bundle, "first.mp4", "-o", "out.jsonl", "--item-timeout", 0.001, *SHORT)
     assert result.code == 1
     assert records("out.jsonl")["first.mp4"]["error"]["reason"] == "first.mp4: reading it took more than 0.001 s"
 
@@ -196,6 +197,11 @@ def test_records_say_what_was_asked_and_how(bundle: Path, folder: Path, command:
         assert decoding["temperature"] == generation["temperature"]
     # What was given is beside it, as before.
     assert record["settings"].keys() == {"bundle", "strategy", "seed", "max_new_tokens"}
+    seen = ("--no-audio", "--visual-tokens", "50%", "--duplicates", 2)
+    command("batch", bundle, "first.mp4", "-o", "seen.jsonl", *seen, *SHORT)
+    settings = records("seen.jsonl")["first.mp4"]["settings"]
+    assert settings.pop("bundle")
+    assert settings == {"audio": False, "visual_tokens": "50%", "duplicates": 2.0, "max_new_tokens": 4}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")

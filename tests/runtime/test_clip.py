@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -183,3 +184,74 @@ def test_a_video_that_stands_still(clips: Any) -> None:
     np.testing.assert_array_equal(clip.frames, [pictures[0], pictures[59]])
     assert clip.order.tolist() == [0] * 4 + [1] * 4  # type: ignore[union-attr]
     assert "6 near-duplicate frames were replaced by the one before" in clip.notes
+
+
+# What a prompt may say of time
+
+TIMED = pipeline("rate", fps=1.0)
+
+
+def test_times_of_a_video_are_those_of_its_frames(clips: Any) -> None:
+    path = clips.encode("seconds.mp4", 125)
+    clip = read(path, TIMED)
+    assert clip.timing is not None
+    assert clip.timing.seconds == pytest.approx(5.0)
+    assert clip.timing.times.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    # A span is a clip of its own: its times begin at 0.
+    part = read(path, TIMED, start=2.0, end=4.0)
+    assert part.timing is not None
+    assert (part.timing.seconds, part.timing.times.tolist()) == (pytest.approx(2.0), [0.0, 1.0])
+    assert part.start == 2.0
+    every = read(path, pipeline("rate", fps=1.0, forced=True))
+    assert every.timing is not None
+    np.testing.assert_allclose(every.timing.times, np.linspace(0, 124, 8).astype(int) / 25)
+
+
+def test_nothing_is_known_of_the_times_of_images(tmp_path: Path) -> None:
+    import cv2
+
+    assert cv2.imwrite(str(tmp_path / "a.png"), np.zeros((30, 40, 3), np.uint8))
+    assert read(tmp_path / "a.png", TIMED).timing is None
+    assert array_clip(levels(1, 2, 3), None, None, TIMED).timing is None
+
+
+def test_places_that_show_nothing_new_take_their_times_along() -> None:
+    frames = levels(10, 10, 60, 60)
+    clip = array_clip(frames, None, None, TIMED, frame_times=[0, 1, 2.5, 3], seconds=4, duplicates=2.0)
+    assert clip.timing is not None
+    assert (clip.timing.times.tolist(), clip.timing.seconds, clip.seconds) == ([0.0, 2.5], 4.0, 4.0)
+
+
+def test_frames_with_times_are_already_sampled() -> None:
+    frames = levels(*range(11))
+    assert len(array_clip(frames, None, None, TIMED).order) == 8
+    clip = array_clip(frames, None, None, TIMED, frame_times=np.arange(11))
+    assert clip.order.tolist() == list(range(11))
+    assert clip.timing is not None
+    assert clip.timing.seconds == 10.0
+    # Where stages join frames, their number is the pipeline's.
+    with pytest.raises(OptionError, match="11 frames, this captioner looks at 8"):
+        array_clip(frames, None, None, SPEC, frame_times=np.arange(11))
+
+
+@pytest.mark.parametrize(
+    ("times", "seconds", "message"),
+    [
+        ([0, 1], None, "one number for each of the 3 frames"),
+        ([0, 2, 1], None, "ascending"),
+        ([-1, 0, 1], None, "from 0 on"),
+        ([0, 1, float("nan")], None, "from 0 on"),
+        (["a", "b", "c"], None, "seconds of each frame"),
+        ([0, 1, 5], 4, "the clip lasts 4 s"),
+        ([0, 1, 2], -1, "seconds must be"),
+        ([0, 1, 2], float("inf"), "seconds must be"),
+    ],
+)
+def test_times_that_cannot_be(times: list[Any], seconds: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        array_clip(levels(1, 2, 3), None, None, TIMED, frame_times=times, seconds=seconds)
+
+
+def test_times_without_frames() -> None:
+    with pytest.raises(OptionError, match="needs frames="):
+        array_clip(None, np.zeros(10, np.float32), 16000, SPEC, frame_times=[0])

@@ -8,6 +8,7 @@ from typing import Any
 
 import intertitle
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,6 +81,9 @@ def test_how_many_tokens_a_budget_keeps():
         ({"start": 3.0, "end": 3.0}, "ends after it starts"),
         ({"duplicates": -1.0}, "0 to 255"),
         ({"duplicates": float("nan")}, "0 to 255"),
+        ({"start": "1"}, "start is a number, not '1'"),
+        ({"duplicates": True}, "duplicates is a number, not True"),
+        ({"audio": "no"}, "audio is True or False, not 'no'"),
         ({"visual_tokens": 0.5}, r"is Share\(0.5\) for half of them or Count\(256\) for 256, not 0.5"),
         ({"visual_tokens": 1}, "not 1$"),
         ({"visual_tokens": "50%"}, "not '50%'$"),
@@ -96,7 +100,7 @@ def test_a_viewing_is_a_record():
     with pytest.raises(FrozenInstanceError):
         viewing.audio = True  # type: ignore[misc]
     for budget in (Share(0.5), Count(3), None):
-        sent = msgspec.msgpack.encode(Viewing(visual_tokens=budget))
+        sent = msgspec.msgpack.encode(Viewing(start=np.int64(3), visual_tokens=budget))  # type: ignore[arg-type]
         assert msgspec.msgpack.decode(sent, type=Viewing).visual_tokens == budget
 
 
@@ -132,8 +136,12 @@ def test_one_viewing_for_captions_and_batches(compiled, expected, tmp_path):
     assert found[1].caption is not None
     assert (found[1].caption.start, found[1].caption.seconds) == (0.5, 2.5)
     assert "ends after it starts" in str(found[2].error)
-    frames, times = expected("av-qwen2")["frames_uint8"], [0.0, 0.5, 1.0]
-    clip = captioner.read(frames=frames[:3], frame_times=times, seconds=1.5)
-    assert (clip.seconds, clip.order.tolist()) == (1.5, [0, 1, 2])
-    with pytest.raises(OptionError, match="are for arrays, not for files"):
+    frames, times = expected("av-qwen2")["frames_uint8"], np.arange(8) / 2
+    clip = captioner.read(frames=frames, frame_times=times, seconds=4.0)
+    assert clip.timing is not None
+    assert (clip.seconds, clip.timing.seconds, clip.timing.times.tolist()) == (4.0, 4.0, times.tolist())
+    said = captioner.caption(frames=frames, frame_times=times, seconds=4.0, decoding=how)
+    assert said.seconds == 4.0
+    assert said.token_ids == captioner.caption(frames=frames, decoding=how).token_ids
+    with pytest.raises(OptionError, match="are for arrays: a file says them itself"):
         captioner.read(path, seconds=1.5)

@@ -22,7 +22,7 @@ from intertitle.align.preference import (
     scene_items,
 )
 from intertitle.errors import MediaError, OptionError
-from intertitle.runtime.batch import Entry, Settings
+from intertitle.runtime.batch import Entry, Settings, read_inputs
 
 
 class Texts:
@@ -147,6 +147,24 @@ def test_files_that_change_or_are_missing(tmp_path: Path):
     assert (tally.captioned, tally.failures) == (2, 0)
     assert len(lines(path)) == 2
     assert len(list(read_pairs(path))) == 2
+
+
+def test_lines_of_a_manifest(tmp_path: Path):
+    """Their columns go into the records; a line that is mended takes the place of its failure."""
+    (tmp_path / "a.mp4").write_bytes(b"a")
+    (tmp_path / "b.mp4").write_bytes(b"b")
+    manifest, path = tmp_path / "list.jsonl", tmp_path / "pairs.jsonl"
+    manifest.write_text('{"file": "a.mp4", "id": "x", "scene": 7, "prompt": "What?", "start": 1}\nnonsense\n')
+    tally = run(path, read_inputs([manifest]))
+    assert (tally.captioned, tally.failed, tally.finished) == (1, 1, 2)
+    assert tally.reasons[0].startswith(f"{manifest}: line 2: ")
+    found = lines(path)
+    assert (found[0]["key"], found[0]["meta"], found[0]["prompt"], found[0]["start"]) == ("x", {"scene": 7}, "What?", 1)
+    assert (found[1]["source"], found[1]["line"]) == (str(manifest), 2)
+    manifest.write_text('{"file": "a.mp4", "id": "x", "prompt": "What?", "start": 1}\n{"file": "b.mp4"}\n')
+    tally = run(path, read_inputs([manifest]))
+    assert (tally.already, tally.captioned, tally.failures) == (1, 1, 0)
+    assert [Path(one["source"]).name for one in lines(path)] == ["a.mp4", "b.mp4"]
 
 
 def test_a_judge_that_fails_for_some(tmp_path: Path, server):
