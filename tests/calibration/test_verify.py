@@ -180,7 +180,6 @@ def test_int4_in_every_mode(check, compiled, wav):
 
 
 BROKEN = [
-    ("component", "stage"),
     ("vision", "vision"),
     ("frame_connector", "frame connector"),
     ("connector", "connector"),
