@@ -178,19 +178,28 @@ def test_int4_in_every_mode(check, compiled, wav):
 # --- broken bundles
 
 
+BROKEN = [
+    ("vision", "vision"),
+    ("frame_connector", "frame_connector"),
+    ("connector", "connector"),
+    ("audio", "audio"),
+    ("decoder", "prefill logits"),
+    ("embedding", "embeddings"),
+]
+
+
 @pytest.mark.parametrize(
-    ("component", "stage"),
-    [
-        ("vision", "vision"),
-        ("frame_connector", "frame_connector"),
-        ("connector", "connector"),
-        ("audio", "audio"),
-        ("decoder", "prefill logits"),
-        ("embedding", "embeddings"),
+    ("variant", "component", "stage"),
+    [("av-qwen2", *each) for each in BROKEN]
+    + [
+        (variant, *each)
+        for variant in ("llava-video", "llava-next-video")
+        for each in BROKEN
+        if each[0] not in ("frame_connector", "audio")
     ],
 )
-def test_the_component_with_wrong_weights_is_named(component, stage, check, compiled, tmp_path):
-    bundle = shutil.copytree(compiled("av-qwen2"), tmp_path / "broken")
+def test_the_component_with_wrong_weights_is_named(variant, component, stage, check, compiled, tmp_path):
+    bundle = shutil.copytree(compiled(variant), tmp_path / "broken")
     if component == "embedding":
         record = json.loads((bundle / "bundle.json").read_text())["embedding"]
         assert record["dtype"] == "float32"
@@ -203,7 +212,7 @@ def test_the_component_with_wrong_weights_is_named(component, stage, check, comp
         largest = max((name for name in weights if weights[name].ndim > 1), key=lambda name: weights[name].size)
         weights[largest][..., ::2] *= 1.01
         weights[largest].flush()
-    report = check("av-qwen2", seal(bundle))
+    report = check(variant, seal(bundle))
     assert (report.verdict, report.first_divergent) == ("FAIL", component)
     failed = [result.stage for result in report.clips[0].stages if result.verdict == "FAIL"]
     # Each stage has the reference's input: a wrong component fails alone (a wrong table also looks up wrong tokens).
