@@ -100,20 +100,21 @@ def decoder_body(d: DecoderConfig, std: float, root: str = "model") -> Iterator[
         yield from layer(f"{at}.self_attn.o_proj", d.hidden_size, d.num_heads * d.head_dim, std=std, bias=False)
         yield from norm(f"{at}.post_attention_layernorm", d.hidden_size, bias=False)
         if d.num_experts:
-            sparse = f"{at}.block_sparse_moe"
-            yield from layer(f"{sparse}.gate", d.num_experts, d.hidden_size, std=std, bias=False)
-            for expert in range(d.num_experts):
-                yield from _swiglu(f"{sparse}.experts.{expert}.", ("w1", "w3", "w2"), d, std)
-        else:
-            yield from _swiglu(f"{at}.mlp.", ("gate_proj", "up_proj", "down_proj"), d, std)
+            # As spread as its input: a token prefers some experts over others.
+            yield from layer(f"{at}.block_sparse_moe.gate", d.num_experts, d.hidden_size, bias=False)
+        for mlp_names in _mlp_names(at, d.num_experts):
+            for name in mlp_names[:2]:
+                yield from layer(name, d.intermediate_size, d.hidden_size, std=std, bias=False)
+            yield from layer(mlp_names[2], d.hidden_size, d.intermediate_size, std=std, bias=False)
     yield from norm(f"{root}.norm", d.hidden_size, bias=False)
 
 
-def _swiglu(at: str, names: tuple[str, str, str], d: DecoderConfig, std: float) -> Iterator[RandomTensor]:
-    gate, up, down = names
-    for name in (gate, up):
-        yield from layer(f"{at}{name}", d.intermediate_size, d.hidden_size, std=std, bias=False)
-    yield from layer(f"{at}{down}", d.hidden_size, d.intermediate_size, std=std, bias=False)
+def _mlp_names(at: str, experts: int) -> list[tuple[str, str, str]]:
+    """The names of gate, up and down of the layer at ``at``: of its MLP, or of each of its experts."""
+    if not experts:
+        return [(f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj", f"{at}.mlp.down_proj")]
+    roots = (f"{at}.block_sparse_moe.experts.{number}" for number in range(experts))
+    return [(f"{root}.w1", f"{root}.w3", f"{root}.w2") for root in roots]
 
 
 def decoder_head(d: DecoderConfig, std: float, name: str = "lm_head") -> Iterator[RandomTensor]:

@@ -232,6 +232,26 @@ def _qwen2(
     )
 
 
+def _mixtral(
+    hidden: int, intermediate: int, layers: int, heads: int, kv: int, vocab: int, experts: int
+) -> DecoderConfig:
+    dim = hidden // heads
+    return DecoderConfig(
+        hidden,
+        intermediate,
+        layers,
+        heads,
+        kv,
+        dim,
+        vocab,
+        1e-5,
+        1e6,
+        32768,
+        num_experts=experts,
+        experts_per_token=2,
+    )
+
+
 _CLIP_LARGE = VisionConfig("clip", 1024, 4096, 24, 16, 336, 14, 1e-5, "quick_gelu")
 _CLIP_NAME = "openai/clip-vit-large-patch14-336"
 
@@ -274,14 +294,25 @@ SIZES = {
         model_type="videollama2_mistral",
         connector="stc_connector",
     ),
-    # VideoLLaMA2-8x7B: Mixtral. 95 GB.
+    # VideoLLaMA2-8x7B. 95 GB.
     "videollama2-8x7b": Videollama2Size(
-        decoder=DecoderConfig(4096, 14336, 32, 32, 8, 128, 32000, 1e-5, 1e6, 32768, num_experts=8, experts_per_token=2),
+        decoder=_mixtral(4096, 14336, 32, 32, 8, 32000, 8),
         vision=_CLIP_LARGE,
         vision_tower=_CLIP_NAME,
         num_frames=8,
         model_type="videollama2_mixtral",
         connector="stc_connector",
+    ),
+    # Its layers in a few MB.
+    "videollama2-moe-tiny": Videollama2Size(
+        decoder=_mixtral(128, 192, 3, 4, 2, 320, 4),
+        vision=VisionConfig("clip", 64, 128, 3, 4, 56, 14, 1e-5, "quick_gelu"),
+        vision_tower="tiny-clip",
+        num_frames=8,
+        model_type="videollama2_mixtral",
+        connector="stc_connector",
+        std=0.1,
+        shard_bytes=2_000_000,
     ),
     # VideoLLaMA2-72B: Qwen2-72B behind the tower and the connector of the other 2.0 models. 152 GB.
     "videollama2-72b": Videollama2Size(

@@ -52,6 +52,8 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         "clip-mixtral",
         "auroracap",
         "auroracap-keep",
+        "llava-video",
+        "llava-next-video",
     ],
 )
 def test_every_component_builds(variant, compiled, library):
