@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from intertitle.contract.targets import get_target
 from intertitle.export.components import captioner_parts, component_graph
 from intertitle.export.graph_writer import payload_size
-from intertitle.export.targets import get_target
 from intertitle.models import CaptionerCheckpoint, open_checkpoint
 from intertitle.models.random_checkpoint import SIZES, write_checkpoint
 from intertitle.models.stages import measured
