@@ -9,8 +9,8 @@ the same sampled frames and sound and use the bundle's tokenizer.
 
 from __future__ import annotations
 
-import os
 import math
+import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
