@@ -20,6 +20,7 @@ FOLDERS = (
     "auroracap",
     "llava_video",
     "llava_next_video",
+    "internvl2",
 )
 
 

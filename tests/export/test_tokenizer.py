@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -272,7 +273,7 @@ def slow_and_ours(
     return read
 
 
-SLOW = ["prefix", "no-prefix", "renamed"]
+SLOW = ["internvl2", "prefix", "no-prefix", "renamed"]
 
 
 @pytest.mark.parametrize("name", SLOW)
@@ -320,6 +321,15 @@ def test_a_piece_that_text_becomes_is_not_renamed(tmp_path: Path, sentencepiece_
     word = SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).piece_to_id("▁the")
     dump(folder / "added_tokens.json", {"<|im_end|>": word})
     assert f"'<|im_end|>' is declared with id {word}, which is '▁the'" in refused(folder)
+
+
+def test_internvl2_prompt_from_the_sentencepiece_model_alone() -> None:
+    """A release has no tokenizer.json."""
+    with np.load(FIXTURES / "internvl2" / "expected.npz") as numbers:
+        prompt, ids, tokens = str(numbers["prompt"]), numbers["prompt_ids"], numbers["shuffled_features"].shape[1]
+    ours = collect_tokenizer(FIXTURES / "internvl2")
+    text = prompt.replace("<image>", f"<img>{'<IMG_CONTEXT>' * tokens}</img>")
+    assert [1, *ours.encode(text, add_special_tokens=False).ids] == ids.tolist()
 
 
 def test_sentencepiece_with_added_tokens(tmp_path: Path, sentencepiece_model: Callable[..., Path]) -> None:
