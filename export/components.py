@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..calibration.recipe import component_rules
+from ..contract.formats import Rule
 from ..contract.pipeline import EachUnit, OneSound, Pipeline, Stage, WholeClip, Window
 from ..models import CaptionerCheckpoint
 from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
 from ..models.stages import build_on_meta, meta_values
-from .dialects.forms import DIALECTS, Rules
-from .targets import Target
+from .dialects.forms import DIALECTS, Replacements, form_of
+from .dialects.layers import Stored, stored_layers
+from .targets import Target, matmul_dtype
 from .trace import Signature, TracedGraph, trace
 
 
@@ -23,15 +26,15 @@ from .trace import Signature, TracedGraph, trace
 class ComponentGraph:
     """One traced component: its graph, the format of its weights and the number of its parameters.
 
-    The entries of ``traced.weights`` are those of the state dict of the checkpoint's component ``name``, where a layer
-    that was lowered to int4 has codes and scales in place of ``weight`` (``qweight`` and ``scales`` in the ``ort``
-    dialect, ``codes`` and ``factors`` in the ``standard`` one).
+    The entries of ``traced.weights`` are those of the state dict of the checkpoint's component ``name``, where a
+    quantized layer has the tensors of its layout in place of ``weight``. ``stored`` has the quantized layers by name.
     """
 
     name: str
     traced: TracedGraph
     weights: str
     parameters: int
+    stored: Mapping[str, Stored]
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Part:
 
 
 class _DecoderGraph(nn.Module):
-    """The decoder with its cache as flat graph inputs and outputs."""
+    """The decoder with its cache as flat graph inputs and outputs. Positions are places in the row."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
@@ -57,9 +60,38 @@ class _DecoderGraph(nn.Module):
     def forward(
         self, inputs_embeds: Tensor, lengths: Tensor, total_length: Tensor, logits_index: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, ...]:
+        return self._run(inputs_embeds, lengths, total_length, logits_index, past, None)
+
+    def _run(
+        self,
+        inputs_embeds: Tensor,
+        lengths: Tensor,
+        total_length: Tensor,
+        logits_index: Tensor,
+        past: list[Tensor],
+        position_ids: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         pairs = list(zip(past[0::2], past[1::2], strict=True))
-        logits, present = self.decoder(inputs_embeds, lengths, total_length, logits_index, pairs)
+        logits, present = self.decoder(inputs_embeds, lengths, total_length, logits_index, pairs, position_ids)
         return (logits, *(tensor for pair in present for tensor in pair))
+
+
+class _PositionedDecoderGraph(_DecoderGraph):
+    """The same with positions as one more input."""
+
+    def forward(  # type: ignore[override]
+        self,
+        inputs_embeds: Tensor,
+        lengths: Tensor,
+        total_length: Tensor,
+        logits_index: Tensor,
+        position_ids: Tensor,
+        past: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        return self._run(inputs_embeds, lengths, total_length, logits_index, past, position_ids)
+
+
+_DECODER_GRAPHS = {"sequential": _DecoderGraph, "explicit": _PositionedDecoderGraph}
 
 
 #: How the units of a stage lie in front of each of its inputs: the name of the leading axis (``None``: it is 1), and
@@ -101,16 +133,18 @@ def varies(pipeline: Pipeline, source: str) -> bool:
 def decoder_signature(config: DecoderConfig, cache_dtype: torch.dtype = torch.float32) -> Signature:
     """New tokens and the static cache in; logits of the asked positions and the cache out (see ``Decoder``).
 
-    Embeddings and logits are float32, the cache is ``cache_dtype``.
+    Embeddings and logits are float32, the cache is ``cache_dtype``. Explicit positions are one more input.
     """
     # Example sizes differ from each other and from 0 and 1, which torch.export would take for constants.
     rows, length, max_length, asked = 2, 5, 16, 3
     cache = (rows, config.num_kv_heads, max_length, config.head_dim)
+    given = ("position_ids",) if config.positions == "explicit" else ()
     arguments = (
         torch.zeros(rows, length, config.hidden_size),
         torch.zeros(rows, dtype=torch.int32),
         torch.zeros((), dtype=torch.int32),
         torch.zeros(rows, asked, dtype=torch.int64),
+        *(torch.zeros(rows, length, dtype=torch.int64) for _ in given),
         [torch.zeros(cache, dtype=cache_dtype) for _ in range(2 * config.num_layers)],
     )
     axes = (
@@ -118,13 +152,14 @@ def decoder_signature(config: DecoderConfig, cache_dtype: torch.dtype = torch.fl
         {0: "rows"},
         {},
         {0: "rows", 1: "asked"},
+        *({0: "rows", 1: "length"} for _ in given),
         [{0: "rows", 2: "max_length"}] * (2 * config.num_layers),
     )
     parts = [f"{layer}.{part}" for layer in range(config.num_layers) for part in ("key", "value")]
     return Signature(
         arguments,
         axes,
-        ("inputs_embeds", "lengths", "total_length", "logits_index", *(f"past.{part}" for part in parts)),
+        ("inputs_embeds", "lengths", "total_length", "logits_index", *given, *(f"past.{part}" for part in parts)),
         ("logits", *(f"present.{part}" for part in parts)),
     )
 
@@ -148,37 +183,47 @@ def captioner_parts(
     yield Part("decoder", source.module("decoder"), decoder_signature(config.decoder, cache_dtype))
 
 
-def lower(module: nn.Module, rules: Rules) -> nn.Module:
-    """Replace every submodule whose exact type has a rule, in place; returns the module."""
+def lower(module: nn.Module, replacements: Replacements) -> nn.Module:
+    """Replace every submodule whose exact type has a replacement, in place; returns the module."""
     for name, child in list(module.named_children()):
-        rule = rules.get(type(child))
-        if rule is not None:
-            setattr(module, name, rule(child))
+        replacement = replacements.get(type(child))
+        if replacement is not None:
+            setattr(module, name, replacement(child))
         else:
-            lower(child, rules)
+            lower(child, replacements)
     return module
 
 
-def component_graph(name: str, module: nn.Module, signature: Signature, target: Target, weights: str) -> ComponentGraph:
+def component_graph(
+    name: str,
+    module: nn.Module,
+    signature: Signature,
+    target: Target,
+    weights: str,
+    recipe: Sequence[Rule] | None = None,
+) -> ComponentGraph:
     """Lower a component (on the meta device) to the target's dialect and trace it.
 
-    ``weights`` is the format of its linear layers. The module is not usable afterwards.
+    ``weights`` is the format of the component. ``recipe``: the format of each linear layer, the component's default
+    when ``None``. The module is not usable afterwards.
     """
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    dialect, form = DIALECTS[target.dialect], target.form(weights)
-    lowered = lower(module, dialect.rules(form))
+    recipe = component_rules(name, module, target, weights) if recipe is None else recipe
+    dialect, form = DIALECTS[target.dialect], form_of(module, name, recipe, matmul_dtype(target, weights))
+    lowered = lower(module, dialect.replacements(form))
+    stored = stored_layers(lowered)
     is_decoder = isinstance(lowered, Decoder)
-    called = _DecoderGraph(lowered) if is_decoder else lowered
+    called = _DECODER_GRAPHS[lowered.config.positions](lowered) if isinstance(lowered, Decoder) else lowered
     traced = trace(called, signature, dialect.attention(form.dtype), dialect.opset)
     dialect.finish(traced, form, is_decoder)
     _drop_unused_inputs(traced)
     if not is_decoder:
-        return ComponentGraph(name, traced, weights, parameters)
+        return ComponentGraph(name, traced, weights, parameters, stored)
     entries = {
         initializer: replace(weight, entry=weight.entry.removeprefix("decoder."))
         for initializer, weight in traced.weights.items()
     }
-    return ComponentGraph(name, TracedGraph(traced.model, entries), weights, parameters)
+    return ComponentGraph(name, TracedGraph(traced.model, entries), weights, parameters, stored)
 
 
 def _drop_unused_inputs(graph: TracedGraph) -> None:

@@ -16,13 +16,11 @@ from torch.onnx import ops
 
 from ...models.attention import CacheState
 from ...models.decoder import MLP, SelfAttention
-from .ort import OPSET
+from .layers import Matmuls
+from .ort import OPSET, grouped_attention
 
 #: The parts of each fused layer, in the order of their rows.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-#: Makes the matmul of the dialect from a linear layer.
-Product = Callable[[nn.Linear], nn.Module]
 
 
 def read_fused(tensor: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
@@ -38,44 +36,33 @@ def read_fused(tensor: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
     return read
 
 
-def _joined(*layers: nn.Linear) -> nn.Linear:
-    """A linear layer of the joint size on the meta device; its weights are read later, by name."""
-    outputs = sum(layer.out_features for layer in layers)
-    return nn.Linear(layers[0].in_features, outputs, bias=layers[0].bias is not None, device="meta")
-
-
 class FusedSelfAttention(nn.Module):
     """``models.decoder.SelfAttention`` with one matmul for query, key and value. The kernel takes them packed."""
 
-    def __init__(self, original: SelfAttention, product: Product, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, original: SelfAttention, matmuls: Matmuls, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = original.num_heads, original.num_kv_heads
-        self.qkv_proj = product(_joined(original.q_proj, original.k_proj, original.v_proj))
-        self.o_proj = product(original.o_proj)
+        self.qkv_proj = matmuls(original.q_proj, original.k_proj, original.v_proj)
+        self.o_proj = matmuls(original.o_proj)
         self.width, self.dtype = original.q_proj.out_features, dtype
 
     def forward(
         self, x: Tensor, past_key: Tensor, past_value: Tensor, state: CacheState
     ) -> tuple[Tensor, Tensor, Tensor]:
-        packed, cos, sin = (x.to(self.dtype) for x in (self.qkv_proj(x), state.cos, state.sin))
-        out, present_key, present_value = ops.symbolic_multi_out(
-            "com.microsoft::GroupQueryAttention",
-            (packed, None, None, past_key, past_value, state.lengths, state.total_length, cos, sin),
-            attrs={"num_heads": self.num_heads, "kv_num_heads": self.num_kv_heads, "do_rotary": 1},
-            dtypes=(self.dtype, past_key.dtype, past_value.dtype),
-            shapes=((*x.shape[:-1], self.width), past_key.shape, past_value.shape),
-            version=1,
+        packed, shape = self.qkv_proj(x).to(self.dtype), (*x.shape[:-1], self.width)
+        out, present_key, present_value = grouped_attention(
+            [packed], past_key, past_value, state, self.num_heads, self.num_kv_heads, shape
         )
-        return self.o_proj(out.float()), present_key, present_value
+        return self.o_proj(out), present_key, present_value
 
 
 class FusedMLP(nn.Module):
     """``models.decoder.MLP`` with one matmul for gate and up."""
 
-    def __init__(self, original: MLP, product: Product) -> None:
+    def __init__(self, original: MLP, matmuls: Matmuls) -> None:
         super().__init__()
-        self.gate_up_proj = product(_joined(original.gate_proj, original.up_proj))
-        self.down_proj = product(original.down_proj)
+        self.gate_up_proj = matmuls(original.gate_proj, original.up_proj)
+        self.down_proj = matmuls(original.down_proj)
         self.width = original.gate_proj.out_features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,10 +88,10 @@ class HalfMLP(nn.Module):
     cast. The gate is rounded once more. No value exceeds float16 that the next matmul could have taken.
     """
 
-    def __init__(self, original: MLP, product: Product) -> None:
+    def __init__(self, original: MLP, matmuls: Matmuls) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj = product(original.gate_proj), product(original.up_proj)
-        self.down_proj = product(original.down_proj)
+        self.gate_proj, self.up_proj = matmuls(original.gate_proj), matmuls(original.up_proj)
+        self.down_proj = matmuls(original.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x).half(), self.up_proj(x).half()

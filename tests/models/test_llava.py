@@ -16,6 +16,7 @@ from intertitle.models.config import ConnectorConfig
 from intertitle.models.families import find_family
 from intertitle.models.llava_video import prompt
 from intertitle.models.pooling import Pool, PoolConfig
+from intertitle.models.random_checkpoint import write_checkpoint
 from intertitle.models.stages import measured, run_stages
 from torch import Tensor
 
@@ -363,3 +364,16 @@ def test_llava_next_video_refuses_by_name(changes, message, copied):
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(copy.path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["llava-video", "llava-next-video"])
+def test_random_checkpoints_have_the_fixture_s_tensors(name, opened, tmp_path):
+    path = write_checkpoint(tmp_path / name, f"{name}-tiny")
+    assert set(Checkpoint.open(path).tensors) == set(opened(name).checkpoint.tensors)
+    checkpoint = open_checkpoint(path)
+    config, size = checkpoint.config, checkpoint.config.image.output_size
+    tokens = encoded(checkpoint, np.random.default_rng(0).standard_normal((2, 3, size, size), np.float32))["connector"]
+    assert 0.1 < tokens.std() < 10
+    own = json.loads((path / "config.json").read_text())
+    rows = own.get("vocab_size") or own["text_config"]["vocab_size"]
+    assert (config.decoder.vocab_size < rows) == (name == "llava-video")
