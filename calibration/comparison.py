@@ -10,6 +10,7 @@ import numpy as np
 from ..contract.formats import FORMATS
 from ..contract.manifest import Manifest
 from ..contract.pipeline import Pipeline
+from ..contract.targets import get_target
 from ..runtime.inference import FloatArray
 from .reference import GreedyCaption, repetition_penalty
 
@@ -45,7 +46,7 @@ def tolerance(stage: str, manifest: Manifest) -> float:
     component = manifest.components.get(_BEHIND.get(kind, kind))
     if component is None:
         return TOLERANCE[kind]
-    if manifest.cache_dtype == "float16":
+    if get_target(manifest.target).matmul_type(component.weights) == "float16":
         return HALF
     return FORMATS[component.weights].tolerance or FLOAT32
 
