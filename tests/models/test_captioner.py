@@ -147,6 +147,7 @@ def test_components_on_meta_and_on_disk_agree(name, opened):
     checkpoint = opened(name)
     wanted = {
         "clip-mistral": ("vision", "frame_connector", "connector", "decoder"),
+        "clip-mixtral": ("vision", "frame_connector", "connector", "decoder"),
         "av-qwen2": ("vision", "frame_connector", "connector", "audio", "decoder"),
         "auroracap": ("vision", "connector", "decoder"),
     }
