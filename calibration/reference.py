@@ -124,7 +124,10 @@ class Reference:
 
 
 class TorchInference(FullLogits):
-    """``runtime.inference.Inference`` over the reference decoder."""
+    """``runtime.inference.Inference`` over the reference decoder.
+
+    It keeps the positions of each row as a list, so that the bookkeeping of the runtime is compared with another one.
+    """
 
     def __init__(
         self,
@@ -135,7 +138,7 @@ class TorchInference(FullLogits):
     ) -> None:
         self._decoder, self._embed = decoder, embed
         self._rows, self._max_length = rows, max_length
-        self._filled = np.zeros(rows, np.int64)
+        self._positions: list[list[int]] = [[] for _ in range(rows)]
         self._cache = decoder.empty_cache(rows, max_length)
 
     @property
@@ -147,18 +150,22 @@ class TorchInference(FullLogits):
         return self._max_length
 
     def prefill(
-        self, row: int, embeds: FloatArray, num_logits: int = 1, progress: Callable[[int], None] | None = None
+        self,
+        row: int,
+        embeds: FloatArray,
+        num_logits: int = 1,
+        progress: Callable[[int], None] | None = None,
+        positions: npt.NDArray[np.int64] | None = None,
     ) -> FloatArray:
         length = len(embeds)
         if not 1 <= num_logits <= length:
             raise ValueError(f"num_logits is {num_logits} for {length} new tokens")
         self._check_room(row, length)
-        self._filled[row] += length
+        self._append(row, length, positions)
         rows = slice(row, row + 1)
         asked = torch.arange(length - num_logits, length).unsqueeze(0)
         embedded = torch.from_numpy(embeds).unsqueeze(0)
-        logits, present = self._run(embedded, self._filled[rows], asked, self._slices(rows))
-        self._store(rows, present)
+        logits = self._run(embedded, rows, asked)
         if progress is not None:
             progress(length)
         return logits[0].numpy()
@@ -167,44 +174,49 @@ class TorchInference(FullLogits):
         count = len(token_ids)
         for row in range(count):
             self._check_room(row, 1)
-        self._filled[:count] += 1
+        for row in range(count):
+            self._append(row, 1)
         embeds = torch.from_numpy(self._embed(token_ids)).unsqueeze(1)
         asked = torch.zeros((count, 1), dtype=torch.int64)
-        logits, present = self._run(embeds, self._filled[:count], asked, self._slices(slice(0, count)))
-        self._store(slice(0, count), present)
-        return logits[:, 0].numpy()
+        return self._run(embeds, slice(0, count), asked)[:, 0].numpy()
 
     def rearrange(self, sources: Mapping[int, int], start: int = 0, stop: int | None = None) -> None:
         targets, origins = list(sources), list(sources.values())
         for pair in self._cache:
             for buffer in pair:
                 buffer[targets, :, start:] = buffer[origins, :, start:]
-        filled = self._filled[origins]
-        self._filled[targets] = filled if stop is None else np.minimum(filled, stop)
+        copied = [self._positions[origin][:stop] for origin in origins]
+        for target, positions in zip(targets, copied, strict=True):
+            self._positions[target] = positions
 
     def truncate(self, row: int, length: int) -> None:
-        if not 0 <= length <= self._filled[row]:
-            raise ValueError(f"row {row} holds {self._filled[row]} tokens, cannot keep {length}")
-        self._filled[row] = length
+        if not 0 <= length <= len(self._positions[row]):
+            raise ValueError(f"row {row} holds {len(self._positions[row])} tokens, cannot keep {length}")
+        self._positions[row] = self._positions[row][:length]
+
+    def _append(self, row: int, count: int, given: npt.NDArray[np.int64] | None = None) -> None:
+        held = self._positions[row]
+        first = max(held, default=-1) + 1
+        self._positions[row] = held + (list(range(first, first + count)) if given is None else given.tolist())
 
     def _check_room(self, row: int, count: int) -> None:
-        if self._filled[row] + count > self._max_length:
+        if len(self._positions[row]) + count > self._max_length:
             raise OptionError(f"the cache holds {self._max_length} tokens a row; row {row} cannot take {count} more")
 
-    def _slices(self, rows: slice) -> list[tuple[Tensor, Tensor]]:
-        return [(key[rows], value[rows]) for key, value in self._cache]
-
-    def _store(self, rows: slice, present: list[tuple[Tensor, Tensor]]) -> None:
+    def _run(self, embeds: Tensor, rows: slice, asked: Tensor) -> Tensor:
+        """Run the newest tokens of some rows; logits ``[rows, asked, V]``."""
+        held, length = self._positions[rows], embeds.shape[1]
+        lengths = torch.tensor([len(each) - 1 for each in held], dtype=torch.int32)
+        total = torch.tensor(max(map(len, held)), dtype=torch.int32)
+        # A sequential decoder counts for itself.
+        explicit = self._decoder.config.positions == "explicit"
+        position_ids = torch.tensor([each[-length:] for each in held]) if explicit else None
+        past = [(key[rows], value[rows]) for key, value in self._cache]
+        with torch.no_grad():
+            logits, present = self._decoder(embeds, lengths, total, asked, past, position_ids)
         for (key, value), (new_key, new_value) in zip(self._cache, present, strict=True):
             key[rows], value[rows] = new_key, new_value
-
-    def _run(
-        self, embeds: Tensor, filled: npt.NDArray[np.int64], asked: Tensor, past: list[tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        lengths = torch.from_numpy(filled - 1).to(torch.int32)
-        total = torch.tensor(int(filled.max()), dtype=torch.int32)
-        with torch.no_grad():
-            return self._decoder(embeds, lengths, total, asked, past)
+        return logits
 
 
 def repetition_penalty(logits: FloatArray, seen: Sequence[int], penalty: float) -> FloatArray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -26,6 +26,14 @@ class TensorSpec(Record, frozen=True):
     shape: list[Positive | Name]
 
 
+Positions = Literal["sequential", "explicit"]
+"""How a decoder learns the positions of its tokens.
+
+``sequential``: a token's position is its place in the row; the graph takes no positions, so that a fused kernel may
+apply rotary embedding itself. ``explicit``: the graph has an input ``position_ids`` int64 ``[rows, length]``.
+"""
+
+
 class DecoderShape(Record, frozen=True, kw_only=True):
     """What the runtime needs to know of a decoder; ``context_length`` is the largest number of positions."""
 
@@ -35,6 +43,7 @@ class DecoderShape(Record, frozen=True, kw_only=True):
     vocab_size: Positive
     hidden_size: Positive
     context_length: Positive
+    positions: Positions = "sequential"
 
 
 class Generation(Record, frozen=True, kw_only=True):

@@ -82,7 +82,7 @@ def compile_bundle(
     report = progress or (lambda *_: None)
     report("reading the checkpoint", 0, 0)
     source, keeps = _open(Path(checkpoint), None if adapter is None else Path(adapter), visual_tokens)
-    record.check_heads(source.config.decoder.head_dim)
+    source = _positioned(source, record)
     tokenizer = collect_tokenizer(source.path).to_str().encode()
     pipeline = measured(source.config, keeps)
     graphs: list[ComponentGraph] = []
@@ -142,6 +142,16 @@ def _open(
     if source.config.merging is None:
         return source, ()
     return source, tuple(dict.fromkeys(float(ratio) for ratio in (DEFAULT_RATIOS if asked is None else asked)))
+
+
+def _positioned(source: CaptionerCheckpoint, target: Target) -> CaptionerCheckpoint:
+    """The checkpoint with a decoder that learns positions as the target needs it."""
+    decoder = source.config.decoder
+    positions = target.positions(decoder.positions, decoder.head_dim)
+    if positions == decoder.positions:
+        return source
+    config = replace(source.config, decoder=replace(decoder, positions=positions))
+    return CaptionerCheckpoint(source.checkpoint, config, source.adapter)
 
 
 def _selection(vocab_size: int, target: Target) -> ComponentGraph:

@@ -48,7 +48,7 @@ class Part:
 
 
 class _DecoderGraph(nn.Module):
-    """The decoder with its cache as flat graph inputs and outputs."""
+    """The decoder with its cache as flat graph inputs and outputs. Positions are places in the row."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
@@ -57,9 +57,38 @@ class _DecoderGraph(nn.Module):
     def forward(
         self, inputs_embeds: Tensor, lengths: Tensor, total_length: Tensor, logits_index: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, ...]:
+        return self._run(inputs_embeds, lengths, total_length, logits_index, past, None)
+
+    def _run(
+        self,
+        inputs_embeds: Tensor,
+        lengths: Tensor,
+        total_length: Tensor,
+        logits_index: Tensor,
+        past: list[Tensor],
+        position_ids: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         pairs = list(zip(past[0::2], past[1::2], strict=True))
-        logits, present = self.decoder(inputs_embeds, lengths, total_length, logits_index, pairs)
+        logits, present = self.decoder(inputs_embeds, lengths, total_length, logits_index, pairs, position_ids)
         return (logits, *(tensor for pair in present for tensor in pair))
+
+
+class _PositionedDecoderGraph(_DecoderGraph):
+    """The same with positions as one more input."""
+
+    def forward(  # type: ignore[override]
+        self,
+        inputs_embeds: Tensor,
+        lengths: Tensor,
+        total_length: Tensor,
+        logits_index: Tensor,
+        position_ids: Tensor,
+        past: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        return self._run(inputs_embeds, lengths, total_length, logits_index, past, position_ids)
+
+
+_DECODER_GRAPHS = {"sequential": _DecoderGraph, "explicit": _PositionedDecoderGraph}
 
 
 #: How the units of a stage lie in front of each of its inputs: the name of the leading axis (``None``: it is 1), and
@@ -101,16 +130,18 @@ def varies(pipeline: Pipeline, source: str) -> bool:
 def decoder_signature(config: DecoderConfig, cache_dtype: torch.dtype = torch.float32) -> Signature:
     """New tokens and the static cache in; logits of the asked positions and the cache out (see ``Decoder``).
 
-    Embeddings and logits are float32, the cache is ``cache_dtype``.
+    Embeddings and logits are float32, the cache is ``cache_dtype``. Explicit positions are one more input.
     """
     # Example sizes differ from each other and from 0 and 1, which torch.export would take for constants.
     rows, length, max_length, asked = 2, 5, 16, 3
     cache = (rows, config.num_kv_heads, max_length, config.head_dim)
+    given = ("position_ids",) if config.positions == "explicit" else ()
     arguments = (
         torch.zeros(rows, length, config.hidden_size),
         torch.zeros(rows, dtype=torch.int32),
         torch.zeros((), dtype=torch.int32),
         torch.zeros(rows, asked, dtype=torch.int64),
+        *(torch.zeros(rows, length, dtype=torch.int64) for _ in given),
         [torch.zeros(cache, dtype=cache_dtype) for _ in range(2 * config.num_layers)],
     )
     axes = (
@@ -118,13 +149,14 @@ def decoder_signature(config: DecoderConfig, cache_dtype: torch.dtype = torch.fl
         {0: "rows"},
         {},
         {0: "rows", 1: "asked"},
+        *({0: "rows", 1: "length"} for _ in given),
         [{0: "rows", 2: "max_length"}] * (2 * config.num_layers),
     )
     parts = [f"{layer}.{part}" for layer in range(config.num_layers) for part in ("key", "value")]
     return Signature(
         arguments,
         axes,
-        ("inputs_embeds", "lengths", "total_length", "logits_index", *(f"past.{part}" for part in parts)),
+        ("inputs_embeds", "lengths", "total_length", "logits_index", *given, *(f"past.{part}" for part in parts)),
         ("logits", *(f"present.{part}" for part in parts)),
     )
 
@@ -168,7 +200,7 @@ def component_graph(name: str, module: nn.Module, signature: Signature, target: 
     dialect, form = DIALECTS[target.dialect], target.form(weights)
     lowered = lower(module, dialect.rules(form))
     is_decoder = isinstance(lowered, Decoder)
-    called = _DecoderGraph(lowered) if is_decoder else lowered
+    called = _DECODER_GRAPHS[lowered.config.positions](lowered) if isinstance(lowered, Decoder) else lowered
     traced = trace(called, signature, dialect.attention(form.dtype), dialect.opset)
     dialect.finish(traced, form, is_decoder)
     _drop_unused_inputs(traced)

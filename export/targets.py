@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..contract.records import Positions
 from ..errors import OptionError, TargetError
 from .dialects.forms import Form
 
@@ -27,7 +28,8 @@ class Target:
     decoder, the default first, except that ``--weights fp32`` means all of them unless another is asked for. ``half``:
     matmuls are in float16, unless the weights are fp32. ``selection``: candidates are found on the device
     (``selection.py``). ``engines``: the graphs are built into engines before they run. ``head_multiple``: what the size
-    of the decoder's attention heads is a multiple of (ONNX Runtime's GroupQueryAttention with rotary, on every device).
+    of the decoder's attention heads is a multiple of. ``rotary_multiple``: the same of heads with rotary embedding
+    inside the attention kernel; for others the graph takes positions and rotates before the kernel.
     """
 
     name: str
@@ -40,14 +42,19 @@ class Target:
     selection: bool = False
     engines: bool = False
     head_multiple: int = 1
+    rotary_multiple: int = 1
 
-    def check_heads(self, head_dim: int) -> None:
-        """``TargetError`` for a decoder whose attention heads the runtime cannot take: better before the work."""
+    def positions(self, positions: Positions, head_dim: int) -> Positions:
+        """How a decoder learns positions here, if its family says ``positions``.
+
+        ``TargetError`` for a decoder whose attention heads the runtime cannot take: better before the work.
+        """
         if head_dim % self.head_multiple:
             raise TargetError(
                 f"target '{self.name}' takes attention heads whose size is a multiple of {self.head_multiple}, but the "
                 f"decoder's have {head_dim}"
             )
+        return "explicit" if head_dim % self.rotary_multiple else positions
 
     def check_weights(self, decoder: str | None, encoders: str | None) -> tuple[str, str]:
         """The formats of decoder and encoders; ``None`` takes the default. ``OptionError`` for a format that the
@@ -84,7 +91,9 @@ def _engines(name: str, dialect: str) -> Target:
 
 
 TARGETS = {
-    "cpu": Target(name="cpu", dialect="ort", decoder_weights=("int4", "fp32"), block_size=32, head_multiple=16),
+    "cpu": Target(
+        name="cpu", dialect="ort", decoder_weights=("int4", "fp32"), block_size=32, head_multiple=8, rotary_multiple=16
+    ),
     # No fp32: ONNX Runtime's fused attention over a cache knows none on a GPU.
     "cuda": Target(
         name="cuda",
@@ -94,7 +103,8 @@ TARGETS = {
         encoder_weights=("fp16", "int8"),
         half=True,
         selection=True,
-        head_multiple=16,
+        head_multiple=8,
+        rotary_multiple=16,
     ),
     "tensorrt-rtx": _engines("tensorrt-rtx", "standard"),
     "tensorrt": _engines("tensorrt", "standard"),

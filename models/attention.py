@@ -1,7 +1,7 @@
 """The attention of every component goes through this module, so that a target's dialect can replace it.
 
 Two shapes exist: ``full`` (the towers: every token sees every token) and ``cached`` (the decoder: causal, over a static
-key/value cache, rotary positions applied inside, because the fused kernels of the targets do so). The PyTorch
+key/value cache, rotary embedding applied inside, because the fused kernels of the targets do so). The PyTorch
 reference of both is ``ReferenceAttention``; an exporter swaps in its own implementation with ``use`` while it traces.
 """
 
@@ -24,13 +24,28 @@ class CacheState:
 
     ``lengths`` int32 ``[B]``: tokens in the cache after this call, less one (the convention of ONNX Runtime's
     GroupQueryAttention, which also lets rows of different length share a step). ``total_length`` int32 scalar: the
-    longest row after this call. ``cos``, ``sin`` ``[context, head_dim / 2]``: rotary tables.
+    longest row after this call.
+
+    ``cos``, ``sin``: for sequential positions the rotary tables ``[context, head_dim / 2]``, of which a token takes the
+    row of its place in the cache. For explicit positions the rows of the new tokens themselves,
+    ``[B, S, head_dim / 2]``; then no kernel may look at places for them.
     """
 
     lengths: Tensor
     total_length: Tensor
     cos: Tensor
     sin: Tensor
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether ``cos`` and ``sin`` are those of the new tokens."""
+        return self.cos.dim() == 3
+
+    def turns(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[B, S, head_dim / 2]`` of the new tokens, which are at ``places`` int64 ``[B, S]``."""
+        if self.is_explicit:
+            return self.cos, self.sin
+        return F.embedding(places, self.cos), F.embedding(places, self.sin)
 
 
 class Attention(Protocol):
@@ -111,20 +126,20 @@ class ReferenceAttention:
         num_kv_heads: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         length, max_length = query.shape[1], past_key.shape[2]
-        # Positions of the new tokens, row by row: the last one sits at lengths[b].
+        # Places of the new tokens in the cache, row by row: the last one sits at lengths[b].
         offsets = torch.arange(length, device=query.device) - (length - 1)
-        positions = state.lengths.long().unsqueeze(1) + offsets
-        # A right-padded row has fewer real tokens than the step is long; its padding lands on position 0 and up and
+        places = state.lengths.long().unsqueeze(1) + offsets
+        # A right-padded row has fewer real tokens than the step is long; its padding lands on place 0 and up and
         # is overwritten or masked, never seen by a real token.
-        positions = positions.clamp(min=0)
-        cos, sin = state.cos[positions].unsqueeze(1), state.sin[positions].unsqueeze(1)
+        places = places.clamp(min=0)
+        cos, sin = (each.unsqueeze(1) for each in state.turns(places))
         q, k = rotate(split_heads(query, num_heads), cos, sin), rotate(split_heads(key, num_kv_heads), cos, sin)
         v = split_heads(value, num_kv_heads)
-        index = positions[:, None, :, None].expand_as(k)
+        index = places[:, None, :, None].expand_as(k)
         present_key = past_key.scatter(2, index, k)
         present_value = past_value.scatter(2, index, v)
         slots = torch.arange(max_length, device=query.device)
-        visible = slots <= positions[:, None, :, None]
+        visible = slots <= places[:, None, :, None]
         return grouped_attention(q, present_key, present_value, visible), present_key, present_value
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..contract.pipeline import ImagePlan, Mode, Pipeline, PromptLayout, Sampling, SoundPlan, Stage
-from ..contract.records import DecoderShape, Generation
+from ..contract.records import DecoderShape, Generation, Positions
 from ..errors import OptionError
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ class DecoderConfig:
     ``rope_factor`` divides the positions (linear scaling). ``context_length`` is the largest number of positions, the
     sliding window included where a checkpoint has one switched on. ``num_experts``: the SwiGLUs of a layer, of which a
     router chooses ``experts_per_token`` for each token; 0 is a layer with one SwiGLU and no router.
-    ``intermediate_size`` is that of one expert.
+    ``intermediate_size`` is that of one expert. ``positions``: whether they are given with the tokens
+    (``contract.records.Positions``).
     """
 
     hidden_size: int
@@ -117,6 +118,7 @@ class DecoderConfig:
     tie_embeddings: bool = False
     num_experts: int = 0
     experts_per_token: int = 0
+    positions: Positions = "sequential"
 
     @property
     def shape(self) -> DecoderShape:

@@ -165,21 +165,29 @@ class Decoder(nn.Module):
         total_length: Tensor,
         logits_index: Tensor,
         past: list[tuple[Tensor, Tensor]],
+        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Run S new tokens of B rows.
 
         inputs_embeds ``[B, S, H]``; lengths int32 ``[B]`` and total_length int32 scalar as in ``CacheState``;
         logits_index int64 ``[B, N]``: which of the S positions to project to the vocabulary (the last one when
         captioning, all of a caption's when scoring it); past: key and value ``[B, kv_heads, max_length, head_dim]`` a
-        layer. Returns logits ``[B, N, V]`` and the present cache.
+        layer; position_ids int64 ``[B, S]``: the positions of the new tokens, their places in the row if ``None``.
+        Returns logits ``[B, N, V]`` and the present cache.
         """
-        state = CacheState(lengths, total_length, self.cos, self.sin)
+        state = CacheState(lengths, total_length, *self._rotary(position_ids))
         x, present = inputs_embeds, []
         for layer, (past_key, past_value) in zip(self.layers, past, strict=True):
             x, key, value = layer(x, past_key, past_value, state)
             present.append((key, value))
         x = x.gather(1, logits_index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         return self.lm_head(self.norm(x)), present
+
+    def _rotary(self, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines as ``CacheState`` has them."""
+        if position_ids is None:
+            return self.cos, self.sin
+        return F.embedding(position_ids, self.cos), F.embedding(position_ids, self.sin)
 
     def empty_cache(self, rows: int, max_length: int) -> list[tuple[Tensor, Tensor]]:
         """A zeroed cache in the module's dtype and device."""

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ..contract.records import DecoderShape
 from .cuda import Array, Device, Memory
 from .inference import Choice, FloatArray, Shortlist
-from .rows import FilledRows
+from .rows import open_rows
 
 Shape = tuple[int, ...]
 
@@ -86,18 +86,20 @@ class DeviceInference:
             # Slots that were never written are masked, but must hold numbers: zero times NaN is NaN.
             device.zero(memory.address, memory.size)
         most = max(chunk, rows)
-        self._given = _Uploads(
-            device,
-            inputs_embeds=device.pinned((most, spec.hidden_size), np.float32),
-            lengths=device.pinned((rows,), np.int32),
-            logits_index=device.pinned((most,), np.int64),
-        )
+        given = {
+            "inputs_embeds": device.pinned((most, spec.hidden_size), np.float32),
+            "lengths": device.pinned((rows,), np.int32),
+            "logits_index": device.pinned((most,), np.int64),
+        }
+        if spec.positions == "explicit":
+            given["position_ids"] = device.pinned((most,), np.int64)
+        self._given = _Uploads(device, **given)
         #: Some programs read this on the host when a run is queued. A captured step keeps the value of its capture, so
         #: for steps it is always the largest possible value.
         self._total_length = {phase: np.full((), max_length, np.int32) for phase in (PREFILL, STEP)}
         self._logits = device.pinned((rows, 1, spec.vocab_size), np.float32)
         self._logits_place = device.allocate(self._logits.nbytes)
-        self._lengths = FilledRows(rows, max_length)
+        self._lengths = open_rows(spec, rows, max_length)
         self._prompt_context = decoder.context(PREFILL)
         self._wide_logits: Memory | None = None
         self._steps: dict[tuple[int, bool], Callable[[], None]] = {}
@@ -117,9 +119,14 @@ class DeviceInference:
         return 0 if self._selection is None else self._selection.size
 
     def prefill(
-        self, row: int, embeds: FloatArray, num_logits: int = 1, progress: Callable[[int], None] | None = None
+        self,
+        row: int,
+        embeds: FloatArray,
+        num_logits: int = 1,
+        progress: Callable[[int], None] | None = None,
+        positions: npt.NDArray[np.int64] | None = None,
     ) -> FloatArray:
-        chunks = self._lengths.append(row, len(embeds), num_logits, self._chunk)
+        chunks = self._lengths.append(row, len(embeds), num_logits, self._chunk, positions)
         self._runs += 1
         logits = np.empty((num_logits, self._spec.vocab_size), np.float32)
         collected, arrays = 0, self._given.arrays
@@ -128,10 +135,11 @@ class DeviceInference:
             arrays["inputs_embeds"][:size] = embeds[chunk.start : chunk.stop]
             arrays["lengths"][0] = self._lengths.filled[row] - 1
             arrays["logits_index"][:asked] = chunk.asked
+            self._set_positions(chunk.positions)
             self._total_length[PREFILL][...] = self._lengths.filled[row]
             place = self._prefill_logits(asked)
             self._bind(self._prompt_context, PREFILL, row, 1, size, asked, place.address)
-            self._given.queue(inputs_embeds=size, lengths=1, logits_index=asked)
+            self._given.queue(**self._counts(1, size, asked))
             self._prompt_context.run()
             if chunk.wanted:
                 self._device.download(logits[collected : collected + asked], place.address)
@@ -172,12 +180,12 @@ class DeviceInference:
 
     def _run_step(self, token_ids: npt.NDArray[np.int64], select: bool) -> None:
         count, arrays = len(token_ids), self._given.arrays
-        self._lengths.check_step(count)
+        positions = self._lengths.step(count)
         self._runs += 1
         arrays["inputs_embeds"][:count] = self._embed(token_ids)
-        arrays["lengths"][:count] = self._lengths.filled[:count]
+        arrays["lengths"][:count] = self._lengths.filled[:count] - 1
         arrays["logits_index"][:count] = 0
-        self._lengths.filled[:count] += 1
+        self._set_positions(positions)
         launch = self._steps.get((count, select))
         if launch is None:
             launch = self._steps[count, select] = self._first_step(count, select)
@@ -192,9 +200,10 @@ class DeviceInference:
         chosen = self._selection.bind(count, self._logits_place.address) if select and self._selection else None
         # No reference to ``self``: it keeps this function, and a cycle would delay the release of the cache.
         given, device, logits, place = self._given, self._device, self._logits[:count], self._logits_place
+        counts = self._counts(count, count, count)
 
         def work() -> None:
-            given.queue(inputs_embeds=count, lengths=count, logits_index=count)
+            given.queue(**counts)
             context.run()
             if chosen is None:
                 device.download(logits, place.address)
@@ -236,6 +245,8 @@ class DeviceInference:
             "logits_index": (rows, asked),
             "logits": (rows, asked, spec.vocab_size),
         }
+        if "position_ids" in self._given.arrays:
+            shapes["position_ids"] = (rows, length)
         if "total_length" in self._decoder.inputs:
             addresses["total_length"], shapes["total_length"] = self._total_length[phase].ctypes.data, ()
         for name, memory in self._cache.items():
@@ -243,6 +254,16 @@ class DeviceInference:
                 addresses[end] = memory.address + row * self._row_bytes
                 shapes[end] = (rows, spec.num_kv_heads, self.max_length, spec.head_dim)
         context.bind(addresses, shapes)
+
+    def _set_positions(self, positions: npt.NDArray[np.int64]) -> None:
+        """Hand over the positions of new tokens, where the decoder takes them."""
+        if "position_ids" in self._given.arrays:
+            self._given.arrays["position_ids"][: len(positions)] = positions
+
+    def _counts(self, rows: int, tokens: int, asked: int) -> dict[str, int]:
+        """The entries of each input that a run uses."""
+        counts = {"lengths": rows, "inputs_embeds": tokens, "position_ids": tokens, "logits_index": asked}
+        return {name: counts[name] for name in self._given.arrays}
 
     def _prefill_logits(self, asked: int) -> Memory:
         """Memory on the device for the logits of a chunk. Only forced tokens and scores need more than a step does."""

@@ -72,12 +72,21 @@ class Inference(Protocol):
     def max_length(self) -> int: ...
 
     def prefill(
-        self, row: int, embeds: FloatArray, num_logits: int = 1, progress: Callable[[int], None] | None = None
+        self,
+        row: int,
+        embeds: FloatArray,
+        num_logits: int = 1,
+        progress: Callable[[int], None] | None = None,
+        positions: npt.NDArray[np.int64] | None = None,
     ) -> FloatArray:
         """Append tokens, given as embeddings ``[S, H]``, to one row; ``progress`` hears how many are in.
 
-        Returns float32 logits ``[num_logits, V]`` of the last ``num_logits`` positions. ``OptionError`` when the row
-        would outgrow ``max_length``.
+        ``positions`` int64 ``[S]``: of the tokens, for a decoder whose positions are explicit. If ``None`` they count
+        on from the row's highest position, as those of ``step`` always do.
+
+        Returns float32 logits ``[num_logits, V]`` of the last ``num_logits`` tokens. ``OptionError`` when the row would
+        outgrow ``max_length``, or a position the decoder's context. ``ValueError`` for positions of other tokens, or
+        for a decoder that counts places.
         """
         ...
 

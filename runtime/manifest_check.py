@@ -196,6 +196,8 @@ def signature_problem(manifest: Manifest) -> str | None:
                     return f"component '{name}': '{tensor}' is {found}, the sizes say {sizes}"
             if caches := sorted(key for key in there if key.startswith(("past.", "present.")) and key not in shapes):
                 return f"component '{name}': '{caches[0]}' belongs to no layer"
+            if "position_ids" in there and "position_ids" not in shapes:
+                return f"component '{name}': 'position_ids' of a decoder whose positions are places"
             if name != "decoder" and len(there) != len(shapes):
                 return f"component '{name}' has inputs or outputs that are not those of its stage"
     return None
@@ -234,8 +236,9 @@ def _decoder_shapes(manifest: Manifest) -> tuple[dict[str, Shape], dict[str, Sha
     decoder = manifest.decoder
     hidden, cache = decoder.hidden_size, (None, decoder.num_kv_heads, None, decoder.head_dim)
     parts = [f"{layer}.{part}" for layer in range(decoder.num_layers) for part in ("key", "value")]
+    positions: dict[str, Shape] = {"position_ids": (None, None)} if decoder.positions == "explicit" else {}
     return (
-        {"inputs_embeds": (None, None, hidden), **{f"past.{part}": cache for part in parts}},
+        {"inputs_embeds": (None, None, hidden), **positions, **{f"past.{part}": cache for part in parts}},
         {"logits": (None, None, decoder.vocab_size), **{f"present.{part}": cache for part in parts}},
     )
 

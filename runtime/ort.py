@@ -15,7 +15,7 @@ from ..errors import BundleError, OptionError, TargetError
 from .guard import leave_to_parent
 from .huge_pages import huge_pages
 from .inference import FloatArray, FullLogits
-from .rows import FilledRows
+from .rows import open_rows
 
 #: The form of the graphs that run here.
 DIALECT = "ort"
@@ -138,7 +138,7 @@ class OrtInference(FullLogits):
         shape = (rows, spec.num_kv_heads, max_length, spec.head_dim)
         names = [f"{layer}.{part}" for layer in range(spec.num_layers) for part in ("key", "value")]
         self._cache = {name: np.zeros(shape, cache_dtype) for name in names}
-        self._lengths = FilledRows(rows, max_length)
+        self._lengths = open_rows(spec, rows, max_length)
         self._steps: dict[int, _Bound] = {}
 
     @property
@@ -150,12 +150,18 @@ class OrtInference(FullLogits):
         return self._lengths.max_length
 
     def prefill(
-        self, row: int, embeds: FloatArray, num_logits: int = 1, progress: Callable[[int], None] | None = None
+        self,
+        row: int,
+        embeds: FloatArray,
+        num_logits: int = 1,
+        progress: Callable[[int], None] | None = None,
+        positions: npt.NDArray[np.int64] | None = None,
     ) -> FloatArray:
         collected = []
-        for chunk in self._lengths.append(row, len(embeds), num_logits, PREFILL_CHUNK):
+        for chunk in self._lengths.append(row, len(embeds), num_logits, PREFILL_CHUNK, positions):
             bound = self._bind(slice(row, row + 1), chunk.stop - chunk.start, len(chunk.asked))
             bound.embeds[0], bound.logits_index[0] = embeds[chunk.start : chunk.stop], chunk.asked
+            bound.position_ids[0] = chunk.positions
             bound.lengths[0], bound.total_length[...] = self._lengths.filled[row] - 1, self._lengths.filled[row]
             self._session.run_with_iobinding(bound.binding)
             if progress is not None:
@@ -166,14 +172,14 @@ class OrtInference(FullLogits):
 
     def step(self, token_ids: npt.NDArray[np.int64]) -> FloatArray:
         count = len(token_ids)
-        self._lengths.check_step(count)
+        positions = self._lengths.step(count)
         if count not in self._steps:
             self._steps[count] = self._bind(slice(0, count), length=1, asked=1)
         bound, filled = self._steps[count], self._lengths.filled[:count]
         bound.embeds[:, 0] = self._embed(token_ids)
-        bound.lengths[:] = filled
-        filled += 1
+        bound.lengths[:] = filled - 1
         bound.total_length[...] = filled.max()
+        bound.position_ids[:, 0] = positions
         self._session.run_with_iobinding(bound.binding)
         return bound.logits[:, 0]
 
@@ -211,6 +217,7 @@ class _Bound:
         self.lengths = np.zeros(rows, np.int32)
         self.total_length = np.zeros((), np.int32)
         self.logits_index = np.zeros((rows, asked), np.int64)
+        self.position_ids = np.zeros((rows, length), np.int64)
         self.logits: FloatArray = np.zeros((rows, asked, spec.vocab_size), np.float32)
         self.binding = session.io_binding()
         value_of = load_onnxruntime().OrtValue.ortvalue_from_numpy
@@ -219,6 +226,7 @@ class _Bound:
             "lengths": self.lengths,
             "total_length": self.total_length,
             "logits_index": self.logits_index,
+            **({"position_ids": self.position_ids} if spec.positions == "explicit" else {}),
         }
         self._values = []
         for name, array in inputs.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -208,11 +209,12 @@ def write_bundle(manifest_json: dict[str, Any], bundle_files: dict[str, bytes]) 
 
 @dataclass(frozen=True)
 class Variant:
-    """A fixture checkpoint and how it is compiled."""
+    """A fixture checkpoint and how it is compiled. ``explicit``: with positions as an input of the decoder."""
 
     checkpoint: str
     adapter: str | None = None
     keep: float | None = None
+    explicit: bool = False
 
 
 VARIANTS = {
@@ -220,6 +222,8 @@ VARIANTS = {
     "clip-mistral": Variant("clip-mistral"),
     "clip-mistral-lora": Variant("clip-mistral", adapter="clip-mistral-lora"),
     "clip-mixtral": Variant("clip-mixtral"),
+    "av-qwen2-explicit": Variant("av-qwen2", explicit=True),
+    "clip-mistral-explicit": Variant("clip-mistral", explicit=True),
     "auroracap": Variant("auroracap"),
     "auroracap-keep": Variant("auroracap", keep=0.4),
     "llava-video": Variant("llava-video"),
@@ -231,7 +235,7 @@ VARIANTS = {
 def compiled(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``compiled(variant, weights, target)``: the bundle of a fixture checkpoint, compiled once in a whole test run."""
     from filelock import FileLock
-    from intertitle.export.compile import compile_bundle
+    from intertitle.export import compile as export
 
     # Workers of pytest-xdist have sibling base directories; they share what lies above.
     base = tmp_path_factory.getbasetemp()
@@ -240,10 +244,14 @@ def compiled(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
     def compile_once(variant: str, weights: str = "fp32", target: str = "cpu") -> Path:
         how, bundle = VARIANTS[variant], shared / f"{variant}-{weights}-{target}"
-        with FileLock(f"{bundle}.lock"):
+        with FileLock(f"{bundle}.lock"), pytest.MonkeyPatch.context() as patch:
+            if how.explicit:
+                # A target whose kernel rotates no heads at all.
+                record = dataclasses.replace(export.get_target(target), rotary_multiple=1 << 20)
+                patch.setattr(export, "get_target", lambda _: record)
             if not bundle.exists():
                 adapter = None if how.adapter is None else data_dir / how.adapter
-                compile_bundle(
+                export.compile_bundle(
                     data_dir / how.checkpoint,
                     bundle,
                     weights=weights,

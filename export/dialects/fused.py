@@ -16,7 +16,7 @@ from torch.onnx import ops
 
 from ...models.attention import CacheState
 from ...models.decoder import MLP, SelfAttention
-from .ort import OPSET
+from .ort import OPSET, grouped_attention
 
 #: The parts of each fused layer, in the order of their rows.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -57,16 +57,11 @@ class FusedSelfAttention(nn.Module):
     def forward(
         self, x: Tensor, past_key: Tensor, past_value: Tensor, state: CacheState
     ) -> tuple[Tensor, Tensor, Tensor]:
-        packed, cos, sin = (x.to(self.dtype) for x in (self.qkv_proj(x), state.cos, state.sin))
-        out, present_key, present_value = ops.symbolic_multi_out(
-            "com.microsoft::GroupQueryAttention",
-            (packed, None, None, past_key, past_value, state.lengths, state.total_length, cos, sin),
-            attrs={"num_heads": self.num_heads, "kv_num_heads": self.num_kv_heads, "do_rotary": 1},
-            dtypes=(self.dtype, past_key.dtype, past_value.dtype),
-            shapes=((*x.shape[:-1], self.width), past_key.shape, past_value.shape),
-            version=1,
+        packed, shape = self.qkv_proj(x).to(self.dtype), (*x.shape[:-1], self.width)
+        out, present_key, present_value = grouped_attention(
+            [packed], past_key, past_value, state, self.num_heads, self.num_kv_heads, shape
         )
-        return self.o_proj(out.float()), present_key, present_value
+        return self.o_proj(out), present_key, present_value
 
 
 class FusedMLP(nn.Module):

@@ -55,16 +55,63 @@ class OrtAttention:
         num_heads: int,
         num_kv_heads: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, cos, sin = (x.to(self._dtype) for x in (query, key, value, state.cos, state.sin))
-        out, present_key, present_value = ops.symbolic_multi_out(
-            "com.microsoft::GroupQueryAttention",
-            (q, k, v, past_key, past_value, state.lengths, state.total_length, cos, sin),
-            attrs={"num_heads": num_heads, "kv_num_heads": num_kv_heads, "do_rotary": 1},
-            dtypes=(self._dtype, past_key.dtype, past_value.dtype),
-            shapes=(query.shape, past_key.shape, past_value.shape),
-            version=1,
-        )
-        return out.float(), present_key, present_value
+        parts = [x.to(self._dtype) for x in (query, key, value)]
+        return grouped_attention(parts, past_key, past_value, state, num_heads, num_kv_heads, query.shape)
+
+
+def grouped_attention(
+    parts: Sequence[Tensor],
+    past_key: Tensor,
+    past_value: Tensor,
+    state: CacheState,
+    num_heads: int,
+    num_kv_heads: int,
+    shape: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """GroupQueryAttention; see ``Attention.cached``. It computes in the type of ``parts``.
+
+    ``parts``: query, key and value, or one tensor ``[B, S, (num_heads + 2 * num_kv_heads) * head_dim]`` with all three.
+    ``shape``: that of the query. The kernel applies rotary embedding itself, unless positions are explicit: it can only
+    count them.
+    """
+    dtype = parts[0].dtype
+    cos, sin = state.cos.to(dtype), state.sin.to(dtype)
+    attributes: dict[str, Attribute] = {"num_heads": num_heads, "kv_num_heads": num_kv_heads, "do_rotary": 1}
+    tables: tuple[Tensor, ...] = (cos, sin)
+    if state.is_explicit:
+        query, key, value = parts if len(parts) == 3 else _unpacked(parts[0], num_heads, num_kv_heads)
+        parts = (_turned(query, cos, sin, num_heads), _turned(key, cos, sin, num_kv_heads), value)
+        attributes["do_rotary"], tables = 0, ()
+    inputs = (*parts, *(None,) * (3 - len(parts)), past_key, past_value, state.lengths, state.total_length, *tables)
+    out, present_key, present_value = ops.symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        inputs,
+        attrs=attributes,
+        dtypes=(dtype, past_key.dtype, past_value.dtype),
+        shapes=(shape, past_key.shape, past_value.shape),
+        version=1,
+    )
+    return out.float(), present_key, present_value
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    """Rotary embedding of ``[B, S, num_heads * head_dim]`` with the cosines and sines of each token."""
+    return ops.symbolic(
+        "RotaryEmbedding", (x, cos, sin), attrs={"num_heads": num_heads}, dtype=x.dtype, shape=x.shape, version=OPSET
+    )
+
+
+def _unpacked(packed: Tensor, num_heads: int, num_kv_heads: int) -> Sequence[Tensor]:
+    size = packed.shape[-1] // (num_heads + 2 * num_kv_heads)
+    widths = [heads * size for heads in (num_heads, num_kv_heads, num_kv_heads)]
+    return ops.symbolic_multi_out(
+        "Split",
+        (packed, torch.tensor(widths)),
+        attrs={"axis": -1},
+        dtypes=(packed.dtype,) * 3,
+        shapes=[(*packed.shape[:-1], width) for width in widths],
+        version=OPSET,
+    )
 
 
 class RMSNormalization(nn.Module):

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.onnx import ops
 
@@ -60,9 +59,9 @@ class StandardAttention:
         """First slots of the new tokens ``[B]``, their rotary rows ``[B, S, D/2]``, their mask ``[B, 1, S, max]``."""
         if self._shared is None or self._shared[0] is not state:
             start = state.lengths.long() - (length - 1)
-            positions = start.unsqueeze(1) + torch.arange(length)
-            visible = torch.arange(max_length) <= positions[:, None, :, None]
-            self._shared = state, (start, F.embedding(positions, state.cos), F.embedding(positions, state.sin), visible)
+            places = start.unsqueeze(1) + torch.arange(length)
+            visible = torch.arange(max_length) <= places[:, None, :, None]
+            self._shared = state, (start, *state.turns(places), visible)
         return self._shared[1]
 
     def _heads(self, x: Tensor, num_heads: int) -> Tensor:

@@ -19,7 +19,7 @@ from intertitle.models.decoder import Decoder
 from intertitle.runtime.backends import OrtBackend
 from intertitle.runtime.bundle import Bundle
 
-VARIANTS = ["av-qwen2", "clip-mistral", "auroracap-keep", "clip-mixtral"]
+VARIANTS = ["av-qwen2", "clip-mistral", "auroracap-keep", "clip-mixtral", "clip-mistral-explicit"]
 #: Largest error relative to the largest value; measured at 2.0e-3 or less.
 BOUND = 5e-3
 
@@ -64,7 +64,7 @@ def test_components(variant, compiled, expected):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_prefill_and_steps(variant, compiled, expected, data_dir):
     bundle = Bundle.open(compiled(variant, "fp16", "cuda"))
-    reference = Reference(open_checkpoint(data_dir / variant.removesuffix("-keep")))
+    reference = Reference(open_checkpoint(data_dir / variant.removesuffix("-keep").removesuffix("-explicit")))
     assert bundle.manifest.cache_dtype == "float16"
     for embeds in prompts(expected(variant)):
         mine, theirs = (each.open(1, len(embeds) + 8) for each in (OrtBackend(bundle).decoder(), reference))

@@ -36,6 +36,8 @@ MODES = {
     "clip-mistral": ["video."],
     "clip-mistral-lora": ["video."],
     "clip-mixtral": ["video."],
+    "av-qwen2-explicit": ["video.", "audio.", "audiovideo."],
+    "clip-mistral-explicit": ["video."],
     "auroracap-keep": [""],
 }
 

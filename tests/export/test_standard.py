@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -66,6 +67,8 @@ class StandardDecoder:
             "lengths": np.array([self.filled - 1], np.int32),
             "logits_index": np.arange(len(embeds))[np.newaxis],
         }
+        if any(value.name == "position_ids" for value in self.session.get_inputs()):
+            feeds["position_ids"] = np.arange(self.filled - len(embeds), self.filled)[np.newaxis]
         logits, *present = self.session.run(None, feeds | self.cache)
         self.cache = dict(zip(self.cache, present, strict=True))
         return logits[0]
@@ -86,6 +89,7 @@ def compare_steps(
 
 CASES: list[Any] = [("tensorrt-rtx", v, "fp32") for v in ALL] + [("tensorrt-rtx", v, "fp16") for v in SOME]
 CASES += [("tensorrt-rtx", "clip-mixtral", "fp16"), ("tensorrt-10.3", "clip-mixtral", "fp32")]
+CASES += [("tensorrt-rtx", "clip-mistral-explicit", "fp16"), ("tensorrt-10.3", "clip-mistral-explicit", "fp32")]
 CASES += [("tensorrt-10.3", "av-qwen2", "fp16")]
 CASES += [pytest.param("tensorrt-10.3", v, "fp32", marks=pytest.mark.slow) for v in SOME]
 
@@ -114,7 +118,7 @@ def test_components(target, variant, weights, compiled, expected):
 def test_prefill_and_steps(target, variant, weights, compiled, expected, data_dir):
     bundle, numbers = Bundle.open(compiled(variant, weights, target)), expected(variant)
     adapter = data_dir / variant if variant.endswith("lora") else None
-    checkpoint = open_checkpoint(data_dir / variant.removesuffix("-lora").removesuffix("-keep"), adapter)
+    checkpoint = open_checkpoint(data_dir / re.sub("-(lora|keep|explicit)$", "", variant), adapter)
     for name in [name for name in numbers if name.endswith("inputs_embeds")]:
         embeds, last = numbers[name], numbers[name.replace("inputs_embeds", "last_logits")]
         reference = Reference(checkpoint).open(1, len(embeds) + 3)

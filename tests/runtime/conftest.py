@@ -6,7 +6,7 @@ import ctypes
 import struct
 import wave
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -293,8 +293,38 @@ def agree() -> Callable[..., None]:
         same(lambda each: each.rearrange({2: 0}, start=0, stop=10))
         same(lambda each: each.step(ids[3]))
         same(lambda each: each.step(ids[4][:1]))
+        if spec.positions == "explicit":
+            _agree_on_positions(same, prompts, ids)
 
     return check
+
+
+def _agree_on_positions(same: Callable[..., None], prompts: list[np.ndarray], ids: np.ndarray) -> None:
+    """Positions that are given, and those that follow them, whatever is done to the rows."""
+    apart = np.array([30, 31, 31, 50, 33])
+    same(lambda each: each.truncate(1, 3))
+    same(lambda each: each.prefill(1, prompts[2], 2, positions=apart))
+    same(lambda each: each.step(ids[5]))
+    same(lambda each: each.rearrange({0: 1}, start=0, stop=6))
+    # Row 0 goes on behind 31, row 1 behind 51.
+    same(lambda each: each.step(ids[0]))
+    same(lambda each: each.prefill(2, prompts[1], 17, positions=np.arange(17) // 3))
+    same(lambda each: each.truncate(0, 2))
+    same(lambda each: each.step(ids[1]))
+
+
+@pytest.fixture
+def torch_inference() -> Callable[..., Any]:
+    """``torch_inference(checkpoint, spec)``: 3 rows of 128 tokens in PyTorch, with the positions of ``spec``."""
+    from intertitle.calibration.reference import Reference
+    from intertitle.models import CaptionerCheckpoint
+
+    def open_rows(checkpoint: CaptionerCheckpoint, spec: Any) -> Any:
+        decoder = replace(checkpoint.config.decoder, positions=spec.positions)
+        config = replace(checkpoint.config, decoder=decoder)
+        return Reference(CaptionerCheckpoint(checkpoint.checkpoint, config)).open(3, 128)
+
+    return open_rows
 
 
 SUCCESS = SimpleNamespace(name="cudaSuccess")

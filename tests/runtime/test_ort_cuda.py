@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime
 import pytest
-from intertitle.calibration.reference import Reference
 from intertitle.cli import main
 from intertitle.errors import BundleError, OptionError, TargetError
 from intertitle.models import open_checkpoint
@@ -129,11 +128,12 @@ def test_contrast_of_the_fixture(backend, expected):
     assert caption.token_ids == want
 
 
-def test_the_seam_with_all_its_methods(backend, data_dir, agree, monkeypatch):
+@pytest.mark.parametrize("variant", ["av-qwen2", "av-qwen2-explicit"])
+def test_the_seam_with_all_its_methods(variant, backend, data_dir, agree, torch_inference, monkeypatch):
     """Prefill in chunks, steps of several rows, rows copied, swapped and cut, against PyTorch."""
     monkeypatch.setattr(ort_cuda, "PREFILL_CHUNK", 16)
-    bundle, made = backend("av-qwen2")
-    theirs = Reference(open_checkpoint(data_dir / "av-qwen2")).open(3, 128)
+    bundle, made = backend(variant)
+    theirs = torch_inference(open_checkpoint(data_dir / "av-qwen2"), bundle.manifest.decoder)
     agree(made.decoder().open(3, 128), theirs, bundle.manifest.decoder, 5e-3)
 
 

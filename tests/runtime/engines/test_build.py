@@ -44,8 +44,17 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "variant",
-    ["av-qwen2", "clip-mistral", "clip-mistral-lora", "clip-mixtral", "auroracap", "auroracap-keep"]
-    + ["llava-video", "llava-next-video"],
+    [
+        "av-qwen2",
+        "clip-mistral",
+        "clip-mistral-lora",
+        "clip-mistral-explicit",
+        "clip-mixtral",
+        "auroracap",
+        "auroracap-keep",
+        "llava-video",
+        "llava-next-video",
+    ],
 )
 def test_every_component_builds(variant, compiled, library):
     """From fp16 and from int4. Encoders are float16 in both: the same graphs, and the engines that are there."""

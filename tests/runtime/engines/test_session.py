@@ -6,7 +6,6 @@ import gc
 
 import numpy as np
 import pytest
-from intertitle.calibration.reference import Reference
 from intertitle.errors import OptionError, TargetError
 from intertitle.models import open_checkpoint
 from intertitle.runtime.backends import EngineBackend, open_backend
@@ -40,7 +39,9 @@ def build(compiled, fake_library, host):
     return make
 
 
-@pytest.mark.parametrize("variant", ["av-qwen2", "clip-mistral", "clip-mixtral", "auroracap-keep"])
+@pytest.mark.parametrize(
+    "variant", ["av-qwen2", "clip-mistral", "clip-mistral-explicit", "clip-mixtral", "auroracap-keep"]
+)
 def test_captions_of_the_fixtures(variant, build, expected):
     bundle, backend = build(variant)
     numbers, captioner = expected(variant), Captioner(bundle, backend)
@@ -115,10 +116,11 @@ def test_a_step_that_cannot_be_captured_runs_without(build, expected, host):
     assert captioner.device == "tensorrt-rtx 0.0.fake on Host, steps not captured"
 
 
-def test_the_seam_with_all_its_methods(build, data_dir, agree):
+@pytest.mark.parametrize("variant", ["av-qwen2", "av-qwen2-explicit"])
+def test_the_seam_with_all_its_methods(variant, build, data_dir, agree, torch_inference):
     """Prefill in chunks, steps of several rows, rows copied, swapped and cut, against PyTorch."""
-    bundle, backend = build("av-qwen2", chunk=16, max_length=128, rows=3)
-    theirs = Reference(open_checkpoint(data_dir / "av-qwen2")).open(3, 128)
+    bundle, backend = build(variant, chunk=16, max_length=128, rows=3)
+    theirs = torch_inference(open_checkpoint(data_dir / "av-qwen2"), bundle.manifest.decoder)
     agree(backend.decoder().open(3, 128), theirs, bundle.manifest.decoder, 1e-4)
 
 
