@@ -126,7 +126,7 @@ def _behind_towers(policy: Policy) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
     for part in policy.config.parts:
         name = part.stage.name
-        own = dict(policy.stages[name].named_parameters())
+        own: dict[str, Tensor] = {**dict(policy.stages[name].named_parameters())}
         if any(value.source in (PIXELS, SOUND) for value in part.stage.inputs):
             own = {entry: tensor for entry, tensor in own.items() if entry.startswith("projector.")}
         if own:

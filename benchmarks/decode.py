@@ -19,6 +19,8 @@ import numpy as np
 
 from ..contract.records import DecoderShape
 from ..export.compile import compile_bundle
+from ..models import open_checkpoint
+from ..models.config import DecoderConfig
 from ..models.random_checkpoint import write_checkpoint
 from ..runtime.bundle import Bundle
 from ..runtime.decoding import Settings, TokenSearch, generate
@@ -84,17 +86,17 @@ def bare_loop(session, spec: DecoderShape, prompt: np.ndarray, tokens: int) -> f
 class TorchEager:
     """transformers' Qwen2 of the same shape in bfloat16."""
 
-    def __init__(self, spec: DecoderShape, intermediate_size: int, num_heads: int) -> None:
+    def __init__(self, d: DecoderConfig) -> None:
         import torch
         from transformers import Qwen2Config, Qwen2ForCausalLM
 
         config = Qwen2Config(
-            vocab_size=spec.vocab_size,
-            hidden_size=spec.hidden_size,
-            intermediate_size=intermediate_size,
-            num_hidden_layers=spec.num_layers,
-            num_attention_heads=num_heads,
-            num_key_value_heads=spec.num_kv_heads,
+            vocab_size=d.vocab_size,
+            hidden_size=d.hidden_size,
+            intermediate_size=d.intermediate_size,
+            num_hidden_layers=d.num_layers,
+            num_attention_heads=d.num_heads,
+            num_key_value_heads=d.num_kv_heads,
             tie_word_embeddings=False,
         )
         self._torch = torch
@@ -133,7 +135,7 @@ def main(checkpoint: Path | None, prompt_tokens: int, tokens: int, rounds: int, 
         spec, graph = bundle.manifest.decoder, bundle.file(bundle.manifest.components["decoder"].graph)
         decoder = OrtDecoder(graph, spec, bundle.embed)
         small_pages = open_session(graph)
-        torch_eager = TorchEager(spec, intermediate_size=4864, num_heads=14)
+        torch_eager = TorchEager(open_checkpoint(checkpoint).config.decoder)
         prompt = np.random.default_rng(0).standard_normal((prompt_tokens, spec.hidden_size)).astype(np.float32) * 0.02
         seconds = alternate(
             {

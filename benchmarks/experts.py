@@ -57,7 +57,8 @@ def write_decoder(config: DecoderConfig, weights: str, folder: Path) -> OrtDecod
         decoder = Decoder(config).eval().requires_grad_(False)
     shapes = {name: tuple(value.shape) for name, value in decoder.state_dict().items()}
     target = get_target("cpu")
-    graph = component_graph("decoder", decoder, decoder_signature(config), target, weights).traced
+    compiled = component_graph("decoder", decoder, decoder_signature(config), target, weights)
+    graph = compiled.traced
     generator = torch.Generator().manual_seed(0)
 
     def tensor(entry: str) -> torch.Tensor:
@@ -65,7 +66,7 @@ def write_decoder(config: DecoderConfig, weights: str, folder: Path) -> OrtDecod
         drawn = torch.randn(shape, generator=generator)
         return 1 + 0.1 * drawn if len(shape) == 1 else drawn / shape[1] ** 0.5
 
-    reader = WeightReader(read_fused(tensor), target.form(weights).block_size)
+    reader = WeightReader(read_fused(tensor), compiled.stored)
     with (folder / "decoder.data").open("wb") as file:
         for _ in write_weights(graph, file, "decoder.data", reader):
             pass

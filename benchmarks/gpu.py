@@ -34,6 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..commands import SHIPPED_ADAPTER, SHIPPED_BASE
+from ..contract.devices import DEVICES
 from ..export.compile import compile_bundle
 from ..models import open_checkpoint
 from ..models.random_checkpoint import SIZES, write_checkpoint
@@ -49,12 +50,14 @@ from .kernels import kernels_of
 from .parity import parity
 from .peers.torch_decoder import torch_decoder_seconds
 
-DEVICES = ("tensorrt-rtx", "tensorrt", "cuda", "cpu")
-
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--device", type=click.Choice(DEVICES), default="tensorrt-rtx", show_default=True, help="The device to measure."
+    "--device",
+    type=click.Choice(list(DEVICES)),
+    default="tensorrt-rtx",
+    show_default=True,
+    help="The device to measure.",
 )
 @click.option(
     "--size",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from ..contract.devices import DEVICES
 from ..runtime.bundle import Bundle
 from ..runtime.captioner import Captioner
 from ..runtime.cuda import Cuda
@@ -140,9 +142,14 @@ class EnginePlace(_Gpu):
 
 def open_place(device: str) -> Place:
     """Where a device's name says. ``TargetError`` where it is not to be had."""
-    if device == "cpu":
-        return CpuPlace()
-    return CudaPlace() if device == "cuda" else EnginePlace(device)
+    return _PLACES[DEVICES[device].runtime](device)
+
+
+_PLACES: dict[str, Callable[[str], Place]] = {
+    "onnxruntime": lambda device: CpuPlace(),
+    "onnxruntime-cuda": lambda device: CudaPlace(),
+    "tensorrt": EnginePlace,
+}
 
 
 def _rate(work: Any, size: int) -> float:

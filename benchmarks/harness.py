@@ -44,13 +44,15 @@ def environment() -> dict[str, object]:
     }
 
 
-def alternate(contestants: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Run every contestant once a round, ``rounds`` times (A B B A), and collect what each returns; warm-up rounds are
-    run and dropped."""
+def alternate(
+    contestants: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1, mirrored: bool = True
+) -> dict[str, list[float]]:
+    """Run every contestant once a round, ``rounds`` times, and collect what each returns; warm-up rounds are run and
+    dropped. The order is A B B A, or A B A B if it is not ``mirrored``."""
     figures: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(warmup + rounds):
         # Every other round backwards, so that nobody always runs in the wake of the same neighbour.
-        for name, contestant in list(contestants.items())[:: -1 if turn % 2 else 1]:
+        for name, contestant in list(contestants.items())[:: -1 if mirrored and turn % 2 else 1]:
             figure = contestant()
             if turn >= warmup:
                 figures[name].append(figure)

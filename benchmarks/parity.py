@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..calibration.recipe import roundings
 from ..calibration.reference import Reference
-from ..calibration.verify import roundings
 from ..contract.pipeline import PIXELS
 from ..models import open_checkpoint
 from ..runtime.captioner import Captioner
@@ -29,7 +29,8 @@ def parity(place: Place, checkpoint: Path, adapter: Path | None, bundle: Path) -
     """
     place.build(bundle, rows=2)
     captioner = place.open(bundle)
-    reference = Reference(open_checkpoint(checkpoint, adapter), roundings(captioner.manifest))
+    source = open_checkpoint(checkpoint, adapter)
+    reference = Reference(source, roundings(captioner.manifest, source))
     pipeline, rng = captioner.manifest.pipeline, np.random.default_rng(0)
     frames = rng.integers(0, 256, (pipeline.sampling.count, 120, 160, 3), dtype=np.uint8)
     stages = _stages(captioner, reference, reference.pixels(frames))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..contract.formats import FORMATS
 from ..contract.manifest import Manifest
 from ..contract.pipeline import Pipeline
 from ..runtime.inference import FloatArray
@@ -26,13 +27,8 @@ TOLERANCE = {"pixels": 1e-6, "fbank": 2**-7, "embeddings": 1e-6}
 #: The tolerance of a component that is float32 on both sides (an int4 decoder is compared with float32 matmuls).
 FLOAT32 = 1e-4
 
-#: The tolerance of a component with float16 matmuls (at most 2e-3 on the fixtures; deeper models have more), and of one
-#: whose kernel rounds activations to int8 (at most 3e-2 on the encoders of the fixtures).
-HALF, INT8_ACTIVATIONS = 2e-2, 1e-1
-
-#: Two logits that are closer than this, relative to the largest one, are a near-tie. int4: each logit may be off by
-#: 2.5e-2, because the kernel rounds activations to int8 (``exact_decoder``). int8 encoders change the prompt.
-NEAR_TIE = {"fp32": 1e-4, "fp16": HALF, "int4": 5e-2, "int8": 5e-2}
+#: The tolerance of a component with float16 matmuls (at most 2e-3 on the fixtures; deeper models have more).
+HALF = 2e-2
 
 
 def tested(pipeline: Pipeline) -> dict[str, str]:
@@ -51,12 +47,14 @@ def tolerance(stage: str, manifest: Manifest) -> float:
         return TOLERANCE[kind]
     if manifest.cache_dtype == "float16":
         return HALF
-    return INT8_ACTIVATIONS if component.weights == "int8" else FLOAT32
+    return FORMATS[component.weights].tolerance or FLOAT32
 
 
 def near_tie(manifest: Manifest) -> float:
     """The difference of two logits below which they count as a tie. It includes the effect of the encoders."""
-    return max(NEAR_TIE[component.weights] for name, component in manifest.components.items() if name != "selection")
+    return max(
+        FORMATS[component.weights].near_tie for name, component in manifest.components.items() if name != "selection"
+    )
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class TokenResult:
     """The greedy tokens of bundle and reference.
 
     ``margin``: at the first difference, how far the two tokens are apart in the reference's logits (after the
-    repetition penalty). A small margin is a near-tie (``NEAR_TIE``). ``None`` if no token differs: the captions are
+    repetition penalty). A small margin is a near-tie (``near_tie``). ``None`` if no token differs: the captions are
     equal, or one ends where the other continues.
     """
 

@@ -1,13 +1,9 @@
-"""Block-wise weight quantization, one tensor at a time."""
+"""The arithmetic of weight quantization, one tensor at a time. ``formats.py`` has the formats."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor, nn
-
-from ..models.connectors import SqueezeExcite
+from torch import Tensor
 
 #: ONNX Runtime's MatMulNBits without a zero point reads int4 codes from 0 to 15; the code 8 is zero.
 INT4_ZERO = 8
@@ -147,59 +143,3 @@ def quantize_int8_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_int8_channels(codes: Tensor, scales: Tensor) -> Tensor:
     """The float32 weight ``[N, K]`` of codes and scales of ``quantize_int8_channels``."""
     return (codes.float() * scales.float()).T
-
-
-#: A layer with fewer weights is not quantized to int8: it would save too little.
-FEW_WEIGHTS = 1 << 12
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """How a bundle rounds the linear layers of a component.
-
-    ``dialect``: of its graphs. ``weights``: their format. ``block_size``: the input channels that share a scale, if the
-    format has blocks.
-    """
-
-    dialect: str
-    weights: str
-    block_size: int = 32
-
-    def round(self, weight: Tensor) -> Tensor:
-        """The float32 weight ``[N, K]`` that the graph computes with.
-
-        Formats without codes (fp32, fp16) do not change it. Neither does a format with blocks if they must divide the
-        width and do not.
-        """
-        if self.weights == "int4" and self.dialect == "ort":
-            return dequantize_int4(*quantize_int4(weight, self.block_size), weight.shape[1])
-        if self.weights == "int4" and weight.shape[1] % self.block_size == 0:
-            return dequantize_int4_positive(*quantize_int4_positive(weight, self.block_size))
-        if self.weights == "int8" and self.dialect == "ort":
-            return dequantize_int8(*quantize_int8(weight, self.block_size), weight.shape[1])
-        if self.weights == "int8":
-            return dequantize_int8_channels(*quantize_int8_channels(weight))
-        return weight
-
-    def apply(self, module: nn.Module) -> None:
-        """Round, in place, the linear layers of a component that ``quantized`` names."""
-        for layer in quantized(module, self.weights):
-            layer.weight.data = self.round(layer.weight.data)
-
-
-def quantized(module: nn.Module, weights: str) -> list[nn.Linear]:
-    """The layers of a component that are quantized in a format.
-
-    int4: all linear layers. int8 (for encoders): all but small ones and squeeze-excite, which scales whole channels.
-    """
-    if weights not in ("int4", "int8"):
-        return []
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
-    if weights == "int8":
-        gates = {name for name, child in module.named_modules() if isinstance(child, SqueezeExcite)}
-        layers = {
-            name: layer
-            for name, layer in layers.items()
-            if name.rpartition(".")[0] not in gates and layer.weight.numel() >= FEW_WEIGHTS
-        }
-    return list(layers.values())

@@ -22,7 +22,7 @@ from ..models import CaptionerCheckpoint
 from ..models.decoder import Decoder
 from ..models.stages import build_on_meta, run_stage
 from ..runtime.inference import FloatArray, FullLogits
-from .quantize import Rounding
+from .recipe import Rounding
 
 #: Units of a stage that are computed at once, where each is computed alone: a long clip must not need more memory.
 _UNITS = 8

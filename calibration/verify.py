@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .._version import __version__
+from ..contract.formats import FORMATS
 from ..contract.manifest import Manifest
 from ..contract.pipeline import PIXELS, SOUND, Pipeline, Stage, stages_of
 from ..errors import OptionError
@@ -48,7 +49,7 @@ from .comparison import (
     tolerance,
 )
 from .exact_decoder import ExactDecoder, accuracy_level
-from .quantize import Rounding
+from .recipe import roundings
 from .reference import GreedyCaption, Reference
 
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "torch", "numpy")
@@ -72,13 +73,13 @@ def verify_bundle(
     captioner = Captioner.load(bundle)
     manifest = captioner.manifest
     source = open_checkpoint(Path(checkpoint), None if adapter is None else Path(adapter), _keep(manifest))
-    quantized, rounded = manifest.components["decoder"].block_size, roundings(manifest)
+    decoder, rounded = manifest.components["decoder"], roundings(manifest, source)
     original = Reference(source)
     report = verify(
         captioner,
         Reference(source, rounded) if rounded else original,
         media,
-        original=None if quantized is None else original,
+        original=original if FORMATS[decoder.weights].quantized else None,
         max_new_tokens=max_new_tokens,
         audio=audio,
         progress=progress,
@@ -108,15 +109,6 @@ def verify(
     clips = [check.run(os.fspath(source), captioner.read(source, audio=audio)) for source in media]
     verdict, divergent = conclude(clips, tested(captioner.manifest.pipeline))
     return Report(verdict, divergent, captioner.manifest.weights, clips)
-
-
-def roundings(manifest: Manifest) -> dict[str, Rounding]:
-    """The rounding in a bundle of each component of the checkpoint."""
-    return {
-        name: Rounding(manifest.dialect, component.weights, component.block_size or 0)
-        for name, component in manifest.components.items()
-        if component.weights in ("int4", "int8")
-    }
 
 
 def check_same_model(manifest: Manifest, reference: Reference) -> None:
@@ -229,7 +221,8 @@ class _Check:
         manifest = captioner.manifest
         self._pipeline = manifest.pipeline
         # With float16 matmuls the activations are not rounded to int8.
-        rounds = manifest.components["decoder"].block_size is not None and manifest.cache_dtype == "float32"
+        quantized = FORMATS[manifest.components["decoder"].weights].quantized
+        rounds = quantized and manifest.cache_dtype == "float32"
         self._exact = ExactDecoder(captioner.bundle) if rounds else None
         self._stages = Stages()
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import click
 
 from ..console import ProgressDisplay, show, table
-from . import options
+from . import offers, options
 
 
 @click.command(short_help="Build a bundle's TensorRT engines.")
 @click.argument("bundle", type=options.PATH)
 @click.option(
     "--target",
-    type=click.Choice(["tensorrt-rtx", "tensorrt", "tensorrt-10.3"]),
+    type=click.Choice(offers.engine_targets()),
     help="TensorRT for RTX (desktop GPUs) or TensorRT (Jetson, data centre).  [default: the bundle's]",
 )
 @click.option(

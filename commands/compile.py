@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING
 import click
 
 from ..console import ProgressDisplay, describe_compiled, show
-from . import options
+from ..contract.targets import Target
+from . import offers, options
+
+
+def _decoder(target: Target) -> tuple[str, ...]:
+    return target.decoder_formats
+
+
+def _encoders(target: Target) -> tuple[str, ...]:
+    return target.encoder_formats
+
 
 if TYPE_CHECKING:
     from ..runtime.viewing import Share
@@ -27,25 +37,25 @@ if TYPE_CHECKING:
     metavar="NAME",
     default="cpu",
     show_default=True,
-    help="Compile for cpu, cuda, tensorrt-rtx, tensorrt (10.15 or later) or tensorrt-10.3 (JetPack 6).",
+    help=f"Compile for {offers.targets()}.",
 )
 @click.option(
     "--weights",
     metavar="FORMAT",
-    help="The decoder's weights: int4, fp16 (not for cpu) or fp32 (not for cuda).  [default: int4]",
+    help=f"The decoder's weights: {offers.formats(_decoder)}.  [default: {offers.default_format(_decoder)}]",
 )
 @click.option(
     "--encoder-weights",
     metavar="FORMAT",
-    help="The weights of vision, connector and audio: fp32 (not for cuda), fp16 (not for cpu) or int8.  [default: fp32 "
-    "for cpu, fp16 for other targets]",
+    help=f"The weights of vision, connector and audio: {offers.formats(_encoders)}.  [default: "
+    f"{offers.default_format(_encoders)}]",
 )
 @click.option(
     "--block-size",
     type=int,
     metavar="N",
-    help="The number of int4 weights that share a scale: 32, 64 or 128. Larger blocks are faster and less exact; a "
-    "clip may then get another caption in a batch than alone.  [default: 32]",
+    help=f"The number of int4 weights that share a scale: {offers.block_sizes('int4')}. Larger blocks are faster and "
+    "less exact; a clip may then get another caption in a batch than alone.  [default: 32]",
 )
 @click.option(
     "--visual-tokens",
@@ -85,7 +95,7 @@ def compile_command(
             weights=weights,
             encoder_weights=encoder_weights,
             block_size=block_size,
-            visual_tokens=[share.ratio for share in visual_tokens] or None,
+            visual_tokens=visual_tokens or None,
             overwrite=overwrite,
             progress=progress,
         )

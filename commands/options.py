@@ -12,6 +12,7 @@ import click
 
 from ..console import say
 from ..errors import OptionError
+from . import offers
 
 if TYPE_CHECKING:
     from ..runtime.captioner import Captioner
@@ -371,7 +372,7 @@ def device_options(command: Command) -> Command:
             metavar="NAME",
             default="auto",
             show_default=True,
-            help="Where to run: cpu, cuda, tensorrt-rtx or tensorrt; auto takes the best that works.",
+            help=f"Where to run: {offers.devices()}; auto takes the best that works.",
         ),
         click.option(
             "--threads", type=click.IntRange(1, 1024), help="The number of CPU threads.  [default: one per core]"

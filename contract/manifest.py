@@ -6,6 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta, field
 
+from .formats import FormatName, Rule
 from .pipeline import Pipeline
 from .records import DecoderShape, Generation, Name, NonNegative, Positive, Record, Sha256, TensorSpec
 
@@ -19,7 +20,7 @@ class Component(Record, frozen=True, kw_only=True):
 
     graph: str
     data: str | None = None
-    weights: Name
+    weights: FormatName
     block_size: Positive | None = None
     parameters: NonNegative
     inputs: list[TensorSpec]
@@ -59,7 +60,8 @@ class Manifest(Record, frozen=True, kw_only=True):
     """``bundle.json``. ``files`` is filled in by the writer; every file must have a role in the other fields.
 
     ``components`` has those of the pipeline's stages, by their names, ``decoder``, and where candidates are found on
-    the device ``selection``. ``weights`` is the format of the decoder.
+    the device ``selection``. ``weights`` is the format of the decoder, ``recipe`` the
+    format of each linear layer; it is empty in bundles before it, which have the default of their formats.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -67,7 +69,8 @@ class Manifest(Record, frozen=True, kw_only=True):
     family: Name
     target: Name
     dialect: Name
-    weights: Name
+    weights: FormatName
+    recipe: list[Rule] = field(default_factory=list)
     components: dict[str, Component]
     embedding: Embedding
     decoder: DecoderShape

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
+from ..calibration.recipe import make_recipe
+from ..contract.dialects import graph_file
+from ..contract.formats import Rule, block_size_of
 from ..contract.manifest import MANIFEST_FILE, TOKENIZER_FILE, Component, Embedding, Manifest, Provenance
 from ..contract.pipeline import Pipeline
 from ..contract.records import TensorSpec
@@ -20,11 +23,12 @@ from ..errors import OptionError
 from ..models import CaptionerCheckpoint, open_checkpoint
 from ..models.stages import measured
 from ..runtime.bundle import parse_manifest
+from ..runtime.viewing import Share
 from .components import ComponentGraph, captioner_parts, component_graph
 from .dialects.fused import read_fused
 from .graph_writer import DataFile, WeightReader, payload_size, serialize, write_weights
 from .selection import SHORTLIST, Selection, selection_signature
-from .targets import Target, get_target
+from .targets import Target, get_target, matmul_dtype
 from .tokenizer import collect_tokenizer
 from .writer import BundleWriter
 
@@ -57,7 +61,7 @@ def compile_bundle(
     weights: str | None = None,
     encoder_weights: str | None = None,
     block_size: int | None = None,
-    visual_tokens: float | Sequence[float] | None = None,
+    visual_tokens: Share | Sequence[Share] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> CompileResult:
@@ -66,18 +70,14 @@ def compile_bundle(
     ``adapter``: a LoRA adapter (PEFT layout), merged in fp32. ``weights``: the decoder's format, the target's default
     when ``None``, and ``encoder_weights`` that of all other components; ``block_size``: int4 weights that share a
     scale (larger: faster, coarser, and a caption may come out otherwise in a batch than alone). ``visual_tokens``:
-    the ratio of visual tokens that AuroraCap's merging keeps, or several of which the first is the default at run time
+    the share of visual tokens that AuroraCap's merging keeps, or several of which the first is the default at run time
     (``DEFAULT_RATIOS`` when ``None``); they share the weights. ``overwrite``: replace a bundle that is there already.
     The bundle appears under ``output`` whole or not at all. Raises ``CheckpointError``, ``OptionError`` or
     ``TargetError``, and ``IntertitleError`` for a full disk.
     """
     record = get_target(target)
     weights, encoders = record.check_weights(weights, encoder_weights)
-    if block_size is not None:
-        if weights != "int4" or block_size not in record.block_sizes:
-            known = ", ".join(map(str, record.block_sizes))
-            raise OptionError(f"a block size is for int4 weights, one of {known}: not {block_size} for {weights}")
-        record = replace(record, block_size=block_size)
+    block_size = record.check_block_size(weights, block_size)
     BundleWriter(output, overwrite=overwrite).check_place()
     report = progress or (lambda *_: None)
     report("reading the checkpoint", 0, 0)
@@ -85,13 +85,14 @@ def compile_bundle(
     source = _positioned(source, record)
     tokenizer = collect_tokenizer(source.path).to_str().encode()
     pipeline = measured(source.config, keeps)
+    recipe = make_recipe(source, record, weights, encoders, block_size)
     graphs: list[ComponentGraph] = []
     further: dict[str, list[tuple[str, ComponentGraph]]] = {}
-    for part in captioner_parts(source, pipeline, record.form(weights).dtype):
+    for part in captioner_parts(source, pipeline, matmul_dtype(record, weights)):
         first = not any(graph.name == part.name for graph in graphs)
         report(f"tracing {part.name}" if first else f"tracing {part.name}, ratio {part.keep:g}", 0, 0)
         form = weights if part.name == "decoder" else encoders
-        graph = component_graph(part.name, part.module, part.signature, record, form)
+        graph = component_graph(part.name, part.module, part.signature, record, form, recipe)
         if first:
             graphs.append(graph)
         else:
@@ -117,25 +118,30 @@ def compile_bundle(
                 further.get(graph.name, []),
                 source,
                 record,
+                recipe,
                 writer,
                 lambda label=label: report(label, min(writer.written, total), total),
             )
             sizes[graph.name] = writer.written - before
         writer.add_bytes(TOKENIZER_FILE, tokenizer)
         report("closing", total, total)
-        path = writer.commit(_manifest(source, record, weights, components, embedding_spec, pipeline))
+        path = writer.commit(_manifest(source, record, weights, recipe, components, embedding_spec, pipeline))
     sizes |= {"embedding": embedding_bytes, "tokenizer": len(tokenizer)}
     manifest = parse_manifest((path / MANIFEST_FILE).read_bytes(), str(path))
     return CompileResult(path, manifest, sizes)
 
 
 def _open(
-    path: Path, adapter: Path | None, visual_tokens: float | Sequence[float] | None
+    path: Path, adapter: Path | None, visual_tokens: Share | Sequence[Share] | None
 ) -> tuple[CaptionerCheckpoint, tuple[float, ...]]:
     """The checkpoint, and the shares of tokens that its merging stage is compiled for (none where it has no such)."""
-    asked = (visual_tokens,) if isinstance(visual_tokens, float | int) else visual_tokens
-    if asked is not None and not asked:
-        raise OptionError("no ratio of visual tokens was given")
+    shares = visual_tokens if isinstance(visual_tokens, Sequence) or visual_tokens is None else (visual_tokens,)
+    if shares is not None and not shares:
+        raise OptionError("no share of visual tokens was given")
+    for share in shares or ():
+        if not isinstance(share, Share):
+            raise OptionError(f"a bundle holds shares of visual tokens, such as Share(0.5), not {share!r}")
+    asked = None if shares is None else [share.ratio for share in shares]
     source = open_checkpoint(path, adapter, None if asked is None else asked[0])
     for ratio in asked or ():
         source.config.keeping(ratio)  # refuses what cannot be
@@ -164,15 +170,15 @@ def _write_component(
     further: Sequence[tuple[str, ComponentGraph]],
     source: CaptionerCheckpoint,
     target: Target,
+    recipe: Sequence[Rule],
     writer: BundleWriter,
     report: Callable[[], None],
 ) -> Component:
     """One component; ``further`` graphs of the same weights go beside it, by the names of their files."""
-    graph_file = f"decoder.{target.dialect}.onnx" if graph.name == "decoder" else f"{graph.name}.onnx"
-    data_file = f"{graph_file}.data" if payload_size(graph.traced) else None
-    block_size = target.form(graph.weights).block_size
-    reader = WeightReader(read_fused(lambda entry: source.tensor(graph.name, entry)), block_size)
-    files, held = [(graph_file, graph), *further], DataFile()
+    file_name = graph_file(graph.name, target.dialect)
+    data_file = f"{file_name}.data" if payload_size(graph.traced) else None
+    reader = WeightReader(read_fused(lambda entry: source.tensor(graph.name, entry)), graph.stored)
+    files, held = [(file_name, graph), *further], DataFile()
     report()
     if data_file is not None:
         with writer.create(data_file) as file:
@@ -182,10 +188,10 @@ def _write_component(
     for name, each in files:
         writer.add_bytes(name, serialize(each.traced))
     return Component(
-        graph=graph_file,
+        graph=file_name,
         data=data_file,
         weights=graph.weights,
-        block_size=block_size if graph.weights in ("int4", "int8") else None,
+        block_size=block_size_of(recipe, graph.name),
         parameters=graph.parameters,
         inputs=[_tensor_spec(value) for value in graph.traced.model.graph.inputs],
         outputs=[_tensor_spec(value) for value in graph.traced.model.graph.outputs],
@@ -210,6 +216,7 @@ def _manifest(
     source: CaptionerCheckpoint,
     target: Target,
     weights: str,
+    recipe: list[Rule],
     components: dict[str, Component],
     embedding: Embedding,
     pipeline: Pipeline,
@@ -221,6 +228,7 @@ def _manifest(
         target=target.name,
         dialect=target.dialect,
         weights=weights,
+        recipe=recipe,
         components=components,
         embedding=embedding,
         decoder=config.decoder.shape,

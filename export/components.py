@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..calibration.recipe import component_rules
+from ..contract.formats import Rule
 from ..contract.pipeline import EachUnit, OneSound, Pipeline, Stage, WholeClip, Window
 from ..models import CaptionerCheckpoint
 from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
 from ..models.stages import build_on_meta, meta_values
-from .dialects.forms import DIALECTS, Rules
-from .targets import Target
+from .dialects.forms import DIALECTS, Replacements, form_of
+from .dialects.layers import Stored, stored_layers
+from .targets import Target, matmul_dtype
 from .trace import Signature, TracedGraph, trace
 
 
@@ -23,15 +26,15 @@ from .trace import Signature, TracedGraph, trace
 class ComponentGraph:
     """One traced component: its graph, the format of its weights and the number of its parameters.
 
-    The entries of ``traced.weights`` are those of the state dict of the checkpoint's component ``name``, where a layer
-    that was lowered to int4 has codes and scales in place of ``weight`` (``qweight`` and ``scales`` in the ``ort``
-    dialect, ``codes`` and ``factors`` in the ``standard`` one).
+    The entries of ``traced.weights`` are those of the state dict of the checkpoint's component ``name``, where a
+    quantized layer has the tensors of its layout in place of ``weight``. ``stored`` has the quantized layers by name.
     """
 
     name: str
     traced: TracedGraph
     weights: str
     parameters: int
+    stored: Mapping[str, Stored]
 
 
 @dataclass(frozen=True)
@@ -180,37 +183,47 @@ def captioner_parts(
     yield Part("decoder", source.module("decoder"), decoder_signature(config.decoder, cache_dtype))
 
 
-def lower(module: nn.Module, rules: Rules) -> nn.Module:
-    """Replace every submodule whose exact type has a rule, in place; returns the module."""
+def lower(module: nn.Module, replacements: Replacements) -> nn.Module:
+    """Replace every submodule whose exact type has a replacement, in place; returns the module."""
     for name, child in list(module.named_children()):
-        rule = rules.get(type(child))
-        if rule is not None:
-            setattr(module, name, rule(child))
+        replacement = replacements.get(type(child))
+        if replacement is not None:
+            setattr(module, name, replacement(child))
         else:
-            lower(child, rules)
+            lower(child, replacements)
     return module
 
 
-def component_graph(name: str, module: nn.Module, signature: Signature, target: Target, weights: str) -> ComponentGraph:
+def component_graph(
+    name: str,
+    module: nn.Module,
+    signature: Signature,
+    target: Target,
+    weights: str,
+    recipe: Sequence[Rule] | None = None,
+) -> ComponentGraph:
     """Lower a component (on the meta device) to the target's dialect and trace it.
 
-    ``weights`` is the format of its linear layers. The module is not usable afterwards.
+    ``weights`` is the format of the component. ``recipe``: the format of each linear layer, the component's default
+    when ``None``. The module is not usable afterwards.
     """
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    dialect, form = DIALECTS[target.dialect], target.form(weights)
-    lowered = lower(module, dialect.rules(form))
+    recipe = component_rules(name, module, target, weights) if recipe is None else recipe
+    dialect, form = DIALECTS[target.dialect], form_of(module, name, recipe, matmul_dtype(target, weights))
+    lowered = lower(module, dialect.replacements(form))
+    stored = stored_layers(lowered)
     is_decoder = isinstance(lowered, Decoder)
     called = _DECODER_GRAPHS[lowered.config.positions](lowered) if isinstance(lowered, Decoder) else lowered
     traced = trace(called, signature, dialect.attention(form.dtype), dialect.opset)
     dialect.finish(traced, form, is_decoder)
     _drop_unused_inputs(traced)
     if not is_decoder:
-        return ComponentGraph(name, traced, weights, parameters)
+        return ComponentGraph(name, traced, weights, parameters, stored)
     entries = {
         initializer: replace(weight, entry=weight.entry.removeprefix("decoder."))
         for initializer, weight in traced.weights.items()
     }
-    return ComponentGraph(name, TracedGraph(traced.model, entries), weights, parameters)
+    return ComponentGraph(name, TracedGraph(traced.model, entries), weights, parameters, stored)
 
 
 def _drop_unused_inputs(graph: TracedGraph) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,7 +12,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from ..calibration.quantize import quantize_int4, quantize_int4_positive, quantize_int8, quantize_int8_channels
+from ..calibration.formats import ENCODINGS
+from .dialects.layers import Stored
 from .trace import TracedGraph, Weight
 
 #: Tensors of a page or more start at multiples of one, so that a runtime can map the file instead of reading it; the
@@ -26,17 +27,6 @@ _TORCH_DTYPES = {
     ir.DataType.INT4: torch.int8,
 }
 
-Quantizer = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-
-#: The two entries of a quantized layer, codes and scales, and what makes them of its weight and the block size.
-_PAIRS: dict[tuple[str, str], Quantizer] = {
-    ("qweight", "scales"): quantize_int4,
-    ("codes", "factors"): quantize_int4_positive,
-    ("qweight8", "scales8"): quantize_int8,
-    ("codes8", "factors8"): lambda weight, _: quantize_int8_channels(weight),
-}
-_QUANTIZERS = {leaf: (place, make) for pair, make in _PAIRS.items() for place, leaf in enumerate(pair)}
-
 
 class BinaryFile(Protocol):
     """What the data are written to: the bundle writer's hashing file."""
@@ -45,22 +35,26 @@ class BinaryFile(Protocol):
 
 
 class WeightReader:
-    """Entries of a component's (lowered) state dict by name, quantized where the lowering asks for it."""
+    """Entries of a component's (lowered) state dict by name.
 
-    def __init__(self, tensor: Callable[[str], Tensor], block_size: int) -> None:
-        self._tensor, self._block_size = tensor, block_size
-        self._quantized: tuple[str, tuple[Tensor, Tensor]] | None = None
+    ``tensor``: reads an entry of the checkpoint's component. ``layers``: how the quantized layers are stored, by name.
+    """
+
+    def __init__(self, tensor: Callable[[str], Tensor], layers: Mapping[str, Stored] | None = None) -> None:
+        self._tensor, self._layers = tensor, layers or {}
+        self._encoded: tuple[str, tuple[Tensor, ...]] | None = None
 
     def read(self, entry: str) -> Tensor:
-        """The tensor of one entry; ``X.qweight`` and ``X.scales``, and the like, are made of ``X.weight`` together."""
+        """The tensor of one entry. The tensors of a quantized layer ``X`` are made of ``X.weight`` together."""
         layer, _, leaf = entry.rpartition(".")
-        if leaf not in _QUANTIZERS:
+        stored = self._layers.get(layer)
+        if stored is None or leaf not in stored.layout.tensors:
             return self._tensor(entry)
-        place, make = _QUANTIZERS[leaf]
-        if self._quantized is None or self._quantized[0] != layer:
-            self._quantized = None  # free the last pair before the next is made
-            self._quantized = (layer, make(self._tensor(f"{layer}.weight"), self._block_size))
-        return self._quantized[1][place]
+        if self._encoded is None or self._encoded[0] != layer:
+            self._encoded = None  # free the tensors of the last layer before the next ones are made
+            encoding = ENCODINGS[stored.layout.name]
+            self._encoded = (layer, encoding.encode(self._tensor(f"{layer}.weight"), stored.block_size))
+        return self._encoded[1][stored.layout.tensors.index(leaf)]
 
 
 @dataclass

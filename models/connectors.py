@@ -81,6 +81,9 @@ class Convolution(nn.Module):
 class SqueezeExcite(nn.Module):
     """Channels scaled by a gate computed from their mean over the image."""
 
+    #: A recipe (``calibration/recipe.py``) leaves these in a float type: an error of the gate scales whole channels.
+    unquantized_layers = ("fc1", "fc2")
+
     def __init__(self, size: int, reduced: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(size, reduced)

@@ -89,7 +89,7 @@ def mlp(root: str, *widths: int, bias: bool = True) -> Iterator[RandomTensor]:
 
 
 def decoder_body(d: DecoderConfig, std: float, root: str = "model") -> Iterator[RandomTensor]:
-    """The embedding table and the layers under transformers' names of Llama, Mistral and Qwen2."""
+    """The embedding table and the layers under transformers' names of Llama, Mistral, Mixtral and Qwen2."""
     yield tensor(f"{root}.embed_tokens.weight", d.vocab_size, d.hidden_size, std=std)
     for i in range(d.num_layers):
         at = f"{root}.layers.{i}"
@@ -99,10 +99,22 @@ def decoder_body(d: DecoderConfig, std: float, root: str = "model") -> Iterator[
             yield from layer(f"{at}.self_attn.{name}_proj", size, d.hidden_size, std=std, bias=d.qkv_bias)
         yield from layer(f"{at}.self_attn.o_proj", d.hidden_size, d.num_heads * d.head_dim, std=std, bias=False)
         yield from norm(f"{at}.post_attention_layernorm", d.hidden_size, bias=False)
-        for name in ("gate", "up"):
-            yield from layer(f"{at}.mlp.{name}_proj", d.intermediate_size, d.hidden_size, std=std, bias=False)
-        yield from layer(f"{at}.mlp.down_proj", d.hidden_size, d.intermediate_size, std=std, bias=False)
+        if d.num_experts:
+            # As spread as its input: a token prefers some experts over others.
+            yield from layer(f"{at}.block_sparse_moe.gate", d.num_experts, d.hidden_size, bias=False)
+        for mlp_names in _mlp_names(at, d.num_experts):
+            for name in mlp_names[:2]:
+                yield from layer(name, d.intermediate_size, d.hidden_size, std=std, bias=False)
+            yield from layer(mlp_names[2], d.hidden_size, d.intermediate_size, std=std, bias=False)
     yield from norm(f"{root}.norm", d.hidden_size, bias=False)
+
+
+def _mlp_names(at: str, experts: int) -> list[tuple[str, str, str]]:
+    """The names of gate, up and down of the layer at ``at``: of its MLP, or of each of its experts."""
+    if not experts:
+        return [(f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj", f"{at}.mlp.down_proj")]
+    roots = (f"{at}.block_sparse_moe.experts.{number}" for number in range(experts))
+    return [(f"{root}.w1", f"{root}.w3", f"{root}.w2") for root in roots]
 
 
 def decoder_head(d: DecoderConfig, std: float, name: str = "lm_head") -> Iterator[RandomTensor]:

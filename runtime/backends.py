@@ -11,6 +11,8 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..contract.devices import DEVICES
+from ..contract.targets import TARGETS
 from ..errors import IntertitleError, OptionError, TargetError
 from .bundle import Bundle
 from .inference import FloatArray, Inference
@@ -18,9 +20,8 @@ from .inference import FloatArray, Inference
 if TYPE_CHECKING:
     from .ort_cuda import OrtProgram
 
-#: The devices for each dialect, the best first. ``cuda`` also needs float16 matmuls.
-_DEVICES = {"ort": ("cuda", "cpu"), "standard": ("tensorrt-rtx", "tensorrt"), "plain": ("tensorrt-10.3",)}
-DEVICES = ("auto", *dict.fromkeys(device for devices in _DEVICES.values() for device in devices))
+#: The device that stands for the best one that works.
+AUTO = "auto"
 
 #: Each session starts so many threads at once; a machine with more cores may use them all.
 MAX_THREADS = 256
@@ -41,7 +42,9 @@ class Decoder(Protocol):
 
 
 class Backend(Protocol):
-    """A bundle on a device; ``device`` says which, for a reader."""
+    """A bundle on a device; ``device`` says which, for a reader. ``forks``: a forked child can go on using it."""
+
+    forks: bool
 
     @property
     def device(self) -> str: ...
@@ -55,6 +58,8 @@ class Backend(Protocol):
 
 class OrtBackend:
     """ONNX Runtime on the processor. ``threads``: of each session, one a core when ``None``."""
+
+    forks = True
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         self._bundle, self._threads, self.device = bundle, threads, "cpu"
@@ -75,6 +80,8 @@ class OrtBackend:
 class CudaBackend:
     """ONNX Runtime's CUDA provider. ``options``: provider options by component, over ours; ``{"device": "cpu"}`` leaves
     an encoder to the processor. ``TargetError`` where the provider or a GPU is missing or does not work."""
+
+    forks = False
 
     def __init__(self, bundle: Bundle, options: Options | None = None, threads: int | None = None) -> None:
         from .cuda import Cuda
@@ -128,6 +135,8 @@ class EngineBackend:
 
     ``library`` and ``gpu``: those at hand when ``None``. ``TargetError`` where there are none.
     """
+
+    forks = False
 
     def __init__(self, bundle: Bundle, target: str, library: Any = None, gpu: Any = None) -> None:
         from .cuda import Cuda
@@ -188,14 +197,14 @@ def open_backend(
     ``options``: those of ``CudaBackend``, which other devices have no use for. ``TargetError`` for a device that is
     unknown, not there, or not what the bundle was compiled for; ``OptionError`` for options of a bundle not for CUDA.
     """
-    if device not in DEVICES:
-        raise TargetError(f"device '{device}' is not supported; this version knows: {', '.join(DEVICES)}")
-    if options and "cuda" not in candidates(bundle):
+    if device not in (AUTO, *DEVICES):
+        raise TargetError(f"device '{device}' is not supported; this version knows: {', '.join((AUTO, *DEVICES))}")
+    if options and not any(DEVICES[name].options for name in candidates(bundle)):
         raise OptionError(
             f"{bundle.path}: options are for ONNX Runtime on CUDA, the bundle is for {bundle.manifest.target}"
         )
     check_threads(threads)
-    if device != "auto":
+    if device != AUTO:
         return _open(bundle, device, threads, options), []
     reasons: list[str] = []
     for candidate in candidates(bundle):
@@ -230,22 +239,24 @@ def where(bundle: Bundle) -> list[tuple[str, str | None]]:
 def candidates(bundle: Bundle) -> list[str]:
     """The devices that a bundle was compiled for, the best first."""
     manifest = bundle.manifest
-    devices = [name for name in _DEVICES.get(manifest.dialect, ()) if name != "cuda" or manifest.target == "cuda"]
-    # Of two that take the same graphs, the one that was asked for when it was compiled.
-    devices.sort(key=lambda name: name != manifest.target)
-    if not devices:
+    target = TARGETS.get(manifest.target)
+    if target is None or target.dialect != manifest.dialect:
         raise TargetError(f"{bundle.path}: the bundle is for {manifest.target}, which this version does not know")
-    return devices
+    return list(target.devices)
 
 
 def _open(bundle: Bundle, device: str, threads: int | None, options: Options | None) -> Backend:
     if device not in candidates(bundle):
         raise TargetError(_other_target(bundle, device))
-    if device == "cpu":
-        return OrtBackend(bundle, threads)
-    if device == "cuda":
-        return CudaBackend(bundle, options, threads)
-    return EngineBackend(bundle, device)
+    return _OPENERS[DEVICES[device].runtime](bundle, device, threads, options)
+
+
+#: What opens a bundle with each runtime (``Device.runtime``).
+_OPENERS: Mapping[str, Callable[[Bundle, str, int | None, Options | None], Backend]] = {
+    "onnxruntime": lambda bundle, device, threads, options: OrtBackend(bundle, threads),
+    "onnxruntime-cuda": lambda bundle, device, threads, options: CudaBackend(bundle, options, threads),
+    "tensorrt": lambda bundle, device, threads, options: EngineBackend(bundle, device),
+}
 
 
 def _other_target(bundle: Bundle, device: str) -> str:

@@ -18,6 +18,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from ..contract.dialects import graph_file
+from ..contract.formats import block_size_problem
 from ..contract.manifest import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
@@ -196,19 +198,22 @@ def _inconsistency(manifest: Manifest) -> str | None:
     variants = [variant.graph for stage in pipeline.stages for variant in stage.variants[1:]]
     roles = [TOKENIZER_FILE, manifest.embedding.file, *variants]
     for name, component in manifest.components.items():
-        graph = f"decoder.{manifest.dialect}.onnx" if name == "decoder" else f"{name}.onnx"
+        graph = graph_file(name, manifest.dialect)
         if component.graph != graph:
             return f"the graph of component '{name}' is {component.graph!r}, expected '{graph}'"
         if component.data not in (None, f"{graph}.data"):
             return f"the data of component '{name}' is {component.data!r}, expected '{graph}.data'"
-        if (component.weights == "int4") != (component.block_size is not None) and component.weights != "int8":
-            return f"component '{name}' has {component.weights} weights with block size {component.block_size}"
+        if wrong := block_size_problem(component.weights, component.block_size):
+            return f"component '{name}' has {wrong}"
         for tensors in (component.inputs, component.outputs):
             if len({tensor.name for tensor in tensors}) != len(tensors) or not tensors:
                 return f"component '{name}' has no inputs or outputs, or two of one name"
         roles += [component.graph, *([component.data] if component.data else [])]
     if manifest.components["decoder"].weights != manifest.weights:
         return f"weights are {manifest.weights}, but the decoder's are {manifest.components['decoder'].weights}"
+
+    if strange := sorted({rule.component for rule in manifest.recipe} - expected):
+        return f"recipe: there is no component {_listed(strange)}"
 
     for name in manifest.files:
         if not is_plain_name(name):

@@ -62,7 +62,7 @@ class Captioner:
         self.device_notes = tuple(notes)
         """Why better devices are not used, a line each."""
         self._device = backend.device
-        self._guard = Guard(forks=self._device == "cpu")
+        self._guard = Guard(forks=backend.forks)
         self._model = Model(bundle, self.tokenizer, self.encoder)
         self._intake = Intake(self._model, self._loaded)
 

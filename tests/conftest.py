@@ -231,11 +231,31 @@ VARIANTS = {
 }
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes ``every_variant`` runs for each of ``VARIANTS``: it gets the name."""
+    if "every_variant" in metafunc.fixturenames:
+        metafunc.parametrize("every_variant", VARIANTS)
+
+
+@pytest.fixture
+def open_variant(data_dir: Path) -> Callable[..., Any]:
+    """``open_variant(name)``: the checkpoint that ``compiled(name)`` was compiled from."""
+    from intertitle.models import open_checkpoint
+
+    def open_it(name: str) -> Any:
+        how = VARIANTS[name]
+        adapter = None if how.adapter is None else data_dir / how.adapter
+        return open_checkpoint(data_dir / how.checkpoint, adapter, how.keep)
+
+    return open_it
+
+
 @pytest.fixture(scope="session")
 def compiled(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``compiled(variant, weights, target)``: the bundle of a fixture checkpoint, compiled once in a whole test run."""
     from filelock import FileLock
     from intertitle.export import compile as export
+    from intertitle.runtime.viewing import Share
 
     # Workers of pytest-xdist have sibling base directories; they share what lies above.
     base = tmp_path_factory.getbasetemp()
@@ -257,7 +277,7 @@ def compiled(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
                     weights=weights,
                     adapter=adapter,
                     target=target,
-                    visual_tokens=how.keep,
+                    visual_tokens=None if how.keep is None else Share(how.keep),
                 )
         return bundle
 

@@ -361,7 +361,7 @@ def test_info(compiled: Compiled, run: Callable[..., Result]):
     result = run("info", bundle)
     assert result.code == 0
     assert result.out.startswith("auroracap: auroracap, for cpu (ort), decoder fp32\n")
-    assert "(merging keeps 0.4)" in result.out
+    assert "(merging: 40% gives " in " ".join(result.out.split())
     for name, part in manifest["components"].items():
         (row,) = (line for line in result.out.splitlines() if line.startswith(f"{name} "))
         size = sum((bundle / part[file]).stat().st_size for file in ("graph", "data"))

@@ -105,10 +105,3 @@ class DenseExperts(nn.Module):
         for output in outputs[1:]:
             total = total + output
         return total
-
-
-def with_linear(expert: MLP, linear: Callable[[nn.Linear], nn.Module]) -> MLP:
-    """An expert whose linear layers are replaced, in place."""
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        setattr(expert, name, linear(getattr(expert, name)))
-    return expert

@@ -16,13 +16,11 @@ from torch.onnx import ops
 
 from ...models.attention import CacheState
 from ...models.decoder import MLP, SelfAttention
+from .layers import Matmuls
 from .ort import OPSET, grouped_attention
 
 #: The parts of each fused layer, in the order of their rows.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-#: Makes the matmul of the dialect from a linear layer.
-Product = Callable[[nn.Linear], nn.Module]
 
 
 def read_fused(tensor: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
@@ -38,20 +36,14 @@ def read_fused(tensor: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
     return read
 
 
-def _joined(*layers: nn.Linear) -> nn.Linear:
-    """A linear layer of the joint size on the meta device; its weights are read later, by name."""
-    outputs = sum(layer.out_features for layer in layers)
-    return nn.Linear(layers[0].in_features, outputs, bias=layers[0].bias is not None, device="meta")
-
-
 class FusedSelfAttention(nn.Module):
     """``models.decoder.SelfAttention`` with one matmul for query, key and value. The kernel takes them packed."""
 
-    def __init__(self, original: SelfAttention, product: Product, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, original: SelfAttention, matmuls: Matmuls, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = original.num_heads, original.num_kv_heads
-        self.qkv_proj = product(_joined(original.q_proj, original.k_proj, original.v_proj))
-        self.o_proj = product(original.o_proj)
+        self.qkv_proj = matmuls(original.q_proj, original.k_proj, original.v_proj)
+        self.o_proj = matmuls(original.o_proj)
         self.width, self.dtype = original.q_proj.out_features, dtype
 
     def forward(
@@ -67,10 +59,10 @@ class FusedSelfAttention(nn.Module):
 class FusedMLP(nn.Module):
     """``models.decoder.MLP`` with one matmul for gate and up."""
 
-    def __init__(self, original: MLP, product: Product) -> None:
+    def __init__(self, original: MLP, matmuls: Matmuls) -> None:
         super().__init__()
-        self.gate_up_proj = product(_joined(original.gate_proj, original.up_proj))
-        self.down_proj = product(original.down_proj)
+        self.gate_up_proj = matmuls(original.gate_proj, original.up_proj)
+        self.down_proj = matmuls(original.down_proj)
         self.width = original.gate_proj.out_features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,10 +88,10 @@ class HalfMLP(nn.Module):
     cast. The gate is rounded once more. No value exceeds float16 that the next matmul could have taken.
     """
 
-    def __init__(self, original: MLP, product: Product) -> None:
+    def __init__(self, original: MLP, matmuls: Matmuls) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj = product(original.gate_proj), product(original.up_proj)
-        self.down_proj = product(original.down_proj)
+        self.gate_proj, self.up_proj = matmuls(original.gate_proj), matmuls(original.up_proj)
+        self.down_proj = matmuls(original.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x).half(), self.up_proj(x).half()

@@ -14,9 +14,17 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 
+from ...contract.formats import LAYOUTS
 from ..trace import TracedGraph, Weight
 
 _HALF, _SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
+#: Tensors of layouts whose elements are int4.
+_INT4_CODES = {
+    tensor
+    for layout in LAYOUTS.values()
+    for tensor, kind in zip(layout.tensors, layout.types, strict=True)
+    if kind == "int4"
+}
 
 
 class Half(nn.Module):
@@ -61,7 +69,7 @@ def finish(graph: TracedGraph) -> None:
     for name, weight in list(graph.weights.items()):
         if name not in initializers:
             del graph.weights[name]
-        elif weight.entry.rpartition(".")[2] == "codes":
+        elif weight.entry.rpartition(".")[2] in _INT4_CODES:
             initializers[name].type = ir.TensorType(ir.DataType.INT4)
             graph.weights[name] = Weight(weight.entry, ir.DataType.INT4, weight.shape, weight.transposed)
     fold_casts(graph.model)

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.onnx import ops
 
+from ...contract.dialects import DIALECTS
+from ...contract.formats import FORMATS
 from ...models.attention import CacheState
 from ...models.decoder import RMSNorm
 from .half import half_parameter
+from .layers import QuantizedLinear
 
 #: The types of an operator's attribute in ``torch.onnx.ops``.
 Attribute: TypeAlias = "int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]"
 
-#: First opset with RMSNormalization; the rest of the graph needs no more than 21.
-OPSET = 23
+OPSET = DIALECTS["ort"].opset
 
 
 class OrtAttention:
@@ -132,22 +134,20 @@ class RMSNormalization(nn.Module):
         )
 
 
-class MatMulNBits(nn.Module):
-    """An int4 or int8 matmul in place of ``nn.Linear``.
+class MatMulNBits(QuantizedLinear):
+    """A matmul with int4 or int8 weights in place of ``nn.Linear``.
 
-    Its two initializers are ``qweight`` and ``scales``, or ``qweight8`` and ``scales8``. In float32 the kernel may
-    quantize the activations to int8 block by block (accuracy level 4: about three times as fast on a CPU as level 0,
-    docs/facts.md 6). In float16, which is for GPUs, it may not (level 0).
+    In float32 the kernel may quantize the activations to int8 block by block (accuracy level 4: about three times as
+    fast on a CPU as level 0, docs/facts.md 6). In float16, which is for GPUs, it may not (level 0).
     """
 
-    def __init__(self, linear: nn.Linear, block_size: int, dtype: torch.dtype = torch.float32, bits: int = 4) -> None:
-        super().__init__()
-        blocks = -(-linear.in_features // block_size)
-        self._names = {4: ("qweight", "scales"), 8: ("qweight8", "scales8")}[bits]
-        with torch.device("meta"):
-            codes = torch.empty(linear.out_features, blocks, block_size * bits // 8, dtype=torch.uint8)
-            self.register_buffer(self._names[0], codes)
-            self.register_buffer(self._names[1], torch.empty(linear.out_features, blocks, dtype=dtype))
+    def __init__(self, layout: str, linear: nn.Linear, block_size: int | None, dtype: torch.dtype) -> None:
+        assert block_size is not None
+        super().__init__(layout, block_size)
+        bits, blocks = FORMATS[self.stored.layout.format].bits, -(-linear.in_features // block_size)
+        self._codes, self._scales = self.stored.layout.tensors
+        self.hold(self._codes, torch.uint8, linear.out_features, blocks, block_size * bits // 8)
+        self.hold(self._scales, dtype, linear.out_features, blocks)
         self.bias = linear.bias if linear.bias is None or dtype == torch.float32 else half_parameter(linear.bias)
         self.out_features, self.dtype = linear.out_features, dtype
         self.attributes: dict[str, Attribute] = {
@@ -163,7 +163,7 @@ class MatMulNBits(nn.Module):
         inside = self.bias if self.dtype == torch.float32 else None
         y = ops.symbolic(
             "com.microsoft::MatMulNBits",
-            (x.to(self.dtype), *(getattr(self, name) for name in self._names), None, None, inside),
+            (x.to(self.dtype), getattr(self, self._codes), getattr(self, self._scales), None, None, inside),
             attrs=self.attributes,
             dtype=self.dtype,
             shape=(*x.shape[:-1], self.out_features),

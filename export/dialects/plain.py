@@ -11,10 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...contract.dialects import DIALECTS
 from ...models.attention import rotate
 from .standard import StandardAttention
 
-OPSET = 21
+OPSET = DIALECTS["plain"].opset
 
 
 class PlainAttention(StandardAttention):

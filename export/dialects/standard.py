@@ -10,17 +10,16 @@ inside Attention itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.onnx import ops
 
+from ...contract.dialects import DIALECTS
 from ...models.attention import CacheState
-from .half import Half, half_parameter
+from .half import half_parameter
+from .layers import QuantizedLinear
 
-#: First opset with TensorScatter.
-OPSET = 24
+OPSET = DIALECTS["standard"].opset
 
 
 class StandardAttention:
@@ -91,24 +90,23 @@ class StandardAttention:
         )
 
 
-class BlockedProduct(nn.Module):
+class BlockedProduct(QuantizedLinear):
     """An int4 matmul in place of ``nn.Linear``: DequantizeLinear over blocks of input channels, then MatMul.
 
-    Its initializers are ``codes`` (int4 ``[K, N]``) and ``factors`` (float16 ``[K / block, N]``, all positive): what
-    ``quantize_int4_positive`` gives.
+    Its initializers are ``codes`` (int4 ``[K, N]``) and ``factors`` (float16 ``[K / block, N]``, all positive).
     """
 
     codes: Tensor
     factors: Tensor
 
-    def __init__(self, linear: nn.Linear, block_size: int, opset: int = OPSET) -> None:
-        super().__init__()
+    def __init__(self, linear: nn.Linear, block_size: int | None, opset: int = OPSET) -> None:
+        assert block_size is not None
+        super().__init__("int4_blocks", block_size)
         self.block_size, self._opset = block_size, opset
-        shape = (linear.in_features, linear.out_features)
-        with torch.device("meta"):
-            # PyTorch cannot trace int4, so the trace has int8 and ``half.finish`` sets the type.
-            self.register_buffer("codes", torch.empty(shape, dtype=torch.int8))
-            self.register_buffer("factors", torch.empty(shape[0] // block_size, shape[1], dtype=torch.float16))
+        inputs, outputs = linear.in_features, linear.out_features
+        # PyTorch cannot trace int4, so the trace has int8 and ``half.finish`` sets the type.
+        self.hold("codes", torch.int8, inputs, outputs)
+        self.hold("factors", torch.float16, inputs // block_size, outputs)
         self.bias = None if linear.bias is None else half_parameter(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,23 +122,20 @@ class BlockedProduct(nn.Module):
         return (y if self.bias is None else y + self.bias).float()
 
 
-class ChannelProduct(nn.Module):
+class ChannelProduct(QuantizedLinear):
     """An int8 matmul in place of ``nn.Linear``: DequantizeLinear with a scale per output channel, then MatMul.
 
-    Its initializers are ``codes8`` (int8 ``[K, N]``) and ``factors8`` (float16 ``[N]``, all positive): what
-    ``quantize_int8_channels`` gives.
+    Its initializers are ``codes8`` (int8 ``[K, N]``) and ``factors8`` (float16 ``[N]``, all positive).
     """
 
     codes8: Tensor
     factors8: Tensor
 
     def __init__(self, linear: nn.Linear, opset: int) -> None:
-        super().__init__()
+        super().__init__("int8_channels")
         self._opset = opset
-        with torch.device("meta"):
-            codes = torch.empty(linear.in_features, linear.out_features, dtype=torch.int8)
-            self.register_buffer("codes8", codes)
-            self.register_buffer("factors8", torch.empty(linear.out_features, dtype=torch.float16))
+        self.hold("codes8", torch.int8, linear.in_features, linear.out_features)
+        self.hold("factors8", torch.float16, linear.out_features)
         self.bias = None if linear.bias is None else half_parameter(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,12 +149,3 @@ class ChannelProduct(nn.Module):
         )
         y = x.half() @ weight
         return (y if self.bias is None else y + self.bias).float()
-
-
-def blocked_product(block_size: int, opset: int = OPSET) -> Callable[[nn.Linear], nn.Module]:
-    """The rule for the linear layers of an int4 component. A layer stays float16 if blocks do not divide its width."""
-
-    def product(linear: nn.Linear) -> nn.Module:
-        return Half(linear) if linear.in_features % block_size else BlockedProduct(linear, block_size, opset)
-
-    return product

@@ -33,6 +33,7 @@ PREDICTOR_CLASSES = 527
 
 _ARCHITECTURES = {
     "videollama2_mistral": "Videollama2MistralForCausalLM",
+    "videollama2_mixtral": "Videollama2MixtralForCausalLM",
     "videollama2_qwen2": "Videollama2Qwen2ForCausalLM",
 }
 
@@ -52,7 +53,7 @@ class Videollama2Size(Size):
     vision_tower: str
     num_frames: int
     audio: AudioConfig | None = None
-    model_type: Literal["videollama2_mistral", "videollama2_qwen2"] = "videollama2_qwen2"
+    model_type: Literal["videollama2_mistral", "videollama2_mixtral", "videollama2_qwen2"] = "videollama2_qwen2"
     connector: Literal["stc_connector", "stc_connector_v35"] = "stc_connector_v35"
     std: float = 0.02
     first_special_id: int | None = 151643
@@ -134,6 +135,8 @@ class Videollama2Size(Size):
         }
         if self.model_type == "videollama2_qwen2":
             config |= {"max_window_layers": 28, "sliding_window": d.context_length, "use_sliding_window": False}
+        if d.num_experts:
+            config |= {"num_experts_per_tok": d.experts_per_token, "num_local_experts": d.num_experts}
         if self.audio is not None:
             config |= {
                 "hidden_size_a": d.hidden_size,
@@ -229,6 +232,26 @@ def _qwen2(
     )
 
 
+def _mixtral(
+    hidden: int, intermediate: int, layers: int, heads: int, kv: int, vocab: int, experts: int
+) -> DecoderConfig:
+    dim = hidden // heads
+    return DecoderConfig(
+        hidden,
+        intermediate,
+        layers,
+        heads,
+        kv,
+        dim,
+        vocab,
+        1e-5,
+        1e6,
+        32768,
+        num_experts=experts,
+        experts_per_token=2,
+    )
+
+
 _CLIP_LARGE = VisionConfig("clip", 1024, 4096, 24, 16, 336, 14, 1e-5, "quick_gelu")
 _CLIP_NAME = "openai/clip-vit-large-patch14-336"
 
@@ -270,6 +293,26 @@ SIZES = {
         num_frames=16,
         model_type="videollama2_mistral",
         connector="stc_connector",
+    ),
+    # VideoLLaMA2-8x7B. 95 GB.
+    "videollama2-8x7b": Videollama2Size(
+        decoder=_mixtral(4096, 14336, 32, 32, 8, 32000, 8),
+        vision=_CLIP_LARGE,
+        vision_tower=_CLIP_NAME,
+        num_frames=8,
+        model_type="videollama2_mixtral",
+        connector="stc_connector",
+    ),
+    # Its layers in a few MB.
+    "videollama2-moe-tiny": Videollama2Size(
+        decoder=_mixtral(128, 192, 3, 4, 2, 320, 4),
+        vision=VisionConfig("clip", 64, 128, 3, 4, 56, 14, 1e-5, "quick_gelu"),
+        vision_tower="tiny-clip",
+        num_frames=8,
+        model_type="videollama2_mixtral",
+        connector="stc_connector",
+        std=0.1,
+        shard_bytes=2_000_000,
     ),
     # VideoLLaMA2-72B: Qwen2-72B behind the tower and the connector of the other 2.0 models. 152 GB.
     "videollama2-72b": Videollama2Size(

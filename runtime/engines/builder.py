@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ...contract.dialects import DIALECTS
 from ...contract.manifest import Component
+from ...contract.targets import TARGETS
 from ...errors import TargetError
 from ..bundle import Bundle
 from .build import build_engine
@@ -19,8 +21,6 @@ from .shapes import Limits, profiles
 
 #: ``(stage, steps done, steps in all)``.
 Progress = Callable[[str, int, int], None]
-#: The dialects of bundles that engines are built from.
-DIALECTS = ("standard", "plain")
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,11 @@ class Built:
 def parts(bundle: Bundle) -> list[Part]:
     """All graphs of a bundle, with those of the variants of a stage. ``TargetError`` for a bundle without engines."""
     manifest = bundle.manifest
-    if manifest.dialect not in DIALECTS:
+    if manifest.dialect not in DIALECTS or not DIALECTS[manifest.dialect].engines:
+        example = next(target.name for target in TARGETS.values() if target.engines)
         raise TargetError(
             f"{bundle.path}: the bundle is for {manifest.target}, which needs no engines; for engines compile "
-            "the checkpoint with --target tensorrt-rtx"
+            f"the checkpoint with --target {example}"
         )
     components = manifest.components
     found = [Part(name, name, component, bundle.file(component.graph)) for name, component in components.items()]

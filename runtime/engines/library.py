@@ -10,20 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...contract.devices import DEVICES
 from ...errors import TargetError
 from ..cuda import Cuda
-
-_TENSORRT = (
-    ("tensorrt",),
-    "JetPack brings it (apt install python3-libnvinfer); elsewhere pip install 'intertitle[tensorrt]'",
-)
-#: For each target, the modules in the order in which they are tried, and how to install one.
-_MODULES = {
-    "tensorrt-rtx": (("tensorrt_rtx", "tensorrt_rtx_bindings"), "pip install 'intertitle[tensorrt-rtx]'"),
-    "tensorrt": _TENSORRT,
-    "tensorrt-10.3": _TENSORRT,
-}
-TARGETS = tuple(_MODULES)
 
 
 @dataclass(frozen=True)
@@ -75,17 +64,17 @@ class Library:
 
 
 def load_library(target: str) -> Library:
-    """The TensorRT of a target. ``TargetError`` if it is not installed or does not load."""
-    names, remedy = _MODULES[target]
-    for name in names:
+    """The TensorRT of a device. ``TargetError`` if it is not installed or does not load."""
+    device = DEVICES[target]
+    for name in device.modules:
         try:
             return Library(target, importlib.import_module(name))
         except ModuleNotFoundError as error:
-            if error.name not in names:
+            if error.name not in device.modules:
                 raise TargetError(f"{target}: {name} does not load: {error}") from error
         except (ImportError, OSError, RuntimeError) as error:
             raise TargetError(f"{target}: {name} does not load: {' '.join(str(error).split())}") from error
-    raise TargetError(f"{target} is not installed: {remedy}")
+    raise TargetError(f"{target} is not installed: {device.install}")
 
 
 def parse_capabilities(text: str, library: Library) -> tuple[str, ...]:

@@ -30,6 +30,10 @@ def test_contestants_take_turns_and_the_warm_up_is_dropped(capsys):
     assert calls == ["a", "b", "b", "a"] * 2
     assert figures == {"a": [1, 2, 3], "b": [4, 5, 6]}
     assert capsys.readouterr().err.splitlines()[-1] == "round 4 of 4"
+    calls.clear()
+    both = {name: contestant(name, [1, 2, 3]) for name in "ab"}
+    assert harness.alternate(both, rounds=2, mirrored=False) == {"a": [2, 3], "b": [2, 3]}
+    assert calls == ["a", "b"] * 3
     cold = harness.alternate({"a": contestant("a", [7.0])}, rounds=1, warmup=0)
     assert cold == {"a": [7]}
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from intertitle.calibration.comparison import (
-    NEAR_TIE,
     ClipResult,
     Report,
     StageResult,
@@ -19,8 +18,11 @@ from intertitle.calibration.comparison import (
     compare_tokens,
     conclude,
     measure_drift,
+    tested,
 )
 from intertitle.calibration.reference import GreedyCaption
+from intertitle.contract.formats import FORMATS
+from intertitle.contract.pipeline import EachUnit, ImagePlan, OneSound, Pipeline, Sampling, Stage, StageInput
 
 THEIRS = np.array([[2.0, -4.0, 1.0]], np.float32)
 
@@ -55,7 +57,7 @@ def test_what_has_no_error_fails_and_is_valid_json(mine, problem):
 
 def test_equal_tokens_pass():
     theirs = caption([2, 0], [0, 0, 1], [1, 0, 0])
-    assert compare_tokens([2, 0], theirs, 1.0, NEAR_TIE["fp32"]) == TokenResult(2, 2, None, "PASS")
+    assert compare_tokens([2, 0], theirs, 1.0, FORMATS["fp32"].near_tie) == TokenResult(2, 2, None, "PASS")
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def test_equal_tokens_pass():
 )
 def test_a_near_tie_is_ambiguous(runner_up, weights, verdict):
     theirs = caption([1, 2, 0], [0, 1, 0], [0, runner_up, 10], [1, 0, 0])
-    result = compare_tokens([1, 1, 1], theirs, 1.0, NEAR_TIE[weights])
+    result = compare_tokens([1, 1, 1], theirs, 1.0, FORMATS[weights].near_tie)
     assert (result.compared, result.equal, result.verdict) == (3, 1, verdict)
     assert result.margin == pytest.approx(10 - runner_up, rel=1e-3)
 
@@ -78,16 +80,16 @@ def test_a_near_tie_is_ambiguous(runner_up, weights, verdict):
 def test_the_margin_is_that_of_the_scores_after_the_penalty():
     # Token 1 has been used: at a penalty of 2 its 10 counts as 5, and -1 counts as -2.
     theirs = caption([1, 2], [0, 1, 0], [-20, 10, 5])
-    tie = compare_tokens([1, 1], theirs, 2.0, NEAR_TIE["fp32"])
+    tie = compare_tokens([1, 1], theirs, 2.0, FORMATS["fp32"].near_tie)
     assert (tie.margin, tie.verdict) == (0, "AMBIGUOUS")
     theirs = caption([1, 2], [0, 1, 0], [-20, -1, -2])
-    assert compare_tokens([1, 1], theirs, 2.0, NEAR_TIE["fp32"]).margin == 0
+    assert compare_tokens([1, 1], theirs, 2.0, FORMATS["fp32"].near_tie).margin == 0
 
 
 @pytest.mark.parametrize("mine", [[1], [1, 2, 2]])
 def test_a_caption_that_ends_elsewhere_fails(mine):
     theirs = caption([1, 2], [0, 1, 0], [0, 0, 1])
-    assert compare_tokens(mine, theirs, 1.0, NEAR_TIE["int4"]) == TokenResult(
+    assert compare_tokens(mine, theirs, 1.0, FORMATS["int4"].near_tie) == TokenResult(
         max(len(mine), 2), min(len(mine), 2), None, "FAIL"
     )
 
@@ -132,7 +134,21 @@ def stage(name: str, verdict: str) -> StageResult:
     ],
 )
 def test_conclusion(stages, tokens, conclusion):
+    stages_of_it = [
+        ("vision", EachUnit(), "pixels"),
+        ("connector", EachUnit(), "vision"),
+        ("audio", OneSound(), "sound"),
+    ]
+    pipeline = Pipeline(
+        sampling=Sampling(rule="centered", count=2),
+        image=ImagePlan("exact", 4, 4, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        stages=tuple(
+            Stage(name=name, unit=unit, inputs=(StageInput("x", source),), output="y", tokens=1)
+            for name, unit, source in stages_of_it
+        ),
+        prompts={},
+    )
     clips = [ClipResult(str(i), "video", tokens=TokenResult(1, 1, None, t)) for i, t in enumerate(tokens)]
     clips[0].stages = [stage("vision", "PASS"), *(stage(name, "FAIL") for name in stages[:1])]
     clips[1].stages = [*(stage(name, "FAIL") for name in stages[1:]), stage("decode logits", "PASS")]
-    assert conclude(clips) == conclusion
+    assert conclude(clips, tested(pipeline)) == conclusion

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from intertitle.calibration.quantize import Rounding
+from intertitle.calibration.recipe import Rounding
 from intertitle.calibration.reference import Reference, reference_fbank, reference_pixels, repetition_penalty
+from intertitle.contract.formats import Rule
+from intertitle.contract.pipeline import ImagePlan
 from intertitle.errors import OptionError
 from intertitle.models import open_checkpoint
-from intertitle.models.config import ImageProcessing
 from intertitle.runtime.preprocess.audio import audio_policy, video_policy
 
 PREPROCESSORS = {"av-qwen2": "tiny-siglip", "clip-mistral": "tiny-clip", "auroracap": ""}
@@ -32,8 +33,9 @@ def opened(data_dir):
         if (variant, weights) not in cache:
             adapter = data_dir / variant if variant == "clip-mistral-lora" else None
             checkpoint = data_dir / ("clip-mistral" if adapter else variant)
+            rule = Rule(component="decoder", pattern="*", format=weights, block_size=32)
             cache[variant, weights] = Reference(
-                open_checkpoint(checkpoint, adapter), {"decoder": Rounding("ort", weights)}
+                open_checkpoint(checkpoint, adapter), {"decoder": Rounding("ort", "decoder", (rule,))}
             )
         return cache[variant, weights]
 
@@ -70,7 +72,7 @@ def test_a_tall_frame_is_resized_across_first():
     """Pillow 13 turns the passes round here, which rounds differently; the runtime keeps the old order."""
     frame = np.random.default_rng(1).integers(0, 256, (200, 50, 3), dtype=np.uint8)
     ones, zeros = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
-    pixels = reference_pixels(frame, ImageProcessing("exact", 70, 70, zeros, ones)) * 255
+    pixels = reference_pixels(frame, ImagePlan("exact", 70, 70, zeros, ones)) * 255
     image = pytest.importorskip("PIL.Image")
     across = image.fromarray(frame).resize((70, 200), image.Resampling.BICUBIC)
     both = np.asarray(across.resize((70, 70), image.Resampling.BICUBIC)).transpose(2, 0, 1)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from intertitle.calibration.comparison import Report
 from intertitle.calibration.reference import Reference
-from intertitle.calibration.verify import verify_bundle
+from intertitle.calibration.verify import verify, verify_bundle
 from intertitle.errors import MediaError, OptionError
 from intertitle.export.compile import compile_bundle
 from intertitle.models import open_checkpoint
@@ -29,8 +29,7 @@ from intertitle.runtime.timing import Stages
 from safetensors.torch import load_file, save_file
 
 DEMO = Path(intertitle.__file__).parent / "calibration" / "clips" / "demo.mp4"
-VISUAL = ["pixels", "vision", "frame connector", "connector"]
-SOUND = ["fbank", "audio"]
+VISUAL = ["vision", "frame_connector", "connector"]
 TEXT = ["embeddings", "prefill logits", "decode logits"]
 
 
@@ -96,7 +95,7 @@ def test_a_captioner_that_listens_in_every_mode(check, wav):
     assert report.verdict == "PASS"
     assert (report.first_divergent, report.notes) == (None, [])
     assert [clip.mode for clip in report.clips] == ["audiovideo", "audio"]
-    assert stages(report) == [[*VISUAL, *SOUND, *TEXT], [*SOUND, *TEXT]]
+    assert stages(report) == [["pixels", "fbank", *VISUAL, "audio", *TEXT], ["fbank", "audio", *TEXT]]
     for clip in report.clips:
         assert clip.tokens is not None
         assert clip.tokens.equal == clip.tokens.compared > 6
@@ -105,15 +104,15 @@ def test_a_captioner_that_listens_in_every_mode(check, wav):
         # Far below the tolerances: what a sound fp32 bundle is off by.
         assert all(stage.error < 1e-5 for stage in clip.stages if stage.stage != "fbank")
     silent = check("av-qwen2", audio=False)
-    assert (silent.verdict, silent.clips[0].mode, stages(silent)) == ("PASS", "video", [[*VISUAL, *TEXT]])
+    assert (silent.verdict, silent.clips[0].mode, stages(silent)) == ("PASS", "video", [["pixels", *VISUAL, *TEXT]])
 
 
 @pytest.mark.parametrize("variant", ["clip-mistral", "clip-mistral-lora", "clip-mixtral", "auroracap-keep"])
 def test_captioners_that_only_see(variant, check):
     report = check(variant, max_new_tokens=24)
     assert (report.verdict, report.first_divergent, report.notes) == ("PASS", None, [])
-    visual = [stage for stage in VISUAL if stage != "frame connector"] if variant == "auroracap-keep" else VISUAL
-    assert stages(report) == [[*visual, *TEXT]]
+    visual = ["vision", "connector"] if variant == "auroracap-keep" else VISUAL
+    assert stages(report) == [["pixels", *visual, *TEXT]]
 
 
 def test_every_compiled_ratio_of_merging_is_compared(check, compiled, tmp_path):
@@ -181,7 +180,7 @@ def test_int4_in_every_mode(check, compiled, wav):
 
 BROKEN = [
     ("vision", "vision"),
-    ("frame_connector", "frame connector"),
+    ("frame_connector", "frame_connector"),
     ("connector", "connector"),
     ("audio", "audio"),
     ("decoder", "prefill logits"),
@@ -221,6 +220,32 @@ def test_the_component_with_wrong_weights_is_named(variant, component, stage, ch
     allowed = {"decoder": {"decode logits"}, "embedding": {"decode logits"}}
     assert set(failed[1:]) <= allowed.get(component, set())
     assert report.notes == []
+
+
+def test_the_stage_with_other_weights_is_named(every_variant, compiled, open_variant):
+    """In every family and for each of its stages: the reference has other weights there, and nowhere else."""
+    captioner = intertitle.Captioner.load(compiled(every_variant))
+    reference = Reference(open_variant(every_variant))
+    assert verify(captioner, reference, [DEMO], max_new_tokens=2).verdict == "PASS"
+    for component in reference.checkpoint.components:
+        module = reference.module(component)
+        matrices = [weight for weight in module.parameters() if weight.ndim > 1]
+        before = {name: value.clone() for name, value in module.state_dict().items()}
+        hook = None
+        if matrices:
+            # Half of one matrix, by two percent (of a whole one a norm behind it would notice nothing).
+            max(matrices, key=lambda weight: weight.numel()).data[..., ::2] *= 1.02
+        else:
+            # A stage without weights is another one if it gives something else.
+            hook = module.register_forward_hook(lambda _module, _inputs, output: output * 1.02)
+        report = verify(captioner, reference, [DEMO], max_new_tokens=2)
+        assert (report.verdict, report.first_divergent) == ("FAIL", component)
+        failed = {stage.stage.partition(",")[0] for stage in report.clips[0].stages if stage.verdict == "FAIL"}
+        assert failed <= ({"prefill logits", "decode logits"} if component == "decoder" else {component})
+        module.load_state_dict(before)
+        if hook is not None:
+            hook.remove()
+    assert verify(captioner, reference, [DEMO], max_new_tokens=2).verdict == "PASS"
 
 
 def test_a_small_error_in_int4_weights_is_seen(check, compiled, tmp_path):
@@ -266,7 +291,7 @@ def test_numbers_that_are_none_make_a_report_that_is_json(check, compiled, tmp_p
 def test_another_prompt_is_seen(check, compiled, tmp_path):
     bundle = shutil.copytree(compiled("clip-mistral"), tmp_path / "broken")
     manifest = json.loads((bundle / "bundle.json").read_text())
-    manifest["prompts"]["video"]["suffix"] = "Say: " + manifest["prompts"]["video"]["suffix"]
+    manifest["pipeline"]["prompts"]["video"]["pieces"][-1]["text"] += "Say: "
     report = check("clip-mistral", seal(bundle, manifest))
     assert (report.verdict, report.first_divergent) == ("FAIL", "embedding")
     (embeddings,) = [stage for stage in report.clips[0].stages if stage.stage == "embeddings"]
@@ -329,7 +354,7 @@ def test_another_checkpoint_is_named(compiled, data_dir, tmp_path):
     [
         ("av-qwen2", "auroracap", "the bundle is a videollama2 captioner, the reference a auroracap one"),
         ("auroracap-keep", "clip-mistral", "token merging"),
-        ("clip-mistral", "av-qwen2", "not the same model"),
+        ("clip-mistral", "av-qwen2", "not the same model: sampling|not the same model: "),
     ],
 )
 def test_another_model_is_refused(variant, checkpoint, message, compiled, data_dir):
@@ -362,11 +387,11 @@ def test_environment_and_progress(check, compiled, data_dir):
         assert environment[package] == version(package)
     assert environment["intertitle"] == intertitle.__version__
     # One token: nothing is decoded.
-    assert stages(report) == [[*VISUAL, *TEXT[:2]]]
+    assert stages(report) == [["pixels", *VISUAL, *TEXT[:2]]]
     assert [line.split(": ")[1].split(" ")[0] for line in heard] == [
         "pixels",
         "vision",
-        "frame",
+        "frame_connector",
         "connector",
         "embeddings",
         "prefill",

@@ -20,15 +20,20 @@ import pytest
 import torch
 from intertitle.benchmarks.harness import run_process
 from intertitle.calibration.quantize import dequantize_int4
+from intertitle.contract.formats import LAYOUTS
+from intertitle.contract.manifest import Manifest
+from intertitle.contract.pipeline import EachUnit, OneSound, Window
 from intertitle.errors import CheckpointError, IntertitleError, OptionError, TargetError
 from intertitle.export import compile as compile_module
 from intertitle.export.compile import compile_bundle
+from intertitle.export.dialects.layers import Stored
 from intertitle.export.graph_writer import WeightReader, payload_size, serialize, write_weights
 from intertitle.export.trace import TracedGraph, Weight
 from intertitle.models import random_checkpoint
-from intertitle.runtime.bundle import Bundle, Manifest
+from intertitle.runtime.bundle import Bundle
 from intertitle.runtime.ort import OrtDecoder
-from intertitle.runtime.text import build_prompt, prompt_ids
+from intertitle.runtime.prompt import Slot, build_prompt
+from intertitle.runtime.viewing import Count, Share
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -58,16 +63,19 @@ def location(tensor: onnx.TensorProto) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("variant", "blocks", "tokens", "keep"),
-    [("av-qwen2", 1, 16, None), ("clip-mistral", 1, 45, None), ("auroracap-keep", 8, 37, 0.4)],
+    ("variant", "units", "tokens", "keep"),
+    # 4 windows of 2 of 8 frames with 2 x 2 of 5 x 5 patches; 5 of 8 frames and 2 empty ones, 3 x 3 of the padded 6 x 6.
+    [("av-qwen2", 4, 4, None), ("clip-mistral", 5, 9, None), ("auroracap-keep", 8, 37, 0.4)],
 )
-def test_visual_tokens(variant, blocks, tokens, keep, compiled, expected):
-    visual = manifest_of(compiled(variant)).visual
-    assert (visual.blocks, visual.tokens_per_block, visual.per_frame) == (blocks, tokens, blocks > 1)
-    assert visual.keep == keep
+def test_visual_tokens(variant, units, tokens, keep, compiled, expected):
+    pipeline = manifest_of(compiled(variant)).pipeline
+    places = pipeline.sampling.count
+    assert (places, pipeline.units("connector", places), pipeline.tokens("connector")) == (8, units, tokens)
+    merging = pipeline.merging
+    assert (None if merging is None else [variant.keep for variant in merging.variants]) == (keep and [keep])
     numbers = expected(variant)
     shape = numbers[f"visual_tokens.keep{keep}" if keep else "video_tokens"].shape
-    assert blocks * tokens == np.prod(shape[:-1])
+    assert units * tokens == np.prod(shape[:-1])
 
 
 @pytest.mark.parametrize(
@@ -81,11 +89,18 @@ def test_visual_tokens(variant, blocks, tokens, keep, compiled, expected):
 def test_prompts_and_tokenizer_give_the_ids_of_the_fixture(variant, keys, compiled, expected):
     bundle = Bundle.open(compiled(variant))
     tokenizer = Tokenizer.from_file(str(bundle.file("tokenizer.json")))
-    assert set(bundle.manifest.prompts) == set(keys)
+    pipeline = bundle.manifest.pipeline
+    assert set(pipeline.prompts) == set(keys)
+    units = {stage.name: pipeline.units(stage.name, 8) for stage in pipeline.stages}
     for mode, key in keys.items():
-        spec = bundle.manifest.prompts[mode]
-        chunks = build_prompt(tokenizer, spec, bundle.manifest.default_instruction, bundle.manifest.visual.blocks)
-        assert prompt_ids(chunks, spec.sentinel) == expected(variant)[key].tolist()
+        pieces = pipeline.prompts[mode].pieces
+        built = build_prompt(tokenizer, pieces, bundle.manifest.default_instruction, units)
+        # The reference has one negative number for what stands between two texts.
+        ids: list[int | None] = []
+        for part in built:
+            ids += part if isinstance(part, list) else [] if ids[-1:] == [None] else [None]
+        assert sum(isinstance(part, Slot) for part in built) == {"audiovideo": 2}.get(mode, max(1, ids.count(None)))
+        assert ids == [token if token >= 0 else None for token in expected(variant)[key].tolist()]
 
 
 def test_manifest_of_a_captioner_that_listens(compiled, data_dir):
@@ -93,25 +108,32 @@ def test_manifest_of_a_captioner_that_listens(compiled, data_dir):
     assert (manifest.name, manifest.family) == ("av-qwen2", "videollama2")
     assert (manifest.target, manifest.dialect, manifest.weights) == ("cpu", "ort", "int4")
     assert list(manifest.components) == ["vision", "frame_connector", "connector", "audio", "decoder"]
-    visual = manifest.visual
-    assert (visual.time_kernel, visual.time_padding, visual.pooled, visual.ratios) == (2, 0, False, [])
+    pipeline = manifest.pipeline
+    units = {stage.name: stage.unit for stage in pipeline.stages}
+    each, window = EachUnit(), Window(2, 2, 0)
+    assert units == {"vision": each, "frame_connector": each, "connector": window, "audio": OneSound()}
+    assert list(units) == list(manifest.components)[:-1]
+    sources = {stage.name: [value.source for value in stage.inputs] for stage in pipeline.stages}
+    assert sources["connector"] == ["frame_connector"]
+    assert (sources["vision"], sources["audio"]) == (["pixels"], ["sound"])
+    assert all(not stage.variants for stage in pipeline.stages)
     # Of clip-mistral the connector is an stc_connector, which pads.
-    assert manifest_of(compiled("clip-mistral")).visual.time_padding == 1
+    assert manifest_of(compiled("clip-mistral")).pipeline.stage("connector").unit == Window(2, 2, 1)
     config = json.loads((data_dir / "av-qwen2" / "config.json").read_text())
     decoder = manifest.decoder
     assert decoder.num_layers == config["num_hidden_layers"] == LAYERS
     assert decoder.num_kv_heads == config["num_key_value_heads"]
     assert decoder.head_dim * config["num_attention_heads"] == decoder.hidden_size == config["hidden_size"]
     assert (decoder.vocab_size, decoder.context_length) == (config["vocab_size"], config["max_position_embeddings"])
-    audio = manifest.preprocessing.audio
+    audio = pipeline.sound
     assert audio is not None
     # docs/facts.md 1.4: 30 s at 16 kHz, 2998 frames of 128 bins, patches of 16 x 16.
     assert (audio.sample_rate, audio.num_samples) == (16_000, 480_000)
-    assert (audio.num_frames, audio.num_mel_bins, audio.num_tokens) == (2998, 128, 187 * 8)
-    assert manifest.preprocessing.num_frames == config["num_frames"]
-    assert manifest_of(compiled("clip-mistral")).preprocessing.audio is None
+    assert (audio.num_frames, audio.num_mel_bins, pipeline.tokens("audio")) == (2998, 128, 187 * 8)
+    assert pipeline.sampling.count == config["num_frames"]
+    assert manifest_of(compiled("clip-mistral")).pipeline.sound is None
     # No generation_config.json: transformers' defaults, and the reference's own (docs/facts.md 1.7).
-    assert manifest.generation.eos_token_ids == [config["eos_token_id"]]
+    assert manifest.generation.eos_token_ids == (config["eos_token_id"],)
     assert (manifest.generation.repetition_penalty, manifest.generation.top_k) == (1.0, 50)
     made = manifest.provenance
     assert (made.checkpoint, made.adapter, made.adapter_sha256) == ("av-qwen2", None, None)
@@ -166,7 +188,7 @@ def test_what_is_said_while_and_after_compiling(tmp_path):
     # The default of the target.
     assert manifest.weights == "int4"
     generation = json.loads((checkpoint / "generation_config.json").read_text())
-    assert manifest.generation.eos_token_ids == generation["eos_token_id"]
+    assert list(manifest.generation.eos_token_ids) == generation["eos_token_id"]
     assert manifest.generation.repetition_penalty == generation["repetition_penalty"] == 1.05
     assert manifest.generation.top_k == generation["top_k"] == 20
     # The reference's own, whatever the file says (docs/facts.md 1.7).
@@ -364,9 +386,9 @@ def test_a_bfloat16_checkpoint_with_tied_embeddings(tmp_path, data_dir):
         ({"weights": "int3"}, OptionError, "takes weights int4 or fp32, not 'int3'"),
         ({"weights": ""}, OptionError, "not ''"),
         ({"target": "toaster"}, TargetError, "unknown target 'toaster'; known: cpu"),
-        ({"visual_tokens": 0.5}, OptionError, "no token merging"),
-        ({"visual_tokens": (1.0, 0.5)}, OptionError, "no token merging"),
-        ({"visual_tokens": ()}, OptionError, "no ratio"),
+        ({"visual_tokens": Share(0.5)}, OptionError, "no token merging"),
+        ({"visual_tokens": (Share(1.0), Share(0.5))}, OptionError, "no token merging"),
+        ({"visual_tokens": ()}, OptionError, "no share"),
         ({"adapter": "nowhere"}, CheckpointError, "nowhere"),
     ],
 )
@@ -376,10 +398,10 @@ def test_what_cannot_be_asked_for(options, kind, message, tmp_path, data_dir):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("ratio", [0.0, -1.0, 1.5, float("nan"), (0.5, 0.0), (1, float("nan"))])
-def test_a_ratio_that_cannot_be(ratio, tmp_path, data_dir):
-    with pytest.raises(OptionError, match="ratio of visual tokens"):
-        compile_bundle(data_dir / "auroracap", tmp_path / "bundle", visual_tokens=ratio)
+@pytest.mark.parametrize("budget", [0.5, 1, Count(1), (Share(0.5), Count(256)), "50%"])
+def test_a_budget_that_is_no_share(budget, tmp_path, data_dir):
+    with pytest.raises(OptionError, match="a bundle holds shares of visual tokens"):
+        compile_bundle(data_dir / "auroracap", tmp_path / "bundle", visual_tokens=budget)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -474,7 +496,8 @@ def test_weights_are_written_one_at_a_time():
         return value
 
     graph, sink = traced(weights), Sink()
-    reader = WeightReader(tensor, 32)
+    stored = Stored(LAYOUTS["int4_nbits"], 32)
+    reader = WeightReader(tensor, {str(layer): stored for layer in range(layers)})
     written = list(write_weights(graph, sink, "data", reader))
     assert most <= 2
     # One reading of a weight for its codes and scales together.
@@ -489,7 +512,7 @@ def test_what_the_trace_computed_is_written_too():
     graph, sink = traced({"w": Weight("w", ir.DataType.FLOAT, (3,))}, {"table": table, "small": small}), Sink()
     with pytest.raises(RuntimeError, match="the weights of w have not been written"):
         serialize(graph)
-    list(write_weights(graph, sink, "data", WeightReader(lambda _: torch.ones(3), 32)))
+    list(write_weights(graph, sink, "data", WeightReader(lambda _: torch.ones(3))))
     proto = onnx.load_from_string(serialize(graph))
     where = {tensor.name: location(tensor) for tensor in proto.graph.initializer}
     assert where["small"] == {}
@@ -501,7 +524,7 @@ def test_what_the_trace_computed_is_written_too():
 def test_a_tensor_of_the_wrong_shape_is_an_error():
     graph = traced({"w": Weight("w", ir.DataType.FLOAT, (2, 3))})
     with pytest.raises(ValueError, match=r"w: shape \(3, 2\) where the graph has \(2, 3\)"):
-        list(write_weights(graph, Sink(), "data", WeightReader(lambda _: torch.ones(3, 2), 32)))
+        list(write_weights(graph, Sink(), "data", WeightReader(lambda _: torch.ones(3, 2))))
 
 
 @pytest.mark.slow

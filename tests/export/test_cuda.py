@@ -53,7 +53,7 @@ def test_components(variant, compiled, expected):
         audio = backend.component("audio", "audio.onnx")
         assert relative_error(audio(numbers["fbank_video_policy"][None])[0], numbers["audio_tokens"]) < BOUND
         frames = backend.component("frame_connector", "frame_connector.onnx")(features)
-        windows = frames.reshape(-1, bundle.manifest.visual.time_kernel, *frames.shape[1:])
+        windows = frames.reshape(-1, bundle.manifest.pipeline.stage("connector").unit.kernel, *frames.shape[1:])
         mine = backend.component("connector", "connector.onnx")(windows)
         assert relative_error(mine.reshape(numbers["video_tokens"].shape), numbers["video_tokens"]) < BOUND
     if keep:

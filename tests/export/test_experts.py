@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from intertitle.calibration.quantize import Rounding
+from intertitle.calibration.recipe import Rounding, component_rules
 from intertitle.export.components import component_graph
 from intertitle.export.dialects.fused import read_fused
 from intertitle.export.graph_writer import WeightReader, serialize, write_weights
@@ -49,8 +49,8 @@ def session(tmp_path, state) -> Callable[..., onnxruntime.InferenceSession]:
             module = Layer().eval().requires_grad_(False)
         signature = Signature((torch.zeros(2, 5, WIDTH),), ({0: "rows", 1: "length"},), ("x",), ("y",))
         record = get_target(target)
-        graph = component_graph("layer", module, signature, record, weights).traced
-        reader = WeightReader(read_fused((tensors or state).__getitem__), record.form(weights).block_size)
+        compiled = component_graph("layer", module, signature, record, weights)
+        graph, reader = compiled.traced, WeightReader(read_fused((tensors or state).__getitem__), compiled.stored)
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         with (folder / "layer.data").open("wb") as file:
@@ -101,7 +101,7 @@ CASES = [
 @pytest.mark.parametrize(("target", "weights", "bound"), CASES)
 def test_every_form_is_the_layer(target, weights, bound, session, state):
     record = get_target(target)
-    rounding = Rounding(record.dialect, weights, record.block_size)
+    rounding = Rounding(record.dialect, "layer", tuple(component_rules("layer", Layer(), record, weights)))
     graph = session(target, weights)
     for rows, length in ((1, 1), (1, 40), (3, 1), (2, 7)):
         x = tokens(rows, length, seed=rows * length)

@@ -11,20 +11,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from intertitle.calibration.formats import ENCODINGS, FEW_WEIGHTS
 from intertitle.calibration.quantize import (
-    FEW_WEIGHTS,
-    Rounding,
     dequantize_int8,
     dequantize_int8_channels,
     quantize_int8,
     quantize_int8_channels,
-    quantized,
 )
+from intertitle.calibration.recipe import component_rules, linear_layers, roundings
 from intertitle.calibration.reference import Reference
-from intertitle.calibration.verify import roundings
+from intertitle.contract.formats import decide
+from intertitle.contract.targets import TARGETS as TARGET_RECORDS
 from intertitle.errors import OptionError
 from intertitle.export.compile import compile_bundle
-from intertitle.export.targets import INT8_BLOCK
 from intertitle.models import open_checkpoint
 from intertitle.runtime.bundle import Bundle
 
@@ -58,20 +57,20 @@ def bundle(request, data_dir, tmp_path_factory):
 def test_encoders_are_the_rounded_model(bundle, data_dir, expected):
     numbers, target = expected("av-qwen2"), bundle.manifest.target
     checkpoint = open_checkpoint(data_dir / "av-qwen2")
-    rounded, original = Reference(checkpoint, roundings(bundle.manifest)), Reference(checkpoint)
+    rounded, original = Reference(checkpoint, roundings(bundle.manifest, checkpoint)), Reference(checkpoint)
     features = numbers["vision_features"]
-    fbank = numbers["fbank_video_policy"][np.newaxis]
+    fbank, pixels = numbers["fbank_video_policy"][np.newaxis], numbers["pixel_values"]
     frames = run(bundle, "frame_connector", features)
-    windows = frames.reshape(-1, bundle.manifest.visual.time_kernel, *frames.shape[1:])
-    tokens = run(bundle, "connector", windows)
+    windows = frames.reshape(-1, bundle.manifest.pipeline.stage("connector").unit.kernel, *frames.shape[1:])
     made = {
-        "vision": (numbers["pixel_values"], run(bundle, "vision", numbers["pixel_values"])),
-        "audio": (fbank, run(bundle, "audio", fbank)),
-        "connector": (features, tokens.reshape(numbers["video_tokens"].shape)),
+        "vision": ({"pixels": pixels}, run(bundle, "vision", pixels)),
+        "audio": ({"sound": fbank}, run(bundle, "audio", fbank)),
+        "frame_connector": ({"vision": features}, frames),
+        "connector": ({"frame_connector": frames}, run(bundle, "connector", windows)),
     }
-    for name, (given_value, mine) in made.items():
-        theirs, exact = rounded.run(name, given_value), original.run(name, given_value).reshape(mine.shape)
-        error = relative_error(mine, theirs.reshape(mine.shape))
+    for name, (given_values, mine) in made.items():
+        theirs, exact = rounded.run(name, given_values), original.run(name, given_values)
+        error = relative_error(mine, theirs)
         assert error < BOUNDS.get(target, 5e-3), name
         assert relative_error(mine, exact) < 0.12
         if target != "cpu":
@@ -84,7 +83,7 @@ def test_what_is_quantized(bundle):
     manifest, dialect = bundle.manifest, bundle.manifest.dialect
     for name in ("vision", "frame_connector", "connector", "audio"):
         component = manifest.components[name]
-        assert (component.weights, component.block_size) == ("int8", INT8_BLOCK)
+        assert (component.weights, component.block_size) == ("int8", 128 if dialect == "ort" else None)
         graph = onnx.load(bundle.file(component.graph), load_external_data=False).graph
         counts = Counter(node.op_type for node in graph.node)
         if dialect == "ort":
@@ -104,12 +103,12 @@ def test_what_is_quantized(bundle):
 
 
 def test_the_layers_that_are_rounded(data_dir):
-    connector = open_checkpoint(data_dir / "av-qwen2").load("connector")
-    names = {id(layer): name for name, layer in connector.named_modules()}
-    chosen = [names[id(layer)] for layer in quantized(connector, "int8")]
-    assert chosen
+    connector = open_checkpoint(data_dir / "av-qwen2").module("connector")
+    rules = component_rules("connector", connector, TARGET_RECORDS["cpu"], "int8")
+    chosen = [name for name in linear_layers(connector) if decide(rules, "connector", name).format == "int8"]
+    assert "s2.b1.conv1.conv" in chosen
+    assert any(".se." in name for name in linear_layers(connector))
     assert not any(".se." in name for name in chosen)
-    assert quantized(connector, "fp16") == []
 
 
 def test_formats_that_a_target_does_not_take(data_dir, tmp_path):
@@ -148,5 +147,5 @@ def test_a_block_of_zeros_and_what_onnx_runtime_makes_of_it():
     codes, scales = quantize_int8(weight, 32)
     assert (codes == 128).sum() == codes.numel() - 1
     assert scales[0].tolist() == [0, 0]
-    rounded = Rounding("ort", "int8", 32).round(weight)
+    rounded = ENCODINGS["int8_nbits"].round(weight, 32)
     assert rounded.tolist() == weight.tolist()

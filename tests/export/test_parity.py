@@ -8,25 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from intertitle.calibration.quantize import Rounding
+from intertitle.calibration.recipe import roundings
 from intertitle.calibration.reference import Reference
+from intertitle.contract.pipeline import Sampling
 from intertitle.export.compile import compile_bundle
-from intertitle.export.components import (
-    component_graph,
-    connector_signature,
-    frame_connector_signature,
-    slot_signature,
-)
+from intertitle.export.components import component_graph, stage_signature
 from intertitle.export.graph_writer import WeightReader, serialize, write_weights
 from intertitle.export.targets import get_target
 from intertitle.models import open_checkpoint
 from intertitle.models.config import ConnectorConfig
-from intertitle.models.connectors import SpatialTemporalConnector, build_connector
-from intertitle.runtime.bundle import Bundle, VisualSpec
+from intertitle.models.connectors import connector_parts
+from intertitle.models.stages import build_on_meta, run_stage
+from intertitle.runtime.bundle import Bundle
 from intertitle.runtime.decoding import Decoding, TokenSearch, generate, resolve
-from intertitle.runtime.encoder import Encoder
+from intertitle.runtime.encoder import Encoder, Units
 from intertitle.runtime.ort import OrtComponent, OrtDecoder
 from intertitle.runtime.timing import Stages
+from intertitle.runtime.viewing import Share
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
@@ -63,10 +61,15 @@ def test_encoders(variant, compiled, expected):
     features = numbers[f"vision_features{keep}"]
     tokens = numbers["video_tokens"][np.newaxis] if not keep else numbers[f"visual_tokens{keep}"]
     encoder = Encoder(bundle, Tokenizer.from_file(str(bundle.file("tokenizer.json"))))
-    mine = encoder.connect(encoder.frame_tokens(features, Stages()), np.arange(len(features)), Stages())
+    vision, *connector = bundle.manifest.pipeline.needed("connector")
+    found = Units.all_distinct(features)
+    for stage in connector:
+        found = encoder.run_stage(stage, [found], Stages())
+    mine = found.expand().reshape(tokens.shape)
     if variant != "clip-mistral-lora":
         assert relative_error(component(bundle, "vision")(numbers["pixel_values"]), features) < 1e-4
-        assert relative_error(encoder.features(numbers["pixel_values"], Stages()), features) < 1e-4
+        pixels = Units.all_distinct(numbers["pixel_values"])
+        assert relative_error(encoder.run_stage(vision, [pixels], Stages()).expand(), features) < 1e-4
         assert relative_error(mine, tokens) < 1e-4
     else:
         # The adapter's folder replaces the connector's tensors; its prompt holds the tokens that come out.
@@ -85,10 +88,12 @@ def test_vision_does_not_depend_on_the_batch(compiled, expected):
 
 def test_ratios_of_merging_share_the_weights(tmp_path, data_dir, expected):
     """Two graphs over one data file, each with the numbers of the original implementation."""
-    compiled = compile_bundle(data_dir / "auroracap", tmp_path / "bundle", weights="fp32", visual_tokens=(0.4, 1.0))
+    compiled = compile_bundle(
+        data_dir / "auroracap", tmp_path / "bundle", weights="fp32", visual_tokens=(Share(0.4), Share(1.0))
+    )
     bundle, numbers = Bundle.open(compiled.path), expected("auroracap")
-    visual = bundle.manifest.visual
-    assert [(r.keep, r.graph, r.tokens_per_block) for r in visual.ratios] == [
+    vision = bundle.manifest.pipeline.stage("vision")
+    assert [(each.keep, each.graph, each.tokens) for each in vision.variants] == [
         (0.4, "vision.onnx", 37),
         (1.0, "vision.keep1.0.onnx", 64),
     ]
@@ -98,10 +103,13 @@ def test_ratios_of_merging_share_the_weights(tmp_path, data_dir, expected):
         "vision.onnx.data",
     ]
     # Nothing of the second graph was added to the weights.
-    single = Bundle.open(compile_bundle(data_dir / "auroracap", tmp_path / "one", visual_tokens=0.4).path)
+    single = Bundle.open(compile_bundle(data_dir / "auroracap", tmp_path / "one", visual_tokens=Share(0.4)).path)
     data = "vision.onnx.data"
     assert bundle.manifest.files[data] == single.manifest.files[data]
-    for ratio in visual.ratios:
+    # The connector's graph serves both.
+    assert bundle.manifest.components["connector"].inputs[0].shape[:2] == ["frames", "tokens"]
+    assert single.manifest.components["connector"].inputs[0].shape[:2] == ["frames", 37]
+    for ratio in vision.variants:
         graph, keep = OrtComponent(bundle.file(ratio.graph)), f"keep{ratio.keep}"
         features = graph(numbers["pixel_values"])
         assert relative_error(features, numbers[f"vision_features.{keep}"]) < 1e-4
@@ -112,37 +120,39 @@ def test_ratios_of_merging_share_the_weights(tmp_path, data_dir, expected):
 @pytest.mark.parametrize("kind", ["stc_connector", "stp_connector", "spatial_conv", "spatial_pool", "mlp2x_gelu"])
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [0, 0, 0, 0], [2, 0, 0, 1, 3]])
 def test_every_kind_of_connector_over_repeated_frames(kind, order, tmp_path):
-    """Parts traced one by one and run on distinct frames and windows, against the whole module in PyTorch."""
+    """Stages traced one by one and run on distinct frames and windows, against all of them in PyTorch."""
     torch.manual_seed(0)
-    config = ConnectorConfig(kind, 8, 8, grid=5, num_frames=4)
-    connector = build_connector(config).eval().requires_grad_(False)
-    state = {name: torch.randn_like(value) * 0.3 for name, value in connector.state_dict().items()}
-    connector.load_state_dict(state)
-    with torch.device("meta"):
-        module = build_connector(config).eval().requires_grad_(False)
-    if isinstance(module, SpatialTemporalConnector):
-        parts = {"connector": (module.slot_part(), slot_signature(config, 25, module.time_kernel))}
-        if (framewise := module.frame_part()) is not None:
-            parts["frame_connector"] = (framewise, frame_connector_signature(config, 25))
-        visual = VisualSpec(
-            blocks=1, tokens_per_block=1, time_kernel=module.time_kernel, time_padding=module.time_padding
-        )
-    else:
-        parts = {"connector": (module, connector_signature(config, 25))}
-        visual = VisualSpec(blocks=1, tokens_per_block=1, pooled=True)
-    for name, (part, signature) in parts.items():
-        graph = component_graph(name, part, signature, get_target("cpu"), "fp32").traced
-        with (tmp_path / f"{name}.data").open("wb") as file:
-            list(write_weights(graph, file, f"{name}.data", WeightReader(state.__getitem__, 32)))
-        (tmp_path / name).write_bytes(serialize(graph))
-    # As much of a bundle as the encoder looks at.
-    records = {name: SimpleNamespace(graph=name) for name in parts}
-    bundle: Any = SimpleNamespace(
-        manifest=SimpleNamespace(visual=visual, components=records), file=lambda name: tmp_path / name
+    parts = connector_parts(ConnectorConfig(kind, 8, 8, grid=5))
+    names = [part.stage.name for part in parts]
+    assert names == (["frame_connector", "connector"] if kind.startswith("st") else ["connector"])
+    # What the tower would give, which is not there.
+    values = {"vision": torch.randn(4, 25, 8)}
+    wanted = {"vision": values["vision"][order]}
+    sizes: Any = SimpleNamespace(
+        sampling=Sampling(rule="centered", count=4), visual=list, stages=(), units=lambda *_: 4, tokens=lambda *_: 25
     )
-    encoder, features = Encoder(bundle, Tokenizer(BPE())), torch.randn(4, 25, 8)
-    mine = encoder.connect(encoder.frame_tokens(features.numpy(), Stages()), np.array(order), Stages())
-    assert relative_error(mine, connector(features[order]).numpy()) < 1e-5
+    for part in parts:
+        stage, name = part.stage, part.stage.name
+        module = part.build(part.config).eval().requires_grad_(False)
+        state = {key: torch.randn_like(value) * 0.3 for key, value in module.state_dict().items()}
+        module.load_state_dict(state)
+        signature = stage_signature(stage, sizes, values)
+        graph = component_graph(name, build_on_meta(part), signature, get_target("cpu"), "fp32").traced
+        with (tmp_path / f"{name}.data").open("wb") as file:
+            list(write_weights(graph, file, f"{name}.data", WeightReader(state.__getitem__)))
+        (tmp_path / name).write_bytes(serialize(graph))
+        values[name] = run_stage(stage, module, values)
+        wanted[name] = run_stage(stage, module, wanted)
+    # As much of a bundle as the encoder looks at.
+    records = {name: SimpleNamespace(graph=name) for name in names}
+    bundle: Any = SimpleNamespace(
+        manifest=SimpleNamespace(pipeline=sizes, components=records), file=lambda name: tmp_path / name
+    )
+    encoder = Encoder(bundle, Tokenizer(BPE()))
+    found = Units(values["vision"].numpy(), np.array(order))
+    for part in parts:
+        found = encoder.run_stage(part.stage, [found], Stages())
+    assert relative_error(found.expand(), wanted["connector"].numpy()) < 1e-5
 
 
 def test_audio(compiled, expected):
@@ -169,9 +179,8 @@ def test_int4_graph_is_the_rounded_model(variant, compiled, expected, data_dir):
     embeds = numbers[next(name for name in numbers if name.endswith("inputs_embeds"))]
     bundle = Bundle.open(compiled(variant, "int4"))
     mine = decoder(bundle).open(1, len(embeds)).prefill(0, embeds)
-    block = bundle.manifest.components["decoder"].block_size
-    int4 = {"decoder": Rounding("ort", "int4", block or 0)}
-    rounded = Reference(open_checkpoint(data_dir / variant), int4).open(1, len(embeds)).prefill(0, embeds)
+    checkpoint = open_checkpoint(data_dir / variant)
+    rounded = Reference(checkpoint, roundings(bundle.manifest, checkpoint)).open(1, len(embeds)).prefill(0, embeds)
     original = Reference(open_checkpoint(data_dir / variant)).open(1, len(embeds)).prefill(0, embeds)
     assert relative_error(mine, rounded) < 5e-2
     # Without this the line above could not tell a rounded model from the original.

@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 from intertitle.calibration.quantize import quantize_int4
-from intertitle.export.targets import TARGETS
+from intertitle.contract.targets import TARGETS
 from onnx import helper, numpy_helper
 
 torch = pytest.importorskip("torch")
@@ -44,7 +44,7 @@ def product(width: int, block_size: int) -> onnxruntime.InferenceSession:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_row_does_not_depend_on_the_others(width):
-    session = product(width, TARGETS["cpu"].block_size)
+    session = product(width, TARGETS["cpu"].block_sizes["int4"][0])
     x = np.random.default_rng(0).standard_normal((17, width)).astype(np.float32)
     alone = np.concatenate([session.run(None, {"x": row[np.newaxis]})[0] for row in x])
     for count in (2, 3, 4, 5, 8, 9, 16, 17):

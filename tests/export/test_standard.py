@@ -106,7 +106,7 @@ def test_components(target, variant, weights, compiled, expected):
         (mine,) = session(bundle, "audio").run(None, {"fbank": numbers["fbank_video_policy"][np.newaxis]})
         assert relative_error(mine[0], numbers["audio_tokens"]) < BOUNDS[weights]
         (frames,) = session(bundle, "frame_connector").run(None, {"features": features})
-        windows = frames.reshape(-1, bundle.manifest.visual.time_kernel, *frames.shape[1:])
+        windows = frames.reshape(-1, bundle.manifest.pipeline.stage("connector").unit.kernel, *frames.shape[1:])
         (mine,) = session(bundle, "connector").run(None, {"windows": windows})
         assert relative_error(mine.reshape(numbers["video_tokens"].shape), numbers["video_tokens"]) < BOUNDS[weights]
     if keep:

@@ -21,10 +21,11 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from intertitle.contract.manifest import Manifest
 from intertitle.errors import BundleError, IntertitleError, OptionError
 from intertitle.export import writer as writer_module
 from intertitle.export.writer import BundleFile, BundleWriter
-from intertitle.runtime.bundle import Bundle, Manifest
+from intertitle.runtime.bundle import Bundle
 
 WriteBundle = Callable[..., Path]
 
@@ -34,7 +35,7 @@ import os, pathlib, signal, sys, time
 import msgspec
 from intertitle.errors import IntertitleError
 from intertitle.export.writer import BundleFile, BundleWriter
-from intertitle.runtime.bundle import Manifest
+from intertitle.contract.manifest import Manifest
 
 # Tests that run under nohup are deaf to it.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

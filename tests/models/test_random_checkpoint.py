@@ -269,7 +269,7 @@ def test_the_family_reads_the_headers_of_each_of_its_sizes(name: str, tmp_path: 
     assert max(collect_tokenizer(tmp_path).get_vocab().values()) < opened.config.decoder.vocab_size
 
 
-@pytest.mark.parametrize("name", ["tiny", "auroracap-tiny"])
+@pytest.mark.parametrize("name", ["tiny", "videollama2-moe-tiny", "auroracap-tiny"])
 def test_a_written_checkpoint_opens(name: str, tmp_path: Path) -> None:
     captioner = open_checkpoint(write_checkpoint(tmp_path / name, name))
     config, size = captioner.config, captioner.config.image.output_size
@@ -280,8 +280,13 @@ def test_a_written_checkpoint_opens(name: str, tmp_path: Path) -> None:
 
 
 def test_parameters_of_the_other_released_sizes() -> None:
-    """docs/facts.md 1.1 (7B-16F: Mistral 7.24 B, connector 0.489 B, CLIP-L 0.303 B) and Qwen2-72B (72.71 B)."""
-    for name, decoder, connector in (("videollama2-7b", 7.24e9, 489.2e6), ("videollama2-72b", 72.71e9, 1934.7e6)):
+    """docs/facts.md 1.1 (7B-16F: Mistral 7.24 B, connector 0.489 B, CLIP-L 0.303 B), Mixtral-8x7B (46.70 B) and
+    Qwen2-72B (72.71 B)."""
+    for name, decoder, connector in (
+        ("videollama2-7b", 7.24e9, 489.2e6),
+        ("videollama2-8x7b", 46.70e9, 489.2e6),
+        ("videollama2-72b", 72.71e9, 1934.7e6),
+    ):
         tensors = SIZES[name].layout().shards[""]
         tower, projector = "model.vision_tower.", "model.mm_projector."
         rest = sum(math.prod(t.shape) for t in tensors if not t.name.startswith((tower, projector)))

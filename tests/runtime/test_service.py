@@ -16,7 +16,7 @@ import intertitle
 import numpy as np
 import pytest
 from intertitle.errors import ClosedError, DeadlineError, OptionError, TargetError
-from intertitle.runtime import captioner as captioner_module
+from intertitle.runtime import intake as intake_module
 from intertitle.runtime.guard import Guard
 from intertitle.runtime.timing import Stages
 from intertitle.runtime.viewing import Count, Share
@@ -211,13 +211,13 @@ def test_a_number_of_threads_that_makes_no_sense(compiled, threads):
 
 @pytest.mark.parametrize("contrast", [None, "temporal", "noise"])
 def test_frames_are_freed_while_their_caption_is_generated(listener, monkeypatch, contrast):
-    read, clips = captioner_module.read_clip, []
+    read, clips = intake_module.read_clip, []
 
     def remember(*arguments, **options):
         clips.append(read(*arguments, **options))
         return clips[-1]
 
-    monkeypatch.setattr(captioner_module, "read_clip", remember)
+    monkeypatch.setattr(intake_module, "read_clip", remember)
     how = intertitle.Decoding(contrast=contrast, max_new_tokens=4)
     with listener.stream(DEMO, decoding=how) as stream:
         next(stream)
@@ -283,14 +283,14 @@ def test_a_deadline_before_the_first_token_is_an_error(listener, eight):
 def test_a_second_pass_that_has_no_time_leaves_the_first_caption(listener, eight, monkeypatch):
     how = intertitle.Decoding(retrospective=True, max_new_tokens=5)
     first = listener.caption(frames=eight, decoding=intertitle.Decoding(max_new_tokens=5))
-    retrospective = captioner_module.CaptionTask._retrospective
+    retrospective = intake_module.CaptionTask._retrospective
 
     def late(self, caption):
         if caption:
             self.deadline = time.perf_counter()
         return retrospective(self, caption)
 
-    monkeypatch.setattr(captioner_module.CaptionTask, "_retrospective", late)
+    monkeypatch.setattr(intake_module.CaptionTask, "_retrospective", late)
     caption = listener.caption(frames=eight, decoding=how, deadline=600.0)
     assert (caption.text, caption.token_ids) == (first.text, first.token_ids)
     assert (caption.finish_reason, caption.passes, caption.draft) == ("deadline", ["greedy"], None)
