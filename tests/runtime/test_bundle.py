@@ -390,6 +390,17 @@ CONTRADICTIONS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
         [{"type": "each", "stage": "audio"}],
         "the units of a sound apart",
     ),
+    "the same variable again and again": ((*VIDEO, 1, "text"), "{times}" * 17, "name 18 variables"),
+    "the question at each frame": (
+        VIDEO,
+        [{"type": "each", "stage": "connector", "before": "{instruction}"}],
+        "names more than its number",
+    ),
+    "a long text at each frame": (
+        VIDEO,
+        [{"type": "each", "stage": "connector", "separator": "x" * 10000}],
+        "'connector' are 80000 characters",
+    ),
     "many pieces": (VIDEO, SAID + [{"type": "ids", "ids": []}] * 256, "too many pieces"),
     "an untimed form of nothing": (("pipeline", "prompts", "video", "untimed"), SAID, "untimed form"),
     "a long prompt": ((*VIDEO, 1, "text"), "x" * 70000, "a text of 70000 characters"),
