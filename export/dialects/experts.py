@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.onnx import ops
 
-from ...models.decoder import MLP, Router, SparseMLP, choose_experts
+from ...models.decoder import Router, SparseMLP, choose_experts
 
 #: Makes the form of one expert.
 ExpertForm = Callable[..., nn.Module]
