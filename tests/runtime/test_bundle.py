@@ -349,6 +349,17 @@ CONTRADICTIONS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "other weights": (("weights",), "fp32", "weights are fp32, but the decoder's are int4"),
     "int4 without blocks": (("components", "decoder", "block_size"), None, "block size None"),
     "fp32 with blocks": (("components", "vision", "block_size"), 32, "block size 32"),
+    "format that nobody knows": (("components", "vision", "weights"), "fp8", "fp32|fp16|int4|int8"),
+    "rule of another component": (
+        ("recipe",),
+        [{"component": "tower", "pattern": "*", "format": "int4", "block_size": 32}],
+        "recipe: there is no component 'tower'",
+    ),
+    "rule of another format": (
+        ("recipe",),
+        [{"component": "vision", "pattern": "*", "format": "int3"}],
+        "fp32|fp16|int4|int8",
+    ),
     "no inputs": (("components", "vision", "inputs"), [], "no inputs"),
     "embedding is another file": (("embedding", "file"), "vision.onnx", "two roles share one file"),
     "embedding outside": (("embedding", "file"), "../secret", "is not listed"),
