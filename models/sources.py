@@ -114,14 +114,37 @@ def mlp_kind(names: Collection[str], prefix: str) -> str:
     return f"mlp{max(depth, 1)}x_gelu"
 
 
-def decoder_sources(shapes: Mapping[str, Shape], config: DecoderConfig) -> dict[str, Source]:
-    """The decoder's entries under transformers' names; a tied head is the embedding table."""
+def decoder_sources(
+    shapes: Mapping[str, Shape], config: DecoderConfig, names: Collection[str] = ()
+) -> dict[str, Source]:
+    """The decoder's entries under transformers' names; a tied head is the embedding table.
+
+    ``names``: the checkpoint's tensors. A layer that is joined with others there (Phi3) is part of their tensor.
+    """
     tied = (
         {"lm_head.weight": "model.embed_tokens.weight"}
         if config.tie_embeddings
         else {"lm_head.weight": "lm_head.weight"}
     )
-    return {entry: direct(tied.get(entry, _decoder_name(entry)), shape) for entry, shape in shapes.items()}
+    sources = {entry: direct(tied.get(entry, _decoder_name(entry)), shape) for entry, shape in shapes.items()}
+    return sources | _joined_layers(shapes, names)
+
+
+#: Layers that Phi3 keeps as one, in the order of their rows.
+_JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def _joined_layers(shapes: Mapping[str, Shape], names: Collection[str]) -> dict[str, Source]:
+    """The sources of the entries whose layers are joined in the checkpoint."""
+    found: dict[str, Source] = {}
+    for joined, parts in _JOINED.items():
+        for entry, shape in shapes.items():
+            place, _, layer = entry.removesuffix(".weight").rpartition(".")
+            name = f"model.{place}.{joined}.weight"
+            if layer in parts and name in names:
+                sizes = [shapes[f"{place}.{part}.weight"][0] for part in parts]
+                found[entry] = from_fused(name, shape, sizes, parts.index(layer))
+    return found
 
 
 #: transformers' names of a Mixtral expert's matmuls.
