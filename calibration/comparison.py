@@ -32,7 +32,7 @@ FLOAT32 = 1e-4
 HALF = 2e-2
 
 
-def compared(pipeline: Pipeline) -> dict[str, str]:
+def compared_parts(pipeline: Pipeline) -> dict[str, str]:
     """The stages of a report in the order of the data, and the component that each one tests.
 
     The stages of the pipeline have their own names, which are those of their components.
@@ -144,11 +144,11 @@ class Report:
     environment: dict[str, str | int | None] = field(default_factory=dict)
 
 
-def conclude(clips: Sequence[ClipResult], compared: Mapping[str, str]) -> tuple[str, str | None]:
-    """The verdict over all clips and the first divergent component. ``compared``: see the function of that name."""
+def conclude(clips: Sequence[ClipResult], parts: Mapping[str, str]) -> tuple[str, str | None]:
+    """The verdict over all clips and the first divergent component. ``parts``: see ``compared_parts``."""
     failed = {_kind(stage.stage) for clip in clips for stage in clip.stages if stage.verdict == FAIL}
     tokens = {clip.tokens.verdict for clip in clips if clip.tokens is not None}
-    for stage, component in compared.items():
+    for stage, component in parts.items():
         if stage in failed:
             return FAIL, component
     if FAIL in tokens:

@@ -31,13 +31,15 @@ def _alone(tensor: Tensor) -> tuple[Tensor]:
 class Source:
     """``build(*tensors)`` of the checkpoint's tensors ``names``, which must have ``shapes``.
 
-    ``split`` is the inverse: it gives tensors from which ``build`` makes the entry's value again.
+    ``split`` is the inverse: it gives tensors from which ``build`` makes the entry's value again. ``shared``: the
+    tensor holds other entries too; then ``split`` gives this entry's part of it with zeros elsewhere.
     """
 
     names: tuple[str, ...]
     shapes: tuple[Shape, ...]
     build: Callable[..., Tensor] = _same
     split: Callable[[Tensor], Sequence[Tensor]] = _alone
+    shared: bool = False
 
 
 def direct(name: str, shape: Shape) -> Source:
@@ -61,6 +63,25 @@ def from_conv3d(name: str, shape: Shape, kernel: tuple[int, int, int]) -> Source
         lambda weight: weight.permute(0, 2, 3, 4, 1).flatten(1),
         lambda weight: (weight.unflatten(1, (*kernel, channels)).permute(0, 4, 1, 2, 3),),
     )
+
+
+def from_fused(name: str, shape: Shape, sizes: Sequence[int], part: int, groups: int = 1) -> Source:
+    """Some rows of a tensor that joins several layers.
+
+    Its rows are ``groups`` equal groups, a group holds ``sizes[0]`` rows of the first layer, ``sizes[1]`` of the next
+    and so on. The entry, of ``shape``, has the rows of layer ``part`` in all groups.
+    """
+    rows, start = sum(sizes), sum(sizes[:part])
+
+    def build(joined: Tensor) -> Tensor:
+        return joined.unflatten(0, (groups, rows)).narrow(1, start, sizes[part]).flatten(0, 1)
+
+    def split(entry: Tensor) -> tuple[Tensor]:
+        joined = entry.new_zeros(groups, rows, *entry.shape[1:])
+        joined.narrow(1, start, sizes[part]).copy_(entry.unflatten(0, (groups, sizes[part])))
+        return (joined.flatten(0, 1),)
+
+    return Source((name,), ((groups * rows, *shape[1:]),), build, split, shared=True)
 
 
 def first_rows(source: Source, rows: int) -> Source:

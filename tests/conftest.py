@@ -228,6 +228,7 @@ VARIANTS = {
     "auroracap-keep": Variant("auroracap", keep=0.4),
     "llava-video": Variant("llava-video"),
     "llava-next-video": Variant("llava-next-video"),
+    "internvl2": Variant("internvl2"),
 }
 
 

@@ -20,7 +20,7 @@ from torch.onnx import ops
 from ...models.decoder import MLP, Router, SparseMLP, choose_experts
 
 #: Makes the form of one expert.
-ExpertForm = Callable[[MLP], nn.Module]
+ExpertForm = Callable[..., nn.Module]
 
 
 class ColumnRouter(nn.Module):

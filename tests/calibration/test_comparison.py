@@ -16,7 +16,7 @@ from intertitle.calibration.comparison import (
     TokenResult,
     compare_stage,
     compare_tokens,
-    compared,
+    compared_parts,
     conclude,
     measure_drift,
 )
@@ -151,4 +151,4 @@ def test_conclusion(stages, tokens, conclusion):
     clips = [ClipResult(str(i), "video", tokens=TokenResult(1, 1, None, t)) for i, t in enumerate(tokens)]
     clips[0].stages = [stage("vision", "PASS"), *(stage(name, "FAIL") for name in stages[:1])]
     clips[1].stages = [*(stage(name, "FAIL") for name in stages[1:]), stage("decode logits", "PASS")]
-    assert conclude(clips, compared(pipeline)) == conclusion
+    assert conclude(clips, compared_parts(pipeline)) == conclusion

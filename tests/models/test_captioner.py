@@ -272,3 +272,16 @@ def test_fingerprint_follows_content_and_adapter(copied, data_dir):
     assert changed != before
     copy.edit_json("tokenizer_config.json", extra=1)
     assert open_checkpoint(copy.path).fingerprint() not in (before, changed)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"])
+def test_fingerprint_follows_the_files_that_a_tokenizer_is_read_from(name, copied):
+    """With a tokenizer.json they are not read."""
+    copy = copied("clip-mistral")
+    with_json = open_checkpoint(copy.path).fingerprint()
+    (copy.path / name).write_text("{}")
+    assert open_checkpoint(copy.path).fingerprint() == with_json
+    (copy.path / "tokenizer.json").unlink()
+    before = open_checkpoint(copy.path).fingerprint()
+    (copy.path / name).write_text('{"a": 1}')
+    assert open_checkpoint(copy.path).fingerprint() != before

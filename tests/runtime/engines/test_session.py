@@ -40,7 +40,7 @@ def build(compiled, fake_library, host):
 
 
 @pytest.mark.parametrize(
-    "variant", ["av-qwen2", "clip-mistral", "clip-mistral-explicit", "clip-mixtral", "auroracap-keep"]
+    "variant", ["av-qwen2", "clip-mistral", "clip-mistral-explicit", "clip-mixtral", "auroracap-keep", "internvl2"]
 )
 def test_captions_of_the_fixtures(variant, build, expected):
     bundle, backend = build(variant)
