@@ -42,11 +42,11 @@ from .comparison import (
     Report,
     compare_stage,
     compare_tokens,
+    compared_parts,
     conclude,
     measure_drift,
     near_tie,
     relative_error,
-    tested,
     tolerance,
 )
 from .exact_decoder import ExactDecoder, accuracy_level
@@ -108,7 +108,7 @@ def verify(
     check_same_model(captioner.manifest, reference)
     check = _Check(captioner, reference, original, max_new_tokens, progress or (lambda _: None))
     clips = [check.run(os.fspath(source), captioner.read(source, audio=audio)) for source in media]
-    verdict, divergent = conclude(clips, tested(captioner.manifest.pipeline))
+    verdict, divergent = conclude(clips, compared_parts(captioner.manifest.pipeline))
     return Report(verdict, divergent, captioner.manifest.weights, clips)
 
 

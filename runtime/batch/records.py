@@ -34,6 +34,9 @@ except ImportError:  # Windows: two runs on one output are not noticed there
 
 Record = dict[str, Any]
 
+#: Settings as they were called in older records.
+_OLD_NAMES = {"drop_duplicates": "duplicates", "refine": "retrospective", "contrasts": "contrast_alpha"}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -265,7 +268,7 @@ class RecordFile:
             raise OptionError(
                 f"{self.path}: line {number} is not a record of {self.MAKER}; choose another output (or mend the line)"
             )
-        different = self.settings.differences(record["settings"])
+        different = self.settings.differences(_named_as_now(record["settings"]))
         if different:
             raise OptionError(f"{self.path}: was written with other settings ({different}); --overwrite starts afresh")
         self._remember(record, self._end, len(line))
@@ -380,6 +383,17 @@ def encode(record: Mapping[str, Any]) -> bytes:
         return (safe_json(json.dumps(finite, ensure_ascii=False)) + "\n").encode()
     except UnicodeEncodeError:
         return (json.dumps(finite) + "\n").encode()
+
+
+def _named_as_now(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of records that were written before each had one name, and a budget its text."""
+    found = {_OLD_NAMES.get(name, name): value for name, value in settings.items()}
+    budget = found.get("visual_tokens")
+    if isinstance(budget, float):
+        found["visual_tokens"] = f"{budget * 100:.12g}%"
+    elif isinstance(budget, int):
+        found["visual_tokens"] = str(budget)
+    return found
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:

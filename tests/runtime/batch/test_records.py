@@ -105,6 +105,23 @@ def test_one_run_at_a_time_whatever_was_renamed(path: Path):
     RecordFile(path, SETTINGS).close()
 
 
+@pytest.mark.parametrize(
+    ("older", "now"),
+    [
+        ({"drop_duplicates": 2.0, "visual_tokens": 0.35}, {"duplicates": 2.0, "visual_tokens": "35%"}),
+        ({"visual_tokens": 256}, {"visual_tokens": "256"}),
+        ({"refine": False, "contrasts": [0.5, 1.0]}, {"retrospective": False, "contrast_alpha": [0.5, 1.0]}),
+    ],
+)
+def test_settings_under_their_older_names(older: dict[str, Any], now: dict[str, Any], path: Path):
+    with RecordFile(path, Settings(older)) as records:
+        records.append(record("a"))
+    with RecordFile(path, Settings(now)) as records:
+        assert list(records.known) == ["a"]
+    with pytest.raises(OptionError, match="was written with other settings"):
+        RecordFile(path, Settings({}))
+
+
 def test_other_settings_are_refused_by_name(path: Path):
     with RecordFile(path, SETTINGS) as records:
         records.append(record("a"))
