@@ -10,6 +10,7 @@ every expert.
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
@@ -30,6 +31,7 @@ from ..runtime.ort import OrtDecoder
 from .harness import alternate, paired_ratio, write_result
 
 EXPERTS, CHOSEN = 8, 2
+_VALUES = 1 << 22
 
 
 def sparse_config(hidden: int, layers: int) -> DecoderConfig:
@@ -60,11 +62,15 @@ def write_decoder(config: DecoderConfig, weights: str, folder: Path) -> OrtDecod
     compiled = component_graph("decoder", decoder, decoder_signature(config), target, weights)
     graph = compiled.traced
     generator = torch.Generator().manual_seed(0)
+    values = torch.randn(_VALUES, generator=generator)
 
     def tensor(entry: str) -> torch.Tensor:
         shape = shapes[entry]
-        drawn = torch.randn(shape, generator=generator)
-        return 1 + 0.1 * drawn if len(shape) == 1 else drawn / shape[1] ** 0.5
+        # A stretch of the same values again and again: drawing billions would take minutes.
+        count, start = math.prod(shape), int(torch.randint(len(values) // 2, (), generator=generator))
+        part = values[start : start + count]
+        drawn = part if len(part) == count else part.repeat(-(-count // len(part)))[:count]
+        return 1 + 0.1 * drawn if len(shape) == 1 else drawn.reshape(shape) / shape[1] ** 0.5
 
     reader = WeightReader(read_fused(tensor), compiled.stored)
     with (folder / "decoder.data").open("wb") as file:
