@@ -20,10 +20,10 @@ import click
 import numpy as np
 import torch
 
+from ..contract.targets import get_target
 from ..export.components import component_graph, decoder_signature
 from ..export.dialects.fused import read_fused
 from ..export.graph_writer import WeightReader, serialize, write_weights
-from ..export.targets import get_target
 from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
 from ..runtime.ort import OrtDecoder

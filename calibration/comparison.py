@@ -10,6 +10,7 @@ import numpy as np
 from ..contract.formats import FORMATS
 from ..contract.manifest import Manifest
 from ..contract.pipeline import Pipeline
+from ..contract.targets import get_target
 from ..runtime.inference import FloatArray
 from .reference import GreedyCaption, repetition_penalty
 
@@ -31,7 +32,7 @@ FLOAT32 = 1e-4
 HALF = 2e-2
 
 
-def tested(pipeline: Pipeline) -> dict[str, str]:
+def compared_parts(pipeline: Pipeline) -> dict[str, str]:
     """The stages of a report in the order of the data, and the component that each one tests.
 
     The stages of the pipeline have their own names, which are those of their components.
@@ -45,7 +46,7 @@ def tolerance(stage: str, manifest: Manifest) -> float:
     component = manifest.components.get(_BEHIND.get(kind, kind))
     if component is None:
         return TOLERANCE[kind]
-    if manifest.cache_dtype == "float16":
+    if get_target(manifest.target).matmul_type(component.weights) == "float16":
         return HALF
     return FORMATS[component.weights].tolerance or FLOAT32
 
@@ -143,11 +144,11 @@ class Report:
     environment: dict[str, str | int | None] = field(default_factory=dict)
 
 
-def conclude(clips: Sequence[ClipResult], tested: Mapping[str, str]) -> tuple[str, str | None]:
-    """The verdict over all clips and the first divergent component. ``tested``: see the function of that name."""
+def conclude(clips: Sequence[ClipResult], parts: Mapping[str, str]) -> tuple[str, str | None]:
+    """The verdict over all clips and the first divergent component. ``parts``: see ``compared_parts``."""
     failed = {_kind(stage.stage) for clip in clips for stage in clip.stages if stage.verdict == FAIL}
     tokens = {clip.tokens.verdict for clip in clips if clip.tokens is not None}
-    for stage, component in tested.items():
+    for stage, component in parts.items():
         if stage in failed:
             return FAIL, component
     if FAIL in tokens:

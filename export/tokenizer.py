@@ -1,14 +1,16 @@
 """A checkpoint's tokenizer, whatever files it comes in, as one ``tokenizers.Tokenizer``.
 
 Three forms are read, in this order: ``tokenizer.json``; the ``vocab.json`` and ``merges.txt`` of Qwen2 (what the
-released VideoLLaMA2.1 repositories hold); a sentencepiece ``tokenizer.model`` (Mistral, Llama, Vicuna). The tokens that
-``added_tokens.json``, ``tokenizer_config.json`` and ``special_tokens_map.json`` declare keep their ids and flags.
+released VideoLLaMA2.1 repositories hold); a sentencepiece ``tokenizer.model`` (Mistral, Llama, Vicuna, InternLM2). The
+tokens that ``added_tokens.json``, ``tokenizer_config.json`` and ``special_tokens_map.json`` declare keep their ids and
+flags.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,9 +106,17 @@ def _from_qwen2(folder: Path) -> Tokenizer:
 def _from_sentencepiece(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.model"
     model = _read_sentencepiece(path)
-    declared = model.added | _declared_tokens(folder, model.vocab)
+    merges = _merges_of_scores(model)
+    merged = {left + right for left, right in merges}
+    unreached = {piece for piece in model.scores if len(piece) > 1 and piece not in merged}
+    named = _declared_tokens(folder, model.vocab, placeholders=unreached | model.defined)
+    # A token in the place of a placeholder: the piece is gone, its id stays (InternLM2, docs/facts.md 10.4).
+    gone = {piece for piece, i in model.vocab.items() if i in named and named[i].content != piece}
+    vocab = {piece: token_id for piece, token_id in model.vocab.items() if piece not in gone}
+    merges = [pair for pair in merges if gone.isdisjoint((*pair, pair[0] + pair[1]))] if gone else merges
+    declared = {token_id: token for token_id, token in model.added.items() if token.content in vocab} | named
     options = {"fuse_unk": True, "byte_fallback": model.byte_fallback, "unk_token": model.unk_token}
-    tokenizer = _build_bpe(path, model.vocab, _merges_of_scores(model), declared, **options)
+    tokenizer = _build_bpe(path, vocab, merges, declared, **options)
     config = _read_json(folder / "tokenizer_config.json")
     prefix = model.dummy_prefix and config.get("add_prefix_space", True) is not False
     steps: list[normalizers.Normalizer] = []
@@ -146,10 +156,11 @@ def _build_bpe(
 # --- declared tokens
 
 
-def _declared_tokens(folder: Path, vocab: dict[str, int]) -> dict[int, AddedToken]:
+def _declared_tokens(folder: Path, vocab: dict[str, int], placeholders: Collection[str] = ()) -> dict[int, AddedToken]:
     """The added and special tokens by id, from the three files that may declare them, the most explicit one winning.
 
     A token that is only named (``pad_token`` and the like) and has no id has no embedding either, so it is left out.
+    ``placeholders``: entries of ``vocab`` that no text becomes; a token of another name may have their id.
     """
     config = _read_json(folder / "tokenizer_config.json")
     named = _named_tokens(config) | _named_tokens(_read_json(folder / "special_tokens_map.json"))
@@ -174,7 +185,7 @@ def _declared_tokens(folder: Path, vocab: dict[str, int]) -> dict[int, AddedToke
             tokens[int(key)] = AddedToken(fields["content"], normalized=normalized, **flags)
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
             raise CheckpointError(f"{path}: malformed entry {key!r} of added_tokens_decoder") from None
-    contents = {token_id: content for content, token_id in vocab.items()}
+    contents = {token_id: content for content, token_id in vocab.items() if content not in placeholders}
     ids: dict[str, int] = {}
     for token_id, token in sorted(tokens.items()):
         there = contents.get(token_id, token.content)
@@ -241,13 +252,15 @@ def _first_line(error: BaseException) -> str:
 class _Sentencepiece:
     """What a BPE model file says: the id of every piece, the scores of those that text is merged to, and its switches.
 
-    ``added``: control pieces (special) and user-defined ones. ``dummy_prefix``: a space goes in front of a text.
-    ``single_spaces``: runs of spaces count as one, spaces at both ends as none.
+    ``added``: control pieces (special), and those that are user-defined (``defined``) and have several characters; one
+    of a single character takes part in no merge, so it needs no mark. ``dummy_prefix``: a space goes in front of a
+    text. ``single_spaces``: runs of spaces count as one, spaces at both ends as none.
     """
 
     vocab: dict[str, int]
     scores: dict[str, float]
     added: dict[int, AddedToken]
+    defined: frozenset[str]
     unk_token: str
     byte_fallback: bool
     dummy_prefix: bool
@@ -281,14 +294,16 @@ def _read_sentencepiece(path: Path) -> _Sentencepiece:
     if len(unknown) != 1 or any(piece.type == kinds.UNUSED for piece in model.pieces):
         raise CheckpointError(f"{path}: a model with unused pieces or without one unknown piece is not supported")
     special = (kinds.CONTROL, kinds.UNKNOWN)
+    defined = {piece.piece for piece in model.pieces if piece.type == kinds.USER_DEFINED and len(piece.piece) > 1}
     return _Sentencepiece(
         vocab=vocab,
         scores={piece.piece: piece.score for piece in model.pieces if piece.type == kinds.NORMAL},
         added={
             vocab[piece.piece]: AddedToken(piece.piece, special=piece.type in special, normalized=False)
             for piece in model.pieces
-            if piece.type in (*special, kinds.USER_DEFINED)
+            if piece.type in special or piece.piece in defined
         },
+        defined=frozenset(defined),
         unk_token=unknown[0],
         byte_fallback=model.trainer_spec.byte_fallback,
         dummy_prefix=model.normalizer_spec.add_dummy_prefix,

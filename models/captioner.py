@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, OptionError
 from .adapters import Adapter
 from .checkpoint import Checkpoint
 from .config import CaptionerConfig
@@ -96,12 +96,21 @@ class CaptionerCheckpoint:
     def to_checkpoint(self, component: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Entries of ``module(component).state_dict()`` as tensors under the checkpoint's own names, copies included.
 
-        ``component`` may be ``embedding`` with the entry ``weight``. Reading them gives the entries again.
+        ``component`` may be ``embedding`` with the entry ``weight``. Reading them gives the entries again. Raises
+        OptionError where ``state`` has a part only of the entries that share a tensor.
         """
         sources = self._translation.sources[component]
+        used = {name for entry in state for name in sources[entry].names}
+        for entry, source in sources.items():
+            if source.shared and entry not in state and used.intersection(source.names):
+                raise OptionError(
+                    f"{source.names[0]} holds {entry} beside other layers: they can only be written together"
+                )
         tensors: dict[str, Tensor] = {}
         for entry, value in state.items():
-            tensors.update(zip(sources[entry].names, sources[entry].split(value), strict=True))
+            source = sources[entry]
+            for name, part in zip(source.names, source.split(value), strict=True):
+                tensors[name] = tensors[name] + part if source.shared and name in tensors else part
         copies = {copy: tensors[name] for copy, name in self._translation.duplicates.items() if name in tensors}
         return tensors | copies
 

@@ -31,6 +31,8 @@ _SETTINGS = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+#: What a tokenizer is read from where there is no tokenizer.json (``export.tokenizer``).
+_TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -183,6 +185,8 @@ class Checkpoint:
         """sha256 (hex) of everything that decides what the captioner computes: weights, configs, tokenizer."""
         folders = ["", *(f"{part}/" for part in self.part_names)]
         settings = [f"{folder}{name}" for folder in folders for name in _SETTINGS]
+        if not (self.path / "tokenizer.json").is_file():
+            settings += _TOKENIZER
         files = {name: self.path / name for name in settings if (self.path / name).is_file()}
         files.update((info.file.relative_to(self.path).as_posix(), info.file) for info in self.tensors.values())
         return hash_files(files.items())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
@@ -20,6 +19,7 @@ FOLDERS = (
     "auroracap",
     "llava_video",
     "llava_next_video",
+    "internvl2",
 )
 
 
@@ -40,11 +40,10 @@ class Family:
 
 
 def _family(folder: str) -> Family:
-    config, weights = (import_module(f".{folder}.{name}", __package__) for name in ("config", "weights"))
-    sizes = {}
-    if find_spec(f".{folder}.sizes", __package__) is not None:
-        sizes = import_module(f".{folder}.sizes", __package__).SIZES
-    return Family(config.KNOWN_AS, config.matches, config.read_config, weights.translate, sizes)
+    config, weights, sizes = (
+        import_module(f".{folder}.{name}", __package__) for name in ("config", "weights", "sizes")
+    )
+    return Family(config.KNOWN_AS, config.matches, config.read_config, weights.translate, sizes.SIZES)
 
 
 FAMILIES = {folder: _family(folder) for folder in FOLDERS}

@@ -195,12 +195,12 @@ def read_decoder(fields: Fields, *, qkv_bias: bool, sliding_window: int | None, 
     head_dim = fields.integer("head_dim", hidden_size // num_heads)
     if head_dim % 2 or head_dim > 512:
         raise CheckpointError(f"{fields.where}: head size {head_dim} is not supported (even, at most 512)")
-    # A vicuna-16k config may hold the length before scaling here and the real one in max_sequence_length.
     longest = 1 << 20
-    context = max(
-        fields.integer("max_position_embeddings", maximum=longest),
-        fields.integer("max_sequence_length", 1, maximum=longest),
-    )
+    context = fields.integer("max_position_embeddings", maximum=longest)
+    scaling, factor = _rope_scaling(fields)
+    if scaling != "dynamic":
+        # A vicuna-16k config may hold the length before scaling there and the real one in max_sequence_length.
+        context = max(context, fields.integer("max_sequence_length", 1, maximum=longest))
     num_experts, experts_per_token = _experts(fields) if sparse else (0, 0)
     rope = fields.child("rope_parameters") or fields  # where transformers 5 keeps rope_theta
     return DecoderConfig(
@@ -214,7 +214,7 @@ def read_decoder(fields: Fields, *, qkv_bias: bool, sliding_window: int | None, 
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6, **_EPSILON),
         rope_theta=rope.number("rope_theta", 10000.0, least=1.0, most=1e12),
         context_length=context if sliding_window is None else min(context, sliding_window),
-        rope_factor=_rope_factor(fields),
+        rope_factor=factor,
         qkv_bias=qkv_bias,
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         num_experts=num_experts,
@@ -231,16 +231,20 @@ def _experts(fields: Fields) -> tuple[int, int]:
     return experts, chosen
 
 
-def _rope_factor(fields: Fields) -> float:
+def _rope_scaling(fields: Fields) -> tuple[str, float]:
+    """Its kind, and what positions are divided by.
+
+    ``dynamic`` changes angles only beyond max_position_embeddings, and our context ends there: it divides by 1.
+    """
     scaling = fields.child("rope_scaling") or fields.child("rope_parameters")
     if scaling is None:
-        return 1.0
+        return "default", 1.0
     kind = scaling.text("rope_type", scaling.text("type", "default"))
-    if kind == "default":
-        return 1.0
+    if kind in ("default", "dynamic"):
+        return kind, 1.0
     if kind != "linear":
-        raise CheckpointError(f"{scaling.where}: type {shown(kind)} is not supported, only 'linear'")
-    return scaling.number("factor", least=1e-3, most=1e6)
+        raise CheckpointError(f"{scaling.where}: type {shown(kind)} is not supported, only 'linear' and 'dynamic'")
+    return kind, scaling.number("factor", least=1e-3, most=1e6)
 
 
 def read_generation(

@@ -40,11 +40,14 @@ def write_checkpoint(
     progress: Progress | None = None,
     *,
     text: Sequence[str] | None = None,
+    hollow: bool = False,
 ) -> Path:
     """Write a checkpoint folder, whole or not at all, and return its path.
 
     ``size`` is a key of ``SIZES`` or dimensions of one's own; the same size and seed give the same bytes on one version
-    of PyTorch. ``text`` is what the tokenizer's merges come from, as many as the vocabulary has room for.
+    of PyTorch. ``text`` is what the tokenizer's merges come from, as many as the vocabulary has room for. ``hollow``:
+    the tensors of the shards are zeros that were never written, so that a checkpoint of any size takes no room on most
+    file systems.
     Raises ``OptionError`` for an unknown size, a path that is taken, or a disk that is full.
     """
     path = Path(path)
@@ -60,13 +63,13 @@ def write_checkpoint(
             for name, content in size.files(text).items():
                 (partial / name).parent.mkdir(exist_ok=True)
                 (partial / name).write_text(content, encoding="utf-8")
-            _write_weights(partial, size.layout(), seed, progress or (lambda done, total: None))
+            _write_weights(partial, size.layout(), seed, progress or (lambda done, total: None), hollow)
     except OSError as error:
         raise OptionError(f"{path}: cannot be written: {error.strerror or error}") from None
     return path
 
 
-def _write_weights(folder: Path, layout: Layout, seed: int, progress: Progress) -> None:
+def _write_weights(folder: Path, layout: Layout, seed: int, progress: Progress, hollow: bool) -> None:
     shards = {place: _shards(tensors, layout.shard_bytes) for place, tensors in layout.shards.items()}
     files = [*layout.pickles.values(), *(shard for each in shards.values() for shard in each)]
     total = sum(tensor.bytes for file in files for tensor in file)
@@ -84,9 +87,15 @@ def _write_weights(folder: Path, layout: Layout, seed: int, progress: Progress) 
         weight_map = {}
         for number, shard in enumerate(parts, 1):
             name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-            with (folder / place / name).open("wb") as file:
-                _write_safetensors(file, shard, values)
             weight_map |= dict.fromkeys((tensor.name for tensor in shard), name)
+            with (folder / place / name).open("wb") as file:
+                _write_header(file, shard)
+                if hollow:
+                    file.truncate(file.tell() + sum(tensor.bytes for tensor in shard))
+                    continue
+                for tensor in shard:
+                    for chunk in values(tensor):
+                        file.write(chunk.view(torch.int16).numpy().data)
         index = {"metadata": {"total_size": sum(t.bytes for shard in parts for t in shard)}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / place / "model.safetensors.index.json").write_text(text)
@@ -121,9 +130,7 @@ def _shards(tensors: Iterable[RandomTensor], limit: int) -> list[list[RandomTens
     return shards
 
 
-def _write_safetensors(
-    file: BinaryIO, tensors: list[RandomTensor], values: Callable[[RandomTensor], Iterator[Tensor]]
-) -> None:
+def _write_header(file: BinaryIO, tensors: list[RandomTensor]) -> None:
     """The safetensors format by hand, because its own writer wants the whole shard in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -134,6 +141,3 @@ def _write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for tensor in tensors:
-        for chunk in values(tensor):
-            file.write(chunk.view(torch.int16).numpy().data)

@@ -31,13 +31,15 @@ def _alone(tensor: Tensor) -> tuple[Tensor]:
 class Source:
     """``build(*tensors)`` of the checkpoint's tensors ``names``, which must have ``shapes``.
 
-    ``split`` is the inverse: it gives tensors from which ``build`` makes the entry's value again.
+    ``split`` is the inverse: it gives tensors from which ``build`` makes the entry's value again. ``shared``: the
+    tensor holds other entries too; then ``split`` gives this entry's part of it with zeros elsewhere.
     """
 
     names: tuple[str, ...]
     shapes: tuple[Shape, ...]
     build: Callable[..., Tensor] = _same
     split: Callable[[Tensor], Sequence[Tensor]] = _alone
+    shared: bool = False
 
 
 def direct(name: str, shape: Shape) -> Source:
@@ -61,6 +63,25 @@ def from_conv3d(name: str, shape: Shape, kernel: tuple[int, int, int]) -> Source
         lambda weight: weight.permute(0, 2, 3, 4, 1).flatten(1),
         lambda weight: (weight.unflatten(1, (*kernel, channels)).permute(0, 4, 1, 2, 3),),
     )
+
+
+def from_fused(name: str, shape: Shape, sizes: Sequence[int], part: int, groups: int = 1) -> Source:
+    """Some rows of a tensor that joins several layers.
+
+    Its rows are ``groups`` equal groups, a group holds ``sizes[0]`` rows of the first layer, ``sizes[1]`` of the next
+    and so on. The entry, of ``shape``, has the rows of layer ``part`` in all groups.
+    """
+    rows, start = sum(sizes), sum(sizes[:part])
+
+    def build(joined: Tensor) -> Tensor:
+        return joined.unflatten(0, (groups, rows)).narrow(1, start, sizes[part]).flatten(0, 1)
+
+    def split(entry: Tensor) -> tuple[Tensor]:
+        joined = entry.new_zeros(groups, rows, *entry.shape[1:])
+        joined.narrow(1, start, sizes[part]).copy_(entry.unflatten(0, (groups, sizes[part])))
+        return (joined.flatten(0, 1),)
+
+    return Source((name,), ((groups * rows, *shape[1:]),), build, split, shared=True)
 
 
 def first_rows(source: Source, rows: int) -> Source:
@@ -93,14 +114,37 @@ def mlp_kind(names: Collection[str], prefix: str) -> str:
     return f"mlp{max(depth, 1)}x_gelu"
 
 
-def decoder_sources(shapes: Mapping[str, Shape], config: DecoderConfig) -> dict[str, Source]:
-    """The decoder's entries under transformers' names; a tied head is the embedding table."""
+def decoder_sources(
+    shapes: Mapping[str, Shape], config: DecoderConfig, names: Collection[str] = ()
+) -> dict[str, Source]:
+    """The decoder's entries under transformers' names; a tied head is the embedding table.
+
+    ``names``: the checkpoint's tensors. A layer that is joined with others there (Phi3) is part of their tensor.
+    """
     tied = (
         {"lm_head.weight": "model.embed_tokens.weight"}
         if config.tie_embeddings
         else {"lm_head.weight": "lm_head.weight"}
     )
-    return {entry: direct(tied.get(entry, _decoder_name(entry)), shape) for entry, shape in shapes.items()}
+    sources = {entry: direct(tied.get(entry, _decoder_name(entry)), shape) for entry, shape in shapes.items()}
+    return sources | _joined_layers(shapes, names)
+
+
+#: Layers that Phi3 keeps as one, in the order of their rows.
+_JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def _joined_layers(shapes: Mapping[str, Shape], names: Collection[str]) -> dict[str, Source]:
+    """The sources of the entries whose layers are joined in the checkpoint."""
+    found: dict[str, Source] = {}
+    for joined, parts in _JOINED.items():
+        for entry, shape in shapes.items():
+            place, _, layer = entry.removesuffix(".weight").rpartition(".")
+            name = f"model.{place}.{joined}.weight"
+            if layer in parts and name in names:
+                sizes = [shapes[f"{place}.{part}.weight"][0] for part in parts]
+                found[entry] = from_fused(name, shape, sizes, parts.index(layer))
+    return found
 
 
 #: transformers' names of a Mixtral expert's matmuls.

@@ -25,7 +25,7 @@ from ..contract.pipeline import (
     variant_graph,
 )
 from ..contract.records import TensorSpec
-from .prompt import speaks_of_time, texts_of
+from .prompt import speaks_of_time, texts_of, variables
 
 Shape = tuple[int | None, ...]
 """``None``: an axis of any size, or one that varies."""
@@ -53,6 +53,8 @@ _MOST_SOUND_SECONDS = 600
 #: Characters of a prompt's text; a tokenizer takes some 400 bytes for each.
 _MOST_CHARACTERS = 1 << 16
 _MOST_PIECES = 256
+#: Places of a prompt that are filled in; each may take a text as long as the user's, or the times of all frames.
+_MOST_VARIABLES = 16
 
 
 def pipeline_problem(manifest: Manifest) -> str | None:
@@ -135,6 +137,23 @@ def _pieces_problem(mode: str, pieces: Sequence[Piece], manifest: Manifest) -> s
         return f"an id is outside the embedding table of {rows} rows"
     if (longest := max(map(len, texts_of(pieces)), default=0)) > _MOST_CHARACTERS:
         return f"a text of {longest} characters is longer than {_MOST_CHARACTERS}"
+    return _growth_problem(pieces, pipeline)
+
+
+def _growth_problem(pieces: Sequence[Piece], pipeline: Pipeline) -> str | None:
+    """Why a prompt would grow far beyond its texts, if it would."""
+    once = [piece for piece in pieces if not isinstance(piece, EachOf)]
+    if (count := sum(map(len, map(variables, texts_of(once))))) > _MOST_VARIABLES:
+        return f"its texts name {count} variables, more than {_MOST_VARIABLES}"
+    for piece in pieces:
+        if not isinstance(piece, EachOf):
+            continue
+        texts = texts_of((piece,))
+        if any(name not in ("index", "count") for text in texts for name in variables(text)):
+            return "a text around each unit names more than its number"
+        length = sum(map(len, texts)) * pipeline.units(piece.stage, pipeline.sampling.count)
+        if length > _MOST_CHARACTERS:
+            return f"the texts around each unit of '{piece.stage}' are {length} characters for a clip"
     return None
 
 

@@ -17,9 +17,6 @@ from .huge_pages import huge_pages
 from .inference import FloatArray, FullLogits
 from .rows import open_rows
 
-#: The form of the graphs that run here.
-DIALECT = "ort"
-
 #: Prompt tokens per decoder run. The attention kernel holds one row of scores per head, new token and cached token;
 #: 512 keeps that at 170 MB for 28 heads over 3000 tokens, where one run over all of them would take 940 MB.
 PREFILL_CHUNK = 512

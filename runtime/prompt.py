@@ -53,7 +53,12 @@ def choose_pieces(layout: PromptLayout, timing: Timing | None) -> tuple[Piece, .
 
 def speaks_of_time(pieces: Sequence[Piece]) -> bool:
     """Whether a piece names a variable that needs a clip's times."""
-    return any(name in TIMED for text in texts_of(pieces) for name in _VARIABLE.findall(text))
+    return any(name in TIMED for text in texts_of(pieces) for name in variables(text))
+
+
+def variables(text: str) -> list[str]:
+    """The variables that a text names, in order."""
+    return _VARIABLE.findall(text)
 
 
 def texts_of(pieces: Sequence[Piece]) -> list[str]:

@@ -222,12 +222,14 @@ VARIANTS = {
     "clip-mistral": Variant("clip-mistral"),
     "clip-mistral-lora": Variant("clip-mistral", adapter="clip-mistral-lora"),
     "clip-mixtral": Variant("clip-mixtral"),
+    "siglip-phi3": Variant("siglip-phi3"),
     "av-qwen2-explicit": Variant("av-qwen2", explicit=True),
     "clip-mistral-explicit": Variant("clip-mistral", explicit=True),
     "auroracap": Variant("auroracap"),
     "auroracap-keep": Variant("auroracap", keep=0.4),
     "llava-video": Variant("llava-video"),
     "llava-next-video": Variant("llava-next-video"),
+    "internvl2": Variant("internvl2"),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ...contract.pipeline import Sampling
 from ...errors import CheckpointError
 from ..beats import audio_part, sound_plan
@@ -15,19 +17,37 @@ from ..vision import tower_part
 from . import prompt, weights
 
 KNOWN_AS = "VideoLLaMA2 (videollama2_mistral, videollama2_mixtral, videollama2_qwen2)"
-#: model_type -> the decoder. "mistral" is how older 2-7B-16F revisions say it.
+
+
+@dataclass(frozen=True)
+class DecoderKind:
+    """What a ``model_type`` says of the decoder.
+
+    ``system_turn``: the prompt begins with the reference's own system turn. ``window_flag``: the key that switches the
+    sliding window on; ``None``: it is on where the config has one. ``sparse``: several experts.
+    """
+
+    system_turn: bool = False
+    qkv_bias: bool = False
+    window_flag: str | None = None
+    sparse: bool = False
+
+
+_MISTRAL = DecoderKind(system_turn=True)
+#: By ``model_type``. "mistral" is how older 2-7B-16F revisions say it. Phi3 is of the branch audio_visual; no
+#: checkpoint was released.
 DECODERS = {
-    "videollama2": "mistral",
-    "videollama2_mistral": "mistral",
-    "mistral": "mistral",
-    "videollama2_mixtral": "mixtral",
-    "videollama2_qwen2": "qwen2",
+    "videollama2": _MISTRAL,
+    "videollama2_mistral": _MISTRAL,
+    "mistral": _MISTRAL,
+    "videollama2_mixtral": DecoderKind(system_turn=True, sparse=True),
+    "videollama2_qwen2": DecoderKind(qkv_bias=True, window_flag="use_sliding_window"),
+    "videollama2_phi3": DecoderKind(),
 }
 #: In the family, but with a decoder that is not built here.
 UNSUPPORTED = {
     "videollama2_llama": "an unreleased Llama variant",
     "videollama2_gemma2": "an unreleased Gemma2 variant",
-    "videollama2_phi3": "an unreleased Phi3 variant",
 }
 DEFAULT_NUM_FRAMES = 8
 #: Temperature and top_p, set by the family's own inference over the checkpoint's (videollama2/__init__.py, mm_infer).
@@ -48,10 +68,10 @@ def read_config(checkpoint: Checkpoint) -> CaptionerConfig:
     kind = fields.text("model_type")
     if kind in UNSUPPORTED:
         raise CheckpointError(f"config.json: model_type {shown(kind)} ({UNSUPPORTED[kind]}) is not supported")
-    mistral = DECODERS[kind] != "qwen2"  # Mixtral has the same prompt and the same attention
-    windowed = mistral or fields.flag("use_sliding_window", False)
+    known = DECODERS[kind]
+    windowed = known.window_flag is None or fields.flag(known.window_flag, False)
     window = fields.integer("sliding_window") if windowed and fields.get("sliding_window") is not None else None
-    decoder = read_decoder(fields, qkv_bias=not mistral, sliding_window=window, sparse=DECODERS[kind] == "mixtral")
+    decoder = read_decoder(fields, qkv_bias=known.qkv_bias, sliding_window=window, sparse=known.sparse)
     vision = _read_vision(checkpoint, fields)
     tower = checkpoint.tower_folder
     processor = f"{tower}/preprocessor_config.json" if tower else "preprocessor_config.json"
@@ -75,7 +95,7 @@ def read_config(checkpoint: Checkpoint) -> CaptionerConfig:
         decoder=decoder,
         # The reference also stops where the tokenizer's eos appears in the text (KeywordsStoppingCriteria).
         generation=read_generation(checkpoint, MAX_NEW_TOKENS, prompt.eos_token_id(checkpoint), SAMPLING),
-        prompts=prompt.layouts(checkpoint, system_turn=mistral, audio=sound is not None),
+        prompts=prompt.layouts(checkpoint, system_turn=known.system_turn, audio=sound is not None),
     )
 
 

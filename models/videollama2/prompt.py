@@ -10,6 +10,7 @@ from ...contract.pipeline import Mode, Piece, PromptLayout, Text, Tokens
 from ...errors import CheckpointError
 from ..bounded import run_bounded
 from ..checkpoint import Checkpoint
+from ..token_ids import token_id
 
 #: Mistral and Mixtral only. The double space is the reference's.
 SYSTEM = (
@@ -36,19 +37,7 @@ def layouts(checkpoint: Checkpoint, *, system_turn: bool, audio: bool) -> dict[M
 
 def eos_token_id(checkpoint: Checkpoint) -> int | None:
     """Id of the tokenizer's eos token, None where the tokenizer's files do not say."""
-    eos = special_tokens(checkpoint).get("eos_token")
-    settings = checkpoint.json("tokenizer_config.json") or {}
-    added = settings.get("added_tokens_decoder")
-    if isinstance(added, dict):
-        for key, token in added.items():
-            if isinstance(token, dict) and token.get("content") == eos and str(key).isdecimal():
-                return int(key)
-    tokenizer = checkpoint.json("tokenizer.json") or {}
-    listed = tokenizer.get("added_tokens")
-    for token in listed if isinstance(listed, list) else []:
-        if isinstance(token, dict) and token.get("content") == eos and isinstance(token.get("id"), int):
-            return token["id"]
-    return None
+    return token_id(checkpoint, special_tokens(checkpoint).get("eos_token"))
 
 
 def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:

@@ -54,7 +54,7 @@ def translate(
             for part in ("frame_connector", "connector")
             if part in shapes
         },
-        "decoder": decoder_sources(shapes["decoder"], config.decoder),
+        "decoder": decoder_sources(shapes["decoder"], config.decoder, names),
         "embedding": embedding_source(config.decoder),
     }
     duplicates: dict[str, str] = {}

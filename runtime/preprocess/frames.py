@@ -109,9 +109,10 @@ def span_frames(
     """The first and the last of ``total`` frames in the span from ``start`` to ``end`` (seconds, checked before).
 
     For ``"centered"`` VideoLLaMA 2's rule (mm_utils.py ``process_video``): from ``max(int(start fps) - 1, 0)`` to
-    ``min(int(end fps) - 1, total - 1)``, so that a span begins with the frame before its start. Other
+    ``min(int(end fps) - 1, total - 1)``, so that a span begins with the frame before its start. For ``"segments"``
+    InternVL2's (eval/mvbench ``get_index``): from ``round(start fps)`` to ``min(round(end fps), total - 1)``. Other
     families have none, and the first place of most is the first frame, so there the span holds the frames that are
-    shown first at ``start`` or later and before ``end``. Both suppose a constant rate. Where ``times`` ``[total]``
+    shown first at ``start`` or later and before ``end``. All suppose a constant rate. Where ``times`` ``[total]``
     (seconds from the first frame on) are not those of the rate, the frames shown at these times take the place of
     ``int(time fps)``; a span up to ``duration`` (seconds) then has the last frame. Never less than one frame.
     ``MediaError`` for a clip without times and without a frame rate, or when it ends before ``start``.
@@ -126,6 +127,9 @@ def span_frames(
     if rule == "centered":
         first = 0 if start is None else max(int(start * fps) - 1, 0)
         last = total - 1 if end is None else min(int(end * fps) - 1, total - 1)
+    elif rule == "segments":
+        first = 0 if start is None else round(start * fps)
+        last = total - 1 if end is None else min(round(end * fps), total - 1)
     else:
         # A start that was written with 3 decimals is still that of its frame.
         first = 0 if start is None else math.ceil(start * fps - 0.05)

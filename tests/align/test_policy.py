@@ -8,6 +8,7 @@ import torch
 from intertitle.align.policy import IGNORED, Policy, pad, pixels
 from intertitle.contract.pipeline import EachUnit, Stage, StageInput, WholeClip, Window
 from intertitle.errors import OptionError
+from intertitle.runtime.prompt import Timing
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +181,21 @@ def test_pixels_equal_the_tower_s_input(policy, numbers):
     frames = np.random.default_rng(0).integers(0, 256, (2, 70, 70, 3), np.uint8)
     want = (frames.astype(np.float32) / 255 - 0.5) / 0.5
     np.testing.assert_allclose(pixels(frames, policy.config).numpy(), want.transpose(0, 3, 1, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llava-video", "llava-next-video"])
+def test_another_family_from_pixels_to_tokens(name, data_dir):
+    """Its stages, its prompt (which for LLaVA-Video says when each frame is shown) and the tokens of the reference."""
+    policy, wanted = Policy.open(data_dir / name).eval(), np.load(data_dir / name / "expected.npz")
+    timing = None
+    if "frame_time" in wanted:
+        times = np.array([float(time.removesuffix("s")) for time in str(wanted["frame_time"]).split(",")])
+        timing = Timing(float(wanted["video_time"]), times)
+    pixels = torch.from_numpy(wanted["pixel_values"])[None]
+    with torch.no_grad():
+        tokens = policy.run(["connector"], {"pixels": pixels})["connector"]
+        prompt = policy.prompt({"connector": tokens}, timing=timing)
+        torch.testing.assert_close(prompt[0], torch.from_numpy(wanted["video.inputs_embeds"]), rtol=1e-4, atol=1e-4)
+        greedy = wanted["video.greedy_tokens"].tolist()
+        logits = policy.logits(prompt, torch.tensor([greedy]))
+    assert logits[0].argmax(-1).tolist() == greedy

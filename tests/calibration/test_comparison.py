@@ -16,9 +16,9 @@ from intertitle.calibration.comparison import (
     TokenResult,
     compare_stage,
     compare_tokens,
+    compared_parts,
     conclude,
     measure_drift,
-    tested,
 )
 from intertitle.calibration.reference import GreedyCaption
 from intertitle.contract.formats import FORMATS
@@ -151,4 +151,4 @@ def test_conclusion(stages, tokens, conclusion):
     clips = [ClipResult(str(i), "video", tokens=TokenResult(1, 1, None, t)) for i, t in enumerate(tokens)]
     clips[0].stages = [stage("vision", "PASS"), *(stage(name, "FAIL") for name in stages[:1])]
     clips[1].stages = [*(stage(name, "FAIL") for name in stages[1:]), stage("decode logits", "PASS")]
-    assert conclude(clips, tested(pipeline)) == conclusion
+    assert conclude(clips, compared_parts(pipeline)) == conclusion

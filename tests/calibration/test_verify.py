@@ -248,6 +248,19 @@ def test_the_stage_with_other_weights_is_named(every_variant, compiled, open_var
     assert verify(captioner, reference, [DEMO], max_new_tokens=2).verdict == "PASS"
 
 
+def test_swapped_experts_are_no_error_but_wrong_ones_are(check, compiled, tmp_path):
+    """int8 activations send a token of the fixture to another expert, and the caption goes its own way."""
+    bundle = compiled("clip-mixtral", "int4")
+    report = check("clip-mixtral", bundle, max_new_tokens=16)
+    assert (report.verdict, report.first_divergent) == ("AMBIGUOUS", None)
+    broken = shutil.copytree(bundle, tmp_path / "broken")
+    scales = tensors(broken, "decoder.ort.onnx")["decoder.layers.1.mlp.experts.3.down_proj.scales"]
+    scales[:] *= 1.01
+    scales.flush()
+    report = check("clip-mixtral", seal(broken), max_new_tokens=16)
+    assert (report.verdict, report.first_divergent) == ("FAIL", "decoder")
+
+
 def test_a_small_error_in_int4_weights_is_seen(check, compiled, tmp_path):
     """One percent of one layer: less than what int8 activations do to the logits."""
     bundle = shutil.copytree(compiled("clip-mistral", "int4"), tmp_path / "broken")

@@ -34,6 +34,7 @@ MODES = {
     "clip-mistral": ["video."],
     "clip-mistral-lora": ["video."],
     "clip-mixtral": ["video."],
+    "siglip-phi3": ["video."],
     "av-qwen2-explicit": ["video.", "audio.", "audiovideo."],
     "clip-mistral-explicit": ["video."],
     "auroracap-keep": [""],

@@ -9,7 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from intertitle.errors import CheckpointError
 from intertitle.export.tokenizer import collect_tokenizer, write_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
@@ -217,6 +220,116 @@ def test_sentencepiece_ids_equal_transformers(
         assert ours.encode(text, add_special_tokens=False).ids == ids, text
         for skip in (True, False):
             assert ours.decode(ids, skip_special_tokens=skip) == oracle.decode(ids, skip_special_tokens=skip), text
+
+
+# --- sentencepiece with special tokens in the text, against transformers' slow tokenizer
+
+
+MARKS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
+PLACEHOLDERS = ("[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]")
+
+
+@pytest.fixture(scope="module")
+def slow_and_ours(
+    tmp_path_factory: pytest.TempPathFactory, sentencepiece_model: Callable[..., Path]
+) -> Callable[[str], tuple[Any, Tokenizer]]:
+    """``slow_and_ours(name)``: two readers of the same files. Of the ids of the marks, two are those of pieces that the
+    model file calls otherwise, as in InternLM2's release; the others stand behind the vocabulary."""
+    from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+
+    fixture = FIXTURES / "internvl2"
+    options = {
+        "prefix": {"user_defined_symbols": ["\n"]},
+        "no-prefix": {"user_defined_symbols": ["\n"], "add_dummy_prefix": False},
+        "renamed": {"user_defined_symbols": ["\n", *PLACEHOLDERS], "add_dummy_prefix": False},
+    }
+    made: dict[str, tuple[Any, Tokenizer]] = {}
+
+    def read(name: str) -> tuple[Any, Tokenizer]:
+        if name in made:
+            return made[name]
+        folder = tmp_path_factory.mktemp(name)
+        if name == "internvl2":
+            for file in ("tokenizer.model", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"):
+                (folder / file).write_bytes((fixture / file).read_bytes())
+            declared = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+            ids = {token["content"]: int(i) for i, token in declared.items()}
+        else:
+            sentencepiece_checkpoint(folder, sentencepiece_model(**options[name]))
+            from sentencepiece import SentencePieceProcessor
+
+            pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+            ids = {mark: pieces.get_piece_size() + i for i, mark in enumerate(MARKS)}
+            ids |= {mark: pieces.piece_to_id(mark) for mark in MARKS[:2]}
+            if name == "renamed":
+                ids |= {mark: pieces.piece_to_id(p) for mark, p in zip(MARKS[2:4], PLACEHOLDERS, strict=True)}
+            config = {str(i): added(mark, special=True) for mark, i in ids.items()}
+            dump(folder / "tokenizer_config.json", {"added_tokens_decoder": config})
+        tokens = {i: AddedToken(mark, special=True, normalized=False) for mark, i in ids.items()}
+        slow = SentencePieceBackend(vocab_file=str(folder / "tokenizer.model"), added_tokens_decoder=tokens)
+        made[name] = slow, collect_tokenizer(folder)
+        return made[name]
+
+    return read
+
+
+SLOW = ["internvl2", "prefix", "no-prefix", "renamed"]
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_sentencepiece_ids_around_special_tokens_equal_the_slow_tokenizer(
+    name: str, slow_and_ours: Callable[[str], tuple[Any, Tokenizer]]
+) -> None:
+    slow, ours = slow_and_ours(name)
+
+    @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        st.lists(
+            st.one_of(
+                st.sampled_from(
+                    [*MARKS, "\n", " ", "  ", "\t", "<0x0A>", "<", "Frame1: ", "</img>\nFrame2: ", *CORPUS]
+                ),
+                st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8),
+            ),
+            max_size=8,
+        ).map("".join)
+    )
+    def check(text: str) -> None:
+        ids = slow.convert_tokens_to_ids(slow.tokenize(text))
+        assert ours.encode(text, add_special_tokens=False).ids == ids, text
+
+    check()
+    assert len({mark: ours.token_to_id(mark) for mark in MARKS}) == len(MARKS)
+
+
+def test_a_renamed_piece_keeps_its_id_and_loses_its_name(
+    slow_and_ours: Callable[[str], tuple[Any, Tokenizer]],
+) -> None:
+    slow, ours = slow_and_ours("renamed")
+    end = ours.token_to_id("<|im_end|>")
+    assert slow.sp_model.id_to_piece(end) == PLACEHOLDERS[1]
+    assert ours.token_to_id(PLACEHOLDERS[1]) is None
+    assert ours.encode("a<|im_end|>", add_special_tokens=False).ids[-1] == end
+    assert ours.decode([end], skip_special_tokens=False) == "<|im_end|>"
+    assert ours.decode([end], skip_special_tokens=True) == ""
+
+
+def test_a_piece_that_text_becomes_is_not_renamed(tmp_path: Path, sentencepiece_model: Callable[..., Path]) -> None:
+    from sentencepiece import SentencePieceProcessor
+
+    folder = sentencepiece_checkpoint(tmp_path, sentencepiece_model())
+    word = SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).piece_to_id("▁the")
+    dump(folder / "added_tokens.json", {"<|im_end|>": word})
+    assert f"'<|im_end|>' is declared with id {word}, which is '▁the'" in refused(folder)
+
+
+def test_internvl2_prompt_from_the_sentencepiece_model_alone() -> None:
+    """A release has no tokenizer.json."""
+    with np.load(FIXTURES / "internvl2" / "expected.npz") as numbers:
+        prompt, ids, tokens = str(numbers["prompt"]), numbers["prompt_ids"], numbers["shuffled_features"].shape[1]
+    ours = collect_tokenizer(FIXTURES / "internvl2")
+    text = prompt.replace("<image>", f"<img>{'<IMG_CONTEXT>' * tokens}</img>")
+    assert [1, *ours.encode(text, add_special_tokens=False).ids] == ids.tolist()
 
 
 def test_sentencepiece_with_added_tokens(tmp_path: Path, sentencepiece_model: Callable[..., Path]) -> None:

@@ -15,6 +15,9 @@ from torch import Tensor
 # The contract asks for 1e-4; what is met is 1.3e-6 at most, so a slip such as a norm's epsilon shows.
 TOLERANCE = 1e-5
 
+#: The components of a VideoLLaMA2 captioner without an audio tower.
+SEEING = ("vision", "frame_connector", "connector", "decoder")
+
 
 #: Places of tokens in the reference's prompt ids (VideoLLaMA2 ``constants.py``; xtuner ``constants.py``).
 SENTINELS = {("videollama2", "connector"): -201, ("videollama2", "audio"): -202, ("auroracap", "connector"): -200}
@@ -66,7 +69,7 @@ def last_logits(opened: CaptionerCheckpoint, embeds: Tensor) -> Tensor:
     return decoder(embeds[None], at.int(), torch.tensor(length).int(), at[None], past)[0][0, 0]
 
 
-@pytest.mark.parametrize("name", ["clip-mistral", "clip-mixtral", "av-qwen2"])
+@pytest.mark.parametrize("name", ["clip-mistral", "clip-mixtral", "siglip-phi3", "av-qwen2"])
 def test_videollama2_video(name, opened, expected, relative_error):
     checkpoint, numbers = opened(name), expected(name)
     found = run(checkpoint, "connector", pixels=torch.from_numpy(numbers["pixel_values"]))
@@ -128,7 +131,7 @@ def test_adapter_changes_connector_and_decoder(opened, expected, relative_error)
     assert relative_error(numbers["video.last_logits"], expected("clip-mistral")["video.last_logits"]) > 0.05
 
 
-@pytest.mark.parametrize("name", ["clip-mistral", "clip-mixtral", "av-qwen2", "auroracap"])
+@pytest.mark.parametrize("name", ["clip-mistral", "clip-mixtral", "siglip-phi3", "av-qwen2", "auroracap"])
 def test_prompt_is_the_reference_text(name, opened, expected):
     config, tag = opened(name).config, {"auroracap": "<image>"}.get(name, "<video>")
     text = ""
@@ -142,11 +145,11 @@ def test_prompt_is_the_reference_text(name, opened, expected):
     assert text == str(expected(name)["prompt"])
 
 
-@pytest.mark.parametrize("name", ["clip-mistral", "clip-mixtral", "av-qwen2", "auroracap"])
+@pytest.mark.parametrize("name", ["clip-mistral", "clip-mixtral", "siglip-phi3", "av-qwen2", "auroracap"])
 def test_components_on_meta_and_on_disk_agree(name, opened):
     checkpoint = opened(name)
     wanted = {
-        "clip-mistral": ("vision", "frame_connector", "connector", "decoder"),
+        **dict.fromkeys(("clip-mistral", "clip-mixtral", "siglip-phi3"), SEEING),
         "av-qwen2": ("vision", "frame_connector", "connector", "audio", "decoder"),
         "auroracap": ("vision", "connector", "decoder"),
     }
@@ -272,3 +275,16 @@ def test_fingerprint_follows_content_and_adapter(copied, data_dir):
     assert changed != before
     copy.edit_json("tokenizer_config.json", extra=1)
     assert open_checkpoint(copy.path).fingerprint() not in (before, changed)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"])
+def test_fingerprint_follows_the_files_that_a_tokenizer_is_read_from(name, copied):
+    """With a tokenizer.json they are not read."""
+    copy = copied("clip-mistral")
+    with_json = open_checkpoint(copy.path).fingerprint()
+    (copy.path / name).write_text("{}")
+    assert open_checkpoint(copy.path).fingerprint() == with_json
+    (copy.path / "tokenizer.json").unlink()
+    before = open_checkpoint(copy.path).fingerprint()
+    (copy.path / name).write_text('{"a": 1}')
+    assert open_checkpoint(copy.path).fingerprint() != before

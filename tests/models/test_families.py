@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from intertitle.contract.pipeline import ImagePlan, PromptLayout, Text, Tokens, stages_of
+from intertitle.contract.pipeline import ImagePlan, PromptLayout, Text, Tokens
 from intertitle.errors import CheckpointError
 from intertitle.models import FAMILIES, bounded, open_checkpoint
 from intertitle.models.captioner import CaptionerCheckpoint
@@ -142,13 +143,22 @@ def test_context_of_a_scaled_vicuna_config(copied):
 
 
 @pytest.mark.parametrize("spelling", [{"type": "linear"}, {"rope_type": "linear"}])
-def test_linear_rope_scaling_and_no_other(spelling, copied):
+def test_linear_and_dynamic_rope_scaling_and_no_other(spelling, copied):
     copy = copied("auroracap")
     copy.edit_json("config.json", rope_scaling={**spelling, "factor": 2.0})
     assert read(copy.path).decoder.rope_factor == 2.0
     copy.edit_json("config.json", rope_scaling={next(iter(spelling)): "yarn", "factor": 2.0})
     with pytest.raises(CheckpointError, match="'yarn'"):
         read(copy.path)
+    # It acts beyond max_position_embeddings only, and the context ends there.
+    copy.edit_json(
+        "config.json",
+        max_position_embeddings=4096,
+        max_sequence_length=16384,
+        rope_scaling={next(iter(spelling)): "dynamic", "factor": 2.0},
+    )
+    decoder = read(copy.path).decoder
+    assert (decoder.rope_factor, decoder.context_length) == (1.0, 4096)
 
 
 @pytest.mark.parametrize(
@@ -459,20 +469,6 @@ def test_vision_config_of_a_whole_clip_and_of_another_tower():
             read_vision(Fields(values, "c"))
 
 
-def test_every_family_opens_through_the_registry(opened):
-    """Invariants over the registry: a fixture of each, sources for all entries and for nothing else."""
-    fixtures = ("clip-mistral", "av-qwen2", "auroracap", "llava-video", "llava-next-video")
-    assert {opened(name).config.family for name in fixtures} == set(FAMILIES)
-    for name in fixtures:
-        checkpoint: CaptionerCheckpoint = opened(name)
-        assert set(checkpoint.config.prompts) >= {"video"}
-        assert ("audio" in checkpoint.components) == ({"audio", "audiovideo"} <= set(checkpoint.config.prompts))
-        for layout in checkpoint.config.prompts.values():
-            texts = [piece.text for piece in layout.pieces if isinstance(piece, Text)]
-            assert "".join(texts).count("{instruction}") == 1
-            assert set(stages_of(layout.pieces)) <= set(checkpoint.components)
-
-
 def test_released_size_is_accepted_from_its_headers(copied):
     """Names and shapes of VideoLLaMA2.1-7B-AV, written down from docs/facts.md for the benchmark's random
     checkpoint."""
@@ -500,19 +496,18 @@ def test_released_size_is_accepted_from_its_headers(copied):
 
 
 JUNK = [None, 0, -1, 1.5, "x", "", [], {}, True, 10**30, 10**6, [1], {"a": 1}, float("nan"), float("inf"), 3]
+DATA = Path(__file__).parents[1] / "data"
+#: The settings of each fixture, those in its folders too.
 FILES = {
-    "clip-mistral": (
-        "config.json",
-        "tokenizer_config.json",
-        "tiny-clip/config.json",
-        "tiny-clip/preprocessor_config.json",
-    ),
-    "av-qwen2": ("config.json", "tiny-siglip/config.json", "tiny-siglip/preprocessor_config.json"),
-    "auroracap": ("config.json", "generation_config.json", "visual_encoder/config.json", "projector/config.json"),
+    folder.name: [
+        str(file.relative_to(folder)) for file in sorted(folder.rglob("*.json")) if file.name != "tokenizer.json"
+    ]
+    for folder in sorted(DATA.iterdir())
+    if (folder / "config.json").exists() and [*folder.glob("model*.safetensors")]
 }
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_junk_in_a_config_gets_past_as_another_error(data, data_dir, tmp_path_factory):
     """Any value under any key either does not matter or is refused in one line."""
@@ -520,6 +515,7 @@ def test_no_junk_in_a_config_gets_past_as_another_error(data, data_dir, tmp_path
     name = data.draw(st.sampled_from(FILES[fixture]))
     values = json.loads((data_dir / fixture / name).read_text())
     holder = values
+    assume(isinstance(values, dict) and values)
     key = data.draw(st.sampled_from(sorted(values)))
     if isinstance(values[key], dict) and values[key] and data.draw(st.booleans()):
         holder, key = values[key], data.draw(st.sampled_from(sorted(values[key])))

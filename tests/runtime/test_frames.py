@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from intertitle.contract.pipeline import Sampling
 from intertitle.errors import MediaError, OptionError
-from intertitle.runtime.preprocess.frames import sample_indices, sample_places
+from intertitle.runtime.preprocess.frames import sample_indices, sample_places, span_frames
 
 
 @pytest.mark.parametrize("variant", ["av-qwen2", "clip-mistral"])
@@ -89,3 +89,20 @@ def test_refusals() -> None:
         sample_indices(8, 0, "centered")
     with pytest.raises(OptionError, match='"random"'):
         sample_indices(8, 8, "random")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("total", "fps", "start", "end", "span"),
+    [
+        (300, 30.0, 2.0, 5.0, (60, 150)),
+        (300, 30.0, None, 5.0, (0, 150)),
+        (300, 30.0, 2.0, 50.0, (60, 299)),
+        (300, 29.97, 1.25, 3.75, (37, 112)),
+        (100, 10.0, 0.05, 0.25, (0, 2)),
+    ],
+)
+def test_spans_of_segments_are_internvl2_s(
+    total: int, fps: float, start: float | None, end: float, span: tuple[int, int]
+) -> None:
+    """By hand, ``get_index``: from round(start fps) to min(round(end fps), last frame), halves to even."""
+    assert span_frames(total, fps, start, end, "segments") == span

@@ -131,9 +131,12 @@ def test_every_stage_of_a_bundle(
     assert relative_error(logits[0], numbers["video.last_logits"]) < bound
 
 
+@pytest.mark.parametrize(("target", "weights"), [("cpu", "fp32"), ("cuda", "fp16")])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_captions_of_frames_are_the_reference_s(name: str, compiled: Callable[..., Path], expected: Numbers) -> None:
-    numbers, captioner = expected(name), Captioner.load(compiled(name))
+def test_captions_of_frames_are_the_reference_s(
+    name: str, target: str, weights: str, compiled: Callable[..., Path], expected: Numbers
+) -> None:
+    numbers, captioner = expected(name), Captioner.load(compiled(name, weights, target))
     clip = frames_of(name, numbers)
     caption = captioner.caption(**clip, decoding=greedy(numbers))
     assert caption.token_ids == numbers["video.greedy_tokens"].tolist()
@@ -203,7 +206,9 @@ def test_bundles_verify(name: str, target: str, weights: str, compiled: Callable
 
     media = [DEMO, *sorted(CLIPS.glob("*.mp4"))][:2]
     report = verify_bundle(compiled(name, weights, target), data_dir / name, media, max_new_tokens=6)
-    assert report.verdict == "PASS"
+    assert report.first_divergent is None
+    # float16 may take the other of two tokens that are almost equally likely.
+    assert report.verdict in {"cpu": ("PASS",), "cuda": ("PASS", "AMBIGUOUS")}[target]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -97,7 +97,7 @@ def backend(compiled, host, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("variant", ["av-qwen2", "clip-mistral", "clip-mixtral", "auroracap-keep"])
+@pytest.mark.parametrize("variant", ["av-qwen2", "clip-mistral", "clip-mixtral", "auroracap-keep", "internvl2"])
 def test_captions_of_the_fixtures(variant, backend, expected):
     bundle, made = backend(variant)
     numbers, captioner = expected(variant), Captioner(bundle, made)

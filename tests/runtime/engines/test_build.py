@@ -54,6 +54,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         "auroracap-keep",
         "llava-video",
         "llava-next-video",
+        "internvl2",
     ],
 )
 def test_every_component_builds(variant, compiled, library):
