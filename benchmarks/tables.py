@@ -254,6 +254,49 @@ def _frames(result: Result) -> Iterator[str]:
     yield _table(head, rows)
 
 
+def _experts(result: Result) -> Iterator[str]:
+    yield (
+        "A decoder whose tokens pass 2 of 8 experts (Mixtral's proportions) against a dense one with as many active "
+        f"parameters, one row, random weights; medians of {result['rounds']} alternating rounds, busy machine."
+    )
+    rows = []
+    for weights in ("int4", "fp32"):
+        figures = result[weights]
+        step = figures["milliseconds_per_token"]
+        rows.append(
+            (
+                weights,
+                figures["shape"],
+                f"{step['sparse']:.1f} ms, dense {step['dense']:.1f} ms",
+                _ratio(figures["sparse_over_dense"]),
+                _ratio(figures["all_experts_over_dense"]),
+                _ratio(figures["prompt_sparse_over_dense"]),
+            )
+        )
+    head = ("weights", "shape", "step", "step, over dense", "step with all 8 experts, over dense")
+    yield _table((*head, f"prompt of {result['int4']['prompt_tokens']}, over dense"), rows)
+
+
+def _large(result: Result) -> Iterator[str]:
+    yield (
+        "Captioners that are larger than this machine, compiled for the CPU a few layers deep at their true widths. "
+        "The peak does not depend on the depth. The last column is calculated for all layers."
+    )
+    rows = [
+        (
+            name,
+            f"{figures['weights']}, encoders {figures['encoder_weights']}",
+            f"{figures['compiled_layers']} of {figures['layers']}",
+            f"{figures['compile_peak_bytes'] / 1e9:.1f} GB",
+            f"{figures['bytes_of_a_layer'] / 1e9:.2f} GB",
+            f"{figures['bundle_bytes'] / 1e9:.1f} GB",
+        )
+        for name, figures in result.items()
+        if isinstance(figures, dict) and "bundle_bytes" in figures
+    ]
+    yield _table(("size", "weights", "layers compiled", "peak of compile", "a layer", "whole bundle"), rows)
+
+
 def _compression(result: Result) -> Iterator[str]:
     yield "Fewer visual tokens at the 0.5 B shape, busy machine. The drift of the logits is in the file."
     for bundle in result["bundles"]:
@@ -422,6 +465,8 @@ _SECTIONS: list[tuple[str, str, Callable[[Result], Iterator[str]]]] = [
     ("Fewer visual tokens", "compression", _compression),
     ("On an H100", "gpu-h100-cuda", _gpu),
     ("Steps of the int4 graph on an H100", "gpu-h100-int4-kernels", _kernels),
+    ("Experts (Mixtral)", "experts", _experts),
+    ("Larger than the machine", "large", _large),
     ("Building TensorRT engines", "engines-7b-av", _engines),
     ("Quality: weights, tokens, contrast, beams", "caption-quality", _quality),
     ("Quality: int8 encoders", "caption-quality-int8", _quality),
