@@ -115,7 +115,8 @@ def save(path: Path, text: str) -> None:
         if path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")
             return
-        with whole(path.resolve()) as partial:
+        # A killed batch leaves half a subtitle file; the next run takes it over.
+        with whole(path.resolve(), alone=True) as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OptionError(f"{path}: cannot be written: {error.strerror}") from error

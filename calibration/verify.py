@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -133,8 +134,8 @@ def _facts(manifest: Manifest, config: CaptionerConfig) -> Iterator[tuple[str, o
     yield "decoder width", manifest.decoder.hidden_size, config.decoder.hidden_size
     yield "vocabulary", manifest.decoder.vocab_size, config.decoder.vocab_size
     yield "image size", ours.image.output_size, theirs.image.output_size
-    yield "sampling", ours.sampling, theirs.sampling
-    yield "sound", ours.sound, theirs.sound
+    yield "sampling", _words(ours.sampling), _words(theirs.sampling)
+    yield "sound", _words(ours.sound), _words(theirs.sound)
     yield "stages", _names(ours), _names(theirs)
     values = meta_values(config)
     for mine, other in zip(ours.stages, theirs.stages, strict=True):
@@ -155,7 +156,13 @@ def _shape(pipeline: Pipeline, stage: Stage, width: int | str) -> str:
     """How a stage is called and what it gives, in words."""
     takes = ", ".join(value.source for value in stage.inputs)
     tokens = " or ".join(map(str, pipeline.token_counts(stage.name)))
-    return f"{stage.unit} of {takes} to {tokens} tokens of {width}"
+    return f"{_words(stage.unit)}, of {takes} to {tokens} tokens of width {width}"
+
+
+def _words(record: object) -> str:
+    """A record with its fields by name, for a message; ``none`` for ``None``."""
+    fields = msgspec.to_builtins(record) if record is not None else {}
+    return ", ".join(f"{name} {value}" for name, value in fields.items()) or "none"
 
 
 def _keep(manifest: Manifest) -> float | None:

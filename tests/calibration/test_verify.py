@@ -20,7 +20,7 @@ import pytest
 import torch
 from intertitle.calibration.comparison import Report
 from intertitle.calibration.reference import Reference
-from intertitle.calibration.verify import verify, verify_bundle
+from intertitle.calibration.verify import check_same_model, verify, verify_bundle
 from intertitle.errors import MediaError, OptionError
 from intertitle.export.compile import compile_bundle
 from intertitle.models import open_checkpoint
@@ -367,12 +367,40 @@ def test_another_checkpoint_is_named(compiled, data_dir, tmp_path):
     [
         ("av-qwen2", "auroracap", "the bundle is a videollama2 captioner, the reference a auroracap one"),
         ("auroracap-keep", "clip-mistral", "token merging"),
-        ("clip-mistral", "av-qwen2", "not the same model: sampling|not the same model: "),
+        ("clip-mistral", "av-qwen2", "not the same model: image size 56 in the bundle, 70 in the reference"),
     ],
 )
 def test_another_model_is_refused(variant, checkpoint, message, compiled, data_dir):
     with pytest.raises(OptionError, match=message):
         verify_bundle(compiled(variant), data_dir / checkpoint, [DEMO])
+
+
+def test_the_stage_that_is_another_one_is_named(compiled, open_variant):
+    """The pipelines are compared as data: how a stage is called, what it takes, and what it gives."""
+    manifest = Bundle.open(compiled("clip-mistral")).manifest
+    reference = Reference(open_variant("clip-mistral"))
+    check_same_model(manifest, reference)
+    pipeline = manifest.pipeline
+    vision, framewise, connector = pipeline.stages
+    # An stc_connector's windows, with the padding of none of its relatives.
+    unpadded = msgspec.structs.replace(connector, unit=msgspec.structs.replace(connector.unit, padding=0))
+    finer = msgspec.structs.replace(vision, tokens=25)
+    elsewhere = msgspec.structs.replace(
+        connector, inputs=(msgspec.structs.replace(connector.inputs[0], source="vision"),)
+    )
+    for stages, message in (
+        ((vision, framewise, unpadded), "stage 'connector': type window, kernel 2, stride 2, padding 0, of frame_conn"),
+        ((finer, framewise, connector), "stage 'vision': type frame, of pixels to 25 tokens of width"),
+        ((vision, framewise, elsewhere), "stage 'connector': .* of vision to 9 tokens .* of frame_connector to 9"),
+        ((vision, elsewhere), "stages vision, connector in the bundle, vision, frame_connector, connector in the ref"),
+    ):
+        other = msgspec.structs.replace(manifest, pipeline=msgspec.structs.replace(pipeline, stages=stages))
+        with pytest.raises(OptionError, match=f"not the same model: {message}"):
+            check_same_model(other, reference)
+    faster = msgspec.structs.replace(pipeline.sampling, count=9)
+    other = msgspec.structs.replace(manifest, pipeline=msgspec.structs.replace(pipeline, sampling=faster))
+    with pytest.raises(OptionError, match="not the same model: sampling rule centered, count 9"):
+        check_same_model(other, reference)
 
 
 def test_media_that_cannot_be_read_are_refused(check, tmp_path, wav):

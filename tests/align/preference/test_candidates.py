@@ -145,18 +145,23 @@ def test_the_number_of_segments(duration: float, count: int):
 
 def test_scenes_in_memory_are_what_the_file_shows(captioner: intertitle.Captioner, tmp_path: Path):
     scene = draw_scene("train", 5)
-    spec = captioner.manifest.pipeline
-    write_clip(scene, tmp_path / "clip.mp4", size=spec.image.size * 2, rate=16000)
-    filmed, drawn = captioner.read(tmp_path / "clip.mp4"), captioner.read(**scene_media(scene, spec))
-    small = filmed.frames[filmed.order].reshape(spec.num_frames, spec.image.size, 2, spec.image.size, 2, 3).mean((2, 4))
+    pipeline = captioner.manifest.pipeline
+    count, size = pipeline.sampling.count, pipeline.image.size
+    write_clip(scene, tmp_path / "clip.mp4", size=size * 2, rate=16000)
+    filmed, drawn = captioner.read(tmp_path / "clip.mp4"), captioner.read(**scene_media(scene, pipeline))
+    assert filmed.timing is not None
+    assert drawn.timing is not None
+    assert drawn.timing.seconds == pytest.approx(filmed.timing.seconds)
+    np.testing.assert_allclose(drawn.timing.times, filmed.timing.times)
+    small = filmed.frames[filmed.order].reshape(count, size, 2, size, 2, 3).mean((2, 4))
     assert np.abs(small - drawn.frames[drawn.order]).mean() < 6
     assert drawn.sound.shape == filmed.sound.shape
     # The first of the eight clips that a video's sound is heard in; AAC's last packet moves the others a little.
     assert np.corrcoef(drawn.sound[:32_000], filmed.sound[:32_000])[0, 1] > 0.999
-    second = captioner.read(**scene_media(scene, spec, span=(2.0, 4.0)))
+    second = captioner.read(**scene_media(scene, pipeline, span=(2.0, 4.0)))
     # The last of the eight begins 1.75 s into the clip.
     assert np.array_equal(second.sound[:28_000], drawn.sound[7 * 32_000 + 4_000 : 8 * 32_000])
-    assert "waveform" not in scene_media(scene, spec, audio=False)
+    assert "waveform" not in scene_media(scene, pipeline, audio=False)
 
 
 @pytest.mark.parametrize("span", ["", "train", "train:0", "train:5:5", "train:-1:5", "moon:0:5", "train:0:5:1"])

@@ -171,7 +171,7 @@ def test_engines_of_another_gpu_version_or_place(build, compiled, fake_library, 
 def test_devices_and_bundles_that_do_not_go_together(compiled):
     cpu = Bundle.open(compiled("clip-mistral", "fp32"))
     engines = Bundle.open(compiled("clip-mistral", "fp32", "tensorrt-rtx"))
-    with pytest.raises(TargetError, match="device 'tpu' is not supported; this version knows: auto, cuda, cpu"):
+    with pytest.raises(TargetError, match="device 'tpu' is not supported; this version knows: auto, cpu, cuda"):
         open_backend(cpu, "tpu")
     with pytest.raises(TargetError, match="is for cpu; for tensorrt compile the checkpoint with --target tensorrt"):
         open_backend(cpu, "tensorrt")
