@@ -46,7 +46,7 @@ class CheckpointError(IntertitleError):
 
 
 class BundleError(IntertitleError):
-    """A bundle that is incomplete, corrupt, tampered with or written by another schema version."""
+    """A bundle that is incomplete, corrupt, tampered with or of a schema version that is not known."""
 
 
 class DeadlineError(IntertitleError):

@@ -2,7 +2,7 @@
 
 For every bundle and clip, pictures only: the tokens of the prompt, the seconds of tower and connector (merging
 included), of the prefill and of a decoded token; and the drift of the next-token distributions along the greedy caption
-of the uncompressed clip, fed to both. A merging tower (AuroraCap) is measured at its compiled ratios, other families
+of the uncompressed clip, fed to both. A merging tower (AuroraCap) is measured at its compiled shares, other families
 at ``SETTINGS``. Without bundles: two with random weights, a VideoLLaMA2.1 and an AuroraCap layout of half a billion
 parameters; their drift says that the measure works, and nothing about captions.
 """
@@ -29,7 +29,7 @@ from ..runtime.viewing import Share
 from .harness import write_result
 from .random_bundle import random_bundle
 
-#: Ratios of visual tokens for a family whose tower does not merge them.
+#: Shares of visual tokens for a family whose tower does not merge them.
 SETTINGS = (1.0, 0.75, 0.5, 0.25, 0.1)
 DEMO = Path(__file__).parent.parent / "calibration" / "clips" / "demo.mp4"
 RANDOM = "random weights: times and token counts are real, the drift has no meaning for captions"
@@ -77,7 +77,7 @@ def measure_bundle(bundle: Path, clips: Sequence[Path], length: int, rounds: int
     merging = [] if stage is None else [variant.keep for variant in stage.variants]
     settings = sorted(merging, reverse=True) if merging else SETTINGS
     read = [captioner.read(clip, audio=False) for clip in clips]
-    # The uncompressed clip is the yardstick: None, or the largest compiled ratio. It also warms the sessions up.
+    # The uncompressed clip is the yardstick: None, or the largest compiled share. It also warms the sessions up.
     whole = [run_setting(captioner, clip, settings[0] if merging else None, length, None) for clip in read]
     runs: dict[float, list[list[Run]]] = {setting: [[] for _ in clips] for setting in settings}
     for turn in range(rounds):

@@ -60,7 +60,7 @@ def near_tie(manifest: Manifest) -> float:
 
 @dataclass(frozen=True)
 class StageResult:
-    """One comparison. After a comma, the name of a stage says which of its graphs it tests (``vision, ratio 0.5``).
+    """One comparison. After a comma, the name of a stage says which of its graphs it tests (``vision, 50%``).
 
     ``relative_error`` is max |a - b| / max |b|, where b is the reference's output. It is ``None`` if the shapes differ
     or a value is not finite; ``problem`` then says which.

@@ -37,6 +37,7 @@ from ..runtime.preprocess.fbank import sound_features
 from ..runtime.preprocess.image import preprocess_frames
 from ..runtime.prompt import Slot, build_prompt, choose_pieces, joined, unit_slots
 from ..runtime.timing import Stages
+from ..runtime.viewing import Share
 from .comparison import (
     ClipResult,
     Drift,
@@ -286,7 +287,7 @@ class _Check:
             inputs = [Units.all_distinct(values) for values in some.values()]
             mine = self._encoder.run_stage(stage, inputs, self._stages, variant).expand()
             wanted = self._reference.run(stage.name, some, variant.keep)
-            self._hold(f"{stage.name}, ratio {variant.keep:g}", mine, wanted)
+            self._hold(f"{stage.name}, {Share(variant.keep)}", mine, wanted)
 
     def _prompt(self, clip: Clip, blocks: dict[str, list[FloatArray]]) -> FloatArray:
         """Compare the prompts, each from its own layout and table; return the reference's ``[S, H]``."""

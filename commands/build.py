@@ -57,8 +57,8 @@ def build(
 ) -> None:
     """Build the TensorRT engines of BUNDLE into this user's engine cache.
 
-    BUNDLE was compiled with --target tensorrt-rtx, tensorrt or tensorrt-10.3. An engine that is up to date stays; a
-    rebuild prints its reason.
+    BUNDLE was compiled for one of the targets that --target names. An engine that is up to date stays; a rebuild
+    prints its reason.
 
     \b
     Example: intertitle build captioner --compute-capability 86,89,120

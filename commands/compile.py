@@ -47,15 +47,16 @@ if TYPE_CHECKING:
 @click.option(
     "--encoder-weights",
     metavar="FORMAT",
-    help=f"The weights of vision, connector and audio: {offers.formats(_encoders)}.  [default: "
-    f"{offers.default_format(_encoders)}]",
+    help=f"The weights of all other components: {offers.formats(_encoders)}.  [default: "
+    f"{offers.default_format(_encoders)}; {offers.everywhere()}]",
 )
 @click.option(
     "--block-size",
     type=int,
     metavar="N",
     help=f"The number of int4 weights that share a scale: {offers.block_sizes('int4')}. Larger blocks are faster and "
-    "less exact; a clip may then get another caption in a batch than alone.  [default: 32]",
+    "less exact; a clip may then get another caption in a batch than alone.  "
+    f"[default: {offers.default_block_size('int4')}]",
 )
 @click.option(
     "--visual-tokens",
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
     metavar="SHARE",
     multiple=True,
     help="AuroraCap: a share of visual tokens that can be kept at run time; repeatable, the first is the default.  "
-    "[default: 100%, 50%, 25%, 10%]",
+    f"[default: {offers.shares()}]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that exists.")
 @options.quiet

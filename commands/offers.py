@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ..contract.devices import DEVICES
 from ..contract.formats import FORMATS
+from ..contract.pipeline import DEFAULT_SHARES
 from ..contract.targets import TARGETS, Target
 
 #: The formats of a kind of component that a target takes, the default first.
@@ -48,9 +49,26 @@ def default_format(of: Formats) -> str:
     return ", ".join([*(f"{name} for {_either(takers[name])}" for name in few), f"{most} for other targets"])
 
 
+def everywhere() -> str:
+    """The formats of the decoder that other components get with it: ``with --weights fp32, fp32``."""
+    return "; ".join(f"with --weights {name}, {name}" for name, format in FORMATS.items() if format.everywhere)
+
+
 def block_sizes(format: str) -> str:
     """``32, 64 or 128``."""
     return _either([str(size) for size in sorted({s for t in TARGETS.values() for s in t.block_sizes.get(format, ())})])
+
+
+def default_block_size(format: str) -> str:
+    """``32``."""
+    return _either(
+        sorted({str(target.block_size(format)) for target in TARGETS.values() if format in target.block_sizes})
+    )
+
+
+def shares() -> str:
+    """The shares of visual tokens that are compiled unless others are asked for: ``100%, 50%, 25%, 10%``."""
+    return ", ".join(f"{share:.0%}" for share in DEFAULT_SHARES)
 
 
 def _either(names: list[str]) -> str:

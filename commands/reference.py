@@ -6,6 +6,7 @@ The page is made of the commands themselves, not of their printed help, whose fo
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def _described(name: str, command: click.Command) -> Iterator[str]:
     for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
         if paragraph.startswith("\b"):
             example = paragraph.removeprefix("\b\n").replace("Example:", "").strip("\n")
-            yield f"Example:\n\n    {inspect.cleandoc(example)}\n"
+            yield f"Example:\n\n{textwrap.indent(inspect.cleandoc(example), '    ')}\n"
         else:
             yield " ".join(paragraph.split()) + "\n"
     for title, options in sections(command).items():

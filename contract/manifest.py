@@ -60,8 +60,8 @@ class Manifest(Record, frozen=True, kw_only=True):
     """``bundle.json``. ``files`` is filled in by the writer; every file must have a role in the other fields.
 
     ``components`` has those of the pipeline's stages, by their names, ``decoder``, and where candidates are found on
-    the device ``selection``. ``weights`` is the format of the decoder, ``recipe`` the
-    format of each linear layer; it is empty in bundles before it, which have the default of their formats.
+    the device ``selection``. ``weights`` is the format of the decoder, ``recipe`` the format of each linear layer. The
+    recipe is empty in bundles of schema version 2, which have the default one.
     """
 
     schema_version: int = SCHEMA_VERSION

@@ -22,9 +22,8 @@ class Target:
     and outputs of matmuls, unless their weights have a type of their own that is wider. ``selection``: candidates are
     found on the device (``export/selection.py``). ``engines``: the graphs are built into engines before they run.
     ``head_multiple``: the size of the decoder's attention heads is a multiple of this. ``rotary_multiple``: the same of
-    heads with rotary embedding inside the attention kernel; for others the graph takes positions and rotates before
-    the kernel. ``version``: of the runtime, for
-    a reader.
+    heads with rotary embedding inside the attention kernel; for others the graph takes positions and rotates before the
+    kernel. ``version``: of the runtime, for a reader.
     """
 
     name: str

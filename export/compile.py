@@ -17,7 +17,7 @@ from ..calibration.recipe import make_recipe
 from ..contract.dialects import graph_file
 from ..contract.formats import Rule, block_size_of
 from ..contract.manifest import MANIFEST_FILE, TOKENIZER_FILE, Component, Embedding, Manifest, Provenance
-from ..contract.pipeline import Pipeline
+from ..contract.pipeline import DEFAULT_SHARES, Pipeline
 from ..contract.records import TensorSpec
 from ..errors import OptionError
 from ..models import CaptionerCheckpoint, open_checkpoint
@@ -34,10 +34,6 @@ from .writer import BundleWriter
 
 #: ``(what is being done, bytes done, bytes in all)``; bytes in all are 0 until every component is traced.
 Progress = Callable[[str, int, int], None]
-
-#: AuroraCap's ratios of merging that are compiled unless others are asked for. Each further one took 40 s of tracing
-#: at the released size (32 layers, 378 pixels, 2 busy cores); the weights are there once.
-DEFAULT_RATIOS = (1.0, 0.5, 0.25, 0.1)
 
 _EMBEDDING_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _EMBEDDING_ROWS = 8192
@@ -71,7 +67,7 @@ def compile_bundle(
     when ``None``, and ``encoder_weights`` that of all other components; ``block_size``: int4 weights that share a
     scale (larger: faster, coarser, and a caption may come out otherwise in a batch than alone). ``visual_tokens``:
     the share of visual tokens that AuroraCap's merging keeps, or several of which the first is the default at run time
-    (``DEFAULT_RATIOS`` when ``None``); they share the weights. ``overwrite``: replace a bundle that is there already.
+    (``DEFAULT_SHARES`` when ``None``); they share the weights. ``overwrite``: replace a bundle that is there already.
     The bundle appears under ``output`` whole or not at all. Raises ``CheckpointError``, ``OptionError`` or
     ``TargetError``, and ``IntertitleError`` for a full disk.
     """
@@ -90,7 +86,7 @@ def compile_bundle(
     further: dict[str, list[tuple[str, ComponentGraph]]] = {}
     for part in captioner_parts(source, pipeline, matmul_dtype(record, weights)):
         first = not any(graph.name == part.name for graph in graphs)
-        report(f"tracing {part.name}" if first else f"tracing {part.name}, ratio {part.keep:g}", 0, 0)
+        report(f"tracing {part.name}" if first else f"tracing {part.name}, {Share(part.keep)}", 0, 0)
         form = weights if part.name == "decoder" else encoders
         graph = component_graph(part.name, part.module, part.signature, record, form, recipe)
         if first:
@@ -143,11 +139,11 @@ def _open(
             raise OptionError(f"a bundle holds shares of visual tokens, such as Share(0.5), not {share!r}")
     asked = None if shares is None else [share.ratio for share in shares]
     source = open_checkpoint(path, adapter, None if asked is None else asked[0])
-    for ratio in asked or ():
-        source.config.keeping(ratio)  # refuses what cannot be
+    for share in asked or ():
+        source.config.keeping(share)  # refuses what cannot be
     if source.config.merging is None:
         return source, ()
-    return source, tuple(dict.fromkeys(float(ratio) for ratio in (DEFAULT_RATIOS if asked is None else asked)))
+    return source, tuple(dict.fromkeys(float(share) for share in (DEFAULT_SHARES if asked is None else asked)))
 
 
 def _positioned(source: CaptionerCheckpoint, target: Target) -> CaptionerCheckpoint:

@@ -24,7 +24,7 @@ def open_checkpoint(
 ) -> CaptionerCheckpoint:
     """Open a checkpoint folder in a released layout, with a LoRA adapter folder merged in if given.
 
-    ``keep``: the ratio of visual tokens that a tower with merging (AuroraCap's) keeps. Reads configs and tensor
+    ``keep``: the share of visual tokens that a tower with merging (AuroraCap's) keeps. Reads configs and tensor
     headers, no weights.
     Raises CheckpointError (see ``CaptionerCheckpoint.validate``) and OptionError for a ``keep`` that cannot be.
     """

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class VisionConfig:
     """A CLIP or SigLIP tower. Only the layers up to ``hidden_states[select_layer]`` are built.
 
-    ``keep`` is AuroraCap's ratio of visual tokens kept by merging in every layer; ``None`` is a tower without
+    ``keep`` is the share of visual tokens that AuroraCap keeps by merging in every layer; ``None`` is a tower without
     merging. ``num_layers`` is the released depth (the merging schedule depends on it), ``num_used_layers`` what runs.
     """
 
@@ -174,12 +174,11 @@ class CaptionerConfig:
         """The same captioner with another share of tokens kept. ``OptionError`` where it has no merging, or for a
         share out of (0, 1]."""
         if not 0 < keep <= 1:
-            raise OptionError(f"the ratio of visual tokens must be above 0 and at most 1, not {keep:g}")
+            raise OptionError(f"the share of visual tokens must be above 0 and at most 1, not {keep:g}")
         if self.merging is None:
             if keep != 1:
                 raise OptionError(
-                    f"a captioner of the family {self.family} has no token merging: leave the ratio of visual tokens "
-                    "out"
+                    f"a captioner of the family {self.family} has no token merging: leave --visual-tokens out"
                 )
             return self
         parts = tuple(

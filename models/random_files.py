@@ -14,6 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from .config import VisionConfig
+from .hf_config import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD
 
 _TRAINING_TEXT = (
     *["system You are a helpful assistant. user <video> Describe the video in detail. assistant"] * 3,
@@ -168,18 +169,18 @@ def image_processor(v: VisionConfig) -> str:
     """``preprocessor_config.json`` of a CLIP or SigLIP tower."""
     if v.kind == "siglip":
         own = {
-            "image_mean": [0.5, 0.5, 0.5],
+            "image_mean": SIGLIP_MEAN,
             "image_processor_type": "SiglipImageProcessor",
-            "image_std": [0.5, 0.5, 0.5],
+            "image_std": SIGLIP_STD,
             "size": {"height": v.image_size, "width": v.image_size},
         }
     else:
         own = {
             "crop_size": {"height": v.image_size, "width": v.image_size},
             "do_center_crop": True,
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_mean": CLIP_MEAN,
             "image_processor_type": "CLIPImageProcessor",
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            "image_std": CLIP_STD,
             "size": {"shortest_edge": v.image_size},
         }
     common = {"do_normalize": True, "do_rescale": True, "do_resize": True, "resample": 3, "rescale_factor": 1 / 255}

@@ -77,13 +77,12 @@ class Captioner:
         staged: bool = False,
         options: Options | None = None,
     ) -> Captioner:
-        """Open a bundle on a device: ``cpu``, ``cuda``, ``tensorrt-rtx`` or ``tensorrt``; ``auto`` is the best that it
-        was compiled for and that works here (``device`` and ``device_notes`` then say which, and why not a better one).
+        """Open a bundle on a device: a name of ``contract.devices.DEVICES``; ``auto`` is the best that it was compiled
+        for and that works here (``device`` and ``device_notes`` then say which, and why not a better one).
 
-        ``threads``: processor threads of each session and of a video's decoder, one a core when ``None``. ``progress``
-        hears of the bytes that are hashed when a bundle is opened for the first time. ``staged``: one component at a
-        time stays loaded.
-        At most ``backends.MAX_THREADS``, or one a core, whatever is more.
+        ``threads``: processor threads of each session and of a video's decoder, one a core when ``None``; at most
+        ``backends.MAX_THREADS``, or one a core, whatever is more. ``progress`` hears of the bytes that are hashed when
+        a bundle is opened for the first time. ``staged``: one component at a time stays loaded.
         ``options``: by component, options of ONNX Runtime's CUDA provider, such as ``{"decoder": {"gpu_mem_limit":
         "4294967296"}}``, and ``{"vision": {"device": "cpu"}}`` to leave an encoder to the processor.
         Raises ``BundleError`` for a bundle that is incomplete, corrupt or tampered with, ``TargetError`` for a device

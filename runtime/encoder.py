@@ -282,13 +282,11 @@ class Encoder:
             return exact, []
         if not fitting:
             there = ", ".join(f"{Share(each.keep)} ({each.tokens * places} tokens)" for each in variants)
-            raise OptionError(
-                f"no compiled ratio of merging gives as few visual tokens as {setting}; there are {there}"
-            )
+            raise OptionError(f"no compiled share gives as few visual tokens as {setting}; there are {there}")
         variant = max(fitting, key=lambda variant: variant.keep)
         count = variant.tokens * places
         share = Share(variant.keep)
-        note = f"visual tokens {setting}: merged at the next lower compiled ratio, {share} ({count} tokens)"
+        note = f"visual tokens {setting}: merged to the next lower compiled share, {share} ({count} tokens)"
         # Of a clip that has no more tokens than the limit nothing was taken away.
         return variant, [] if variant.keep == 1 else [note]
 

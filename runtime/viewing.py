@@ -19,7 +19,7 @@ _SHARE, _COUNT = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,30})?)%"), re.compile(r"[0
 
 
 class Share(msgspec.Struct, frozen=True, tag=True):
-    """A budget of visual tokens as a ratio of those that the clip has: above 0, at most 1. As text ``50%``."""
+    """A budget of visual tokens as a share of those that the clip has: above 0, at most 1. As text ``50%``."""
 
     ratio: float
 
@@ -34,12 +34,12 @@ class Share(msgspec.Struct, frozen=True, tag=True):
         """How many of the ``available`` tokens are kept, at least one; rounded."""
         return min(available, max(1, round(self.ratio * available)))
 
-    def spare(self, ratio: float, count: int) -> float:
-        """How much of the budget is left when ``ratio`` of the tokens, ``count`` in number, are kept.
+    def spare(self, share: float, count: int) -> float:
+        """How much of the budget is left when ``share`` of the tokens, ``count`` in number, are kept.
 
         0 for all of it, negative for more than there is.
         """
-        return self.ratio - ratio
+        return self.ratio - share
 
     def scaled(self, part: int, whole: int) -> Share:
         """The same budget for ``part`` of the ``whole`` places of a clip."""
@@ -62,8 +62,8 @@ class Count(msgspec.Struct, frozen=True, tag=True):
         """How many of the ``available`` tokens are kept."""
         return min(available, self.number)
 
-    def spare(self, ratio: float, count: int) -> float:
-        """How much of the budget is left when ``ratio`` of the tokens, ``count`` in number, are kept.
+    def spare(self, share: float, count: int) -> float:
+        """How much of the budget is left when ``share`` of the tokens, ``count`` in number, are kept.
 
         0 for all of it, negative for more than there is.
         """

@@ -27,7 +27,10 @@ CONTRAST_DEFAULTS: dict[ContrastKind, tuple[float, float | None]] = {"temporal":
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a caption is generated. ``None`` means the checkpoint's own setting.
+    """How a caption is generated.
+
+    ``None`` means the checkpoint's own setting for ``max_new_tokens``, ``temperature``, ``top_p``, ``top_k`` and
+    ``repetition_penalty``; elsewhere it is the default of the option in docs/cli.md.
 
     ``strategy``: ``greedy`` takes the likeliest token after the repetition penalty; ``sample`` draws from the
     distribution at ``temperature``, cut to the ``top_k`` likeliest tokens (0: all), then to the smallest set that holds

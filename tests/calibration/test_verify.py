@@ -118,15 +118,15 @@ def test_captioners_that_only_see(variant, check):
 def test_every_compiled_ratio_of_merging_is_compared(check, compiled, tmp_path):
     report = check("auroracap", max_new_tokens=2)
     assert report.verdict == "PASS"
-    ratios = [stage for stage in stages(report)[0] if stage.startswith("vision")]
-    assert ratios == ["vision", "vision, ratio 0.5", "vision, ratio 0.25", "vision, ratio 0.1"]
-    # The graph of another ratio in the place of one.
+    shares = [stage for stage in stages(report)[0] if stage.startswith("vision")]
+    assert shares == ["vision", "vision, 50%", "vision, 25%", "vision, 10%"]
+    # The graph of another share in the place of one.
     bundle = shutil.copytree(compiled("auroracap"), tmp_path / "broken")
     shutil.copy(bundle / "vision.keep0.1.onnx", bundle / "vision.keep0.25.onnx")
     report = check("auroracap", seal(bundle), max_new_tokens=2)
     assert (report.verdict, report.first_divergent) == ("FAIL", "vision")
     failed = [stage.stage for stage in report.clips[0].stages if stage.verdict == "FAIL"]
-    assert failed == ["vision, ratio 0.25"]
+    assert failed == ["vision, 25%"]
 
 
 def test_int4_is_the_rounded_model_and_tells_its_distance(check, compiled, data_dir):

@@ -243,7 +243,7 @@ def test_ratios_of_merging(setting, keep, noted, encoders, clip_of, compiled):
     assert list(ratios) == [1.0, 0.5, 0.25, 0.1]
     encoded = encoder.encode(clip, Stages(), visual_tokens=setting, keep_features=True)
     assert {len(block) for block in encoded.blocks} == {ratios[keep].tokens}
-    assert [f"ratio, {100 * keep:g}% " in note for note in encoded.notes] == [True] * noted
+    assert [f"share, {100 * keep:g}% " in note for note in encoded.notes] == [True] * noted
     # The contrast is merged alike, also where a number of tokens was asked for.
     for contrast in (TEMPORAL, NOISE):
         view = encoder.contrast(clip, encoded, contrast, Stages())

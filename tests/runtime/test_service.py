@@ -152,8 +152,8 @@ def test_the_length_of_a_prompt_is_known_before_it_is_encoded(variant, visual_to
         clips += [captioner.read(frames=numbers["frames_uint8"], **sound), captioner.read(**sound)]
     for clip in clips:
         if pipeline.merging is not None and visual_tokens == Count(40) and len(clip.order) > 1:
-            # No compiled ratio gives so few of a clip with several frames.
-            with pytest.raises(OptionError, match="no compiled ratio"):
+            # No compiled share gives so few of a clip with several frames.
+            with pytest.raises(OptionError, match="no compiled share"):
                 encoder.prompt_length(clip, asked, visual_tokens)
             continue
         encoded = encoder.encode(clip, Stages(), visual_tokens=visual_tokens)
