@@ -175,6 +175,8 @@ def test_commands_in_text_have_these_options():
     align = importlib.import_module("intertitle.align.__main__").main
     known |= {name for command in align.commands.values() for option in command.params for name in option.opts}
     known |= {name for command in cli.commands.values() for option in command.params for name in option.secondary_opts}
+    script = importlib.import_module("intertitle.benchmarks.make_checkpoint").main
+    known |= {name for option in script.params for name in option.opts}
     for page in PAGES:
         if page.name in ("benchmarks.md", "facts.md"):
             continue
