@@ -28,9 +28,6 @@ TOLERANCE = {"pixels": 1e-6, "fbank": 2**-7, "embeddings": 1e-6}
 #: The tolerance of a component that is float32 on both sides (an int4 decoder is compared with float32 matmuls).
 FLOAT32 = 1e-4
 
-#: The tolerance of a component with float16 matmuls (at most 2e-3 on the fixtures; deeper models have more).
-HALF = 2e-2
-
 
 def compared_parts(pipeline: Pipeline) -> dict[str, str]:
     """The stages of a report in the order of the data, and the component that each one tests.
@@ -41,14 +38,13 @@ def compared_parts(pipeline: Pipeline) -> dict[str, str]:
 
 
 def tolerance(stage: str, manifest: Manifest) -> float:
-    """The allowed difference of a stage's output from the reference's: that of its component's format."""
+    """The allowed difference of a stage's output from the reference's: that of its component's matmuls or weights."""
     kind = _kind(stage)
     component = manifest.components.get(_BEHIND.get(kind, kind))
     if component is None:
         return TOLERANCE[kind]
-    if get_target(manifest.target).matmul_type(component.weights) == "float16":
-        return HALF
-    return FORMATS[component.weights].tolerance or FLOAT32
+    matmuls = get_target(manifest.target).unquantized(component.weights)
+    return FORMATS[matmuls].tolerance or FORMATS[component.weights].tolerance or FLOAT32
 
 
 def near_tie(manifest: Manifest) -> float:

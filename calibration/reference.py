@@ -60,7 +60,7 @@ class Reference:
         """``[frames, mel]`` of sound at the rate of the sound plan."""
         plan = self.config.sound
         assert plan is not None
-        return reference_fbank(sound, plan.num_mel_bins, plan.sample_rate)
+        return _FEATURES[plan.feature](sound, plan.num_mel_bins, plan.sample_rate)
 
     def run(self, stage: str, values: Mapping[str, FloatArray], keep: float | None = None) -> FloatArray:
         """What a stage gives its units, ``[units, tokens, width]``. Equal units are computed again.
@@ -277,3 +277,6 @@ def reference_fbank(sound: FloatArray, num_mel_bins: int = 128, rate: int = 1600
     filters = torch.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)).clamp(min=0)
     energy = power[:, : fft // 2] @ filters.double().T
     return energy.clamp(min=torch.finfo(torch.float32).eps).log().to(torch.bfloat16).float().numpy()
+
+
+_FEATURES = {"kaldi_fbank": reference_fbank}

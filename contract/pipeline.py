@@ -10,6 +10,7 @@ of a stage stand between the texts.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Iterable
 from typing import Annotated, Literal
 
@@ -88,11 +89,6 @@ class EachUnit(Record, frozen=True, tag="frame"):
         """The runs for so many units of the input."""
         return units
 
-    @property
-    def least(self) -> int:
-        """Units of the input without which there is no run."""
-        return 1
-
 
 class Window(Record, frozen=True, tag="window"):
     """A run for each window of ``kernel`` units of the input, ``stride`` apart.
@@ -108,22 +104,12 @@ class Window(Record, frozen=True, tag="window"):
         """The runs for so many units of the input."""
         return max((units + 2 * self.padding - self.kernel) // self.stride + 1, 0)
 
-    @property
-    def least(self) -> int:
-        """Units of the input without which there is no run."""
-        return max(self.kernel - 2 * self.padding, 1)
-
 
 class WholeClip(Record, frozen=True, tag="clip"):
     """One run for all units of the input together."""
 
     def count(self, units: int) -> int:
         """The runs for so many units of the input."""
-        return 1
-
-    @property
-    def least(self) -> int:
-        """Units of the input without which there is no run."""
         return 1
 
 
@@ -266,10 +252,14 @@ class Pipeline(Record, frozen=True, kw_only=True):
 
     def units(self, name: str, places: int) -> int:
         """The units of a stage in a clip of so many places."""
-        if name in (PIXELS, SOUND):
-            return places if name == PIXELS else 1
-        stage = self.stage(name)
-        return stage.unit.count(self.units(stage.inputs[0].source, places))
+        return self.unit_counts(places)[name]
+
+    def unit_counts(self, places: int) -> dict[str, int]:
+        """The units of each stage, and of what the first ones take, in a clip of so many places."""
+        counts = {PIXELS: places, SOUND: 1}
+        for stage in self.stages:
+            counts[stage.name] = stage.unit.count(counts[stage.inputs[0].source])
+        return counts
 
     def tokens(self, name: str, variant: Variant | None = None) -> int:
         """The tokens of one unit of a stage; ``variant``: of the stage that has variants."""
@@ -285,8 +275,16 @@ class Pipeline(Record, frozen=True, kw_only=True):
         return list(dict.fromkeys(self.tokens(name, variant) for variant in variants))
 
     def least_places(self) -> int:
-        """Places of a clip without which a stage would have nothing to run for."""
-        return max(stage.unit.least for stage in self.visual())
+        """Places of a clip without which a stage would have nothing to run for; ``sampling.count + 1`` if even a whole
+        clip has too few."""
+        seen, whole = [stage.name for stage in self.visual()], self.sampling.count
+
+        def enough(places: int) -> bool:
+            counts = self.unit_counts(places)
+            return all(counts[name] > 0 for name in seen)
+
+        # More places never make fewer units.
+        return 1 + bisect_left(range(1, whole + 1), True, key=enough)
 
     @property
     def framewise(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from ..errors import OptionError, TargetError
+from .dialects import DIALECTS
 from .formats import FORMATS
 from .records import Positions
 
@@ -20,10 +21,9 @@ class Target:
     first; a format with ``everywhere`` that is asked for the decoder is the default instead. ``block_sizes``: for each
     format with blocks, the input channels that may share a scale, the default first. ``matmul``: the type of the inputs
     and outputs of matmuls, unless their weights have a type of their own that is wider. ``selection``: candidates are
-    found on the device (``export/selection.py``). ``engines``: the graphs are built into engines before they run.
-    ``head_multiple``: the size of the decoder's attention heads is a multiple of this. ``rotary_multiple``: the same of
-    heads with rotary embedding inside the attention kernel; for others the graph takes positions and rotates before the
-    kernel. ``version``: of the runtime, for a reader.
+    found on the device (``export/selection.py``). ``head_multiple``: the size of the decoder's attention heads is a
+    multiple of this. ``rotary_multiple``: the same of heads with rotary embedding inside the attention kernel; for
+    others the graph takes positions and rotates before the kernel. ``version``: of the runtime, for a reader.
     """
 
     name: str
@@ -34,10 +34,14 @@ class Target:
     block_sizes: Mapping[str, tuple[int, ...]] = field(hash=False)
     matmul: str = "float32"
     selection: bool = False
-    engines: bool = False
     head_multiple: int = 1
     rotary_multiple: int = 1
     version: str = ""
+
+    @property
+    def engines(self) -> bool:
+        """Whether the graphs are built into engines before they run."""
+        return DIALECTS[self.dialect].engines
 
     def matmul_type(self, name: str) -> str:
         """The type of the inputs and outputs of matmuls in a component of that format, and of its cache."""
@@ -115,7 +119,6 @@ def _engines(name: str, dialect: str, devices: tuple[str, ...], version: str = "
         block_sizes=_ENGINE_BLOCKS,
         matmul="float16",
         selection=True,
-        engines=True,
         version=version,
     )
 

@@ -19,6 +19,7 @@ from ..contract.formats import Rule, block_size_of
 from ..contract.manifest import MANIFEST_FILE, TOKENIZER_FILE, Component, Embedding, Manifest, Provenance
 from ..contract.pipeline import DEFAULT_SHARES, Pipeline
 from ..contract.records import TensorSpec
+from ..contract.targets import Target, get_target
 from ..errors import OptionError
 from ..models import CaptionerCheckpoint, open_checkpoint
 from ..models.stages import measured
@@ -28,7 +29,7 @@ from .components import ComponentGraph, captioner_parts, component_graph
 from .dialects.fused import read_fused
 from .graph_writer import DataFile, WeightReader, payload_size, serialize, write_weights
 from .selection import SHORTLIST, Selection, selection_signature
-from .targets import Target, get_target, matmul_dtype
+from .targets import matmul_dtype
 from .tokenizer import collect_tokenizer
 from .writer import BundleWriter
 

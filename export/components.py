@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from ..calibration.recipe import component_rules
 from ..contract.formats import Rule
 from ..contract.pipeline import EachUnit, OneSound, Pipeline, Stage, WholeClip, Window
+from ..contract.targets import Target
 from ..models import CaptionerCheckpoint
 from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
 from ..models.stages import build_on_meta, meta_values
 from .dialects.forms import DIALECTS, Replacements, form_of
 from .dialects.layers import Stored, stored_layers
-from .targets import Target, matmul_dtype
+from .targets import matmul_dtype
 from .trace import Signature, TracedGraph, trace
 
 

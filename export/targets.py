@@ -1,12 +1,10 @@
-"""Targets for the exporter: the records of ``contract.targets``, and what PyTorch needs of them."""
+"""What PyTorch needs of the records of ``contract.targets``."""
 
 from __future__ import annotations
 
 import torch
 
-from ..contract.targets import TARGETS, Target, get_target
-
-__all__ = ["TARGETS", "Target", "get_target", "matmul_dtype"]
+from ..contract.targets import Target
 
 
 def matmul_dtype(target: Target, format: str) -> torch.dtype:

@@ -51,14 +51,6 @@ def collect_tokenizer(checkpoint_dir: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def write_tokenizer(checkpoint_dir: str | Path, path: str | Path) -> Tokenizer:
-    """Write the checkpoint's tokenizer as a ``tokenizer.json`` and return it. Errors as ``collect_tokenizer``."""
-    tokenizer = collect_tokenizer(checkpoint_dir)
-    # Not tokenizer.save, whose failures are bare Exceptions: a full disk is an OSError here as everywhere.
-    Path(path).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    return tokenizer
-
-
 # --- the three forms
 
 

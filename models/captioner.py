@@ -17,6 +17,7 @@ from .config import CaptionerConfig
 from .decoder import Decoder
 from .families import FAMILIES, find_family
 from .sources import Source
+from .stages import on_meta
 
 
 def open_checkpoint(
@@ -48,7 +49,7 @@ class CaptionerCheckpoint:
         self._builders: dict[str, Callable[[], nn.Module]] = {
             part.stage.name: partial(part.build, part.config) for part in config.parts
         }
-        self._builders["decoder"] = lambda: Decoder(config.decoder)
+        self._builders["decoder"] = partial(Decoder, config.decoder)
         shapes = {
             name: {entry: tuple(value.shape) for entry, value in self.module(name).state_dict().items()}
             for name in self._builders
@@ -67,9 +68,7 @@ class CaptionerCheckpoint:
 
     def module(self, component: str) -> nn.Module:
         """The component on the meta device (no memory), in eval mode, without gradients."""
-        with torch.device("meta"):
-            module = self._builders[component]()
-        return module.eval().requires_grad_(False)
+        return on_meta(self._builders[component])
 
     def tensor(self, component: str, name: str) -> Tensor:
         """One entry of ``module(component).state_dict()``, translated and with the adapter merged.

@@ -6,6 +6,7 @@ What ``runtime.encoder`` does with graphs, without its shortcuts: equal frames a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import msgspec
 import torch
@@ -69,11 +70,16 @@ def measured(config: CaptionerConfig, keeps: tuple[float, ...] = ()) -> Pipeline
     return msgspec.structs.replace(config.pipeline, stages=tuple(stages))
 
 
-def build_on_meta(part: Part) -> nn.Module:
-    """The module of a stage without memory (on the meta device), in eval mode, without gradients."""
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """What ``build`` makes, without memory (on the meta device), in eval mode, without gradients."""
     with torch.device("meta"):
-        module = part.build(part.config)
+        module = build()
     return module.eval().requires_grad_(False)
+
+
+def build_on_meta(part: Part) -> nn.Module:
+    """The module of a stage, as ``on_meta`` makes it."""
+    return on_meta(partial(part.build, part.config))
 
 
 def meta_values(config: CaptionerConfig) -> dict[str, Tensor]:
@@ -87,9 +93,7 @@ def meta_values(config: CaptionerConfig) -> dict[str, Tensor]:
         values = {PIXELS: torch.zeros(places, 3, size, size)}
         if sound is not None:
             values[SOUND] = torch.zeros(1, sound.num_frames, sound.num_mel_bins)
-        for part in config.parts:
-            values[part.stage.name] = run_stage(part.stage, build_on_meta(part), values)
-    return values
+        return run_stages(config.pipeline.stages, lambda name: build_on_meta(config.part(name)), values)
 
 
 def _tokens(config: CaptionerConfig) -> dict[str, int]:

@@ -33,10 +33,11 @@ Options = Mapping[str, Mapping[str, str]]
 
 
 class Decoder(Protocol):
-    """A loaded decoder, from which caches are opened; ``longest``: tokens that a row can be asked to hold."""
+    """A loaded decoder, from which caches are opened."""
 
-    @property
-    def longest(self) -> int: ...
+    def row_length(self, wanted: int) -> int:
+        """The tokens of a row that is opened for ``wanted`` ones: no fewer, even if ``open`` refuses as many."""
+        ...
 
     def open(self, rows: int, max_length: int) -> Inference: ...
 

@@ -55,8 +55,8 @@ class Bundle:
         self.sha256 = sha256
         """sha256 of ``bundle.json``, and so of everything in the bundle."""
         shape = manifest.embedding.shape
-        self._table = np.memmap(path / manifest.embedding.file, _stored_dtype(manifest.embedding), "r", shape=shape)
-        self._rows = np.asarray(self._table)
+        table = np.memmap(path / manifest.embedding.file, _stored_dtype(manifest.embedding), "r", shape=shape)
+        self._rows = np.asarray(table)
 
     @classmethod
     def open(
@@ -117,10 +117,6 @@ class Bundle:
             ):
                 raise BundleError(f"{self.path}: '{each}' was changed after it was verified; load the bundle again")
         return self.path / name
-
-    def embedding_table(self) -> np.memmap:
-        """The token embeddings ``[V, H]`` as stored, mapped read-only; bfloat16 shows as its bits in uint16."""
-        return self._table
 
     def embed(self, token_ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Embeddings float32 ``[n, H]`` of token ids ``[n]``; ``BundleError`` for an id outside the table."""

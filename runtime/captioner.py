@@ -314,8 +314,9 @@ class Captioner:
             return self._intake.task_of(clip, view, prompt if item.prompt is None else item.prompt, how, stages)
 
         def open_scheduler(max_length: int) -> Scheduler:
-            count = min(rows or DEFAULT_ROWS, self._loaded.captions_in(memory, max_length, per_caption))
-            return self._loaded.idle_scheduler(count * per_caption, max_length, Stages(), exact=True)
+            stages = Stages()
+            count = min(rows or DEFAULT_ROWS, self._loaded.captions_in(memory, max_length, per_caption, stages))
+            return self._loaded.idle_scheduler(count * per_caption, max_length, stages, exact=True)
 
         wanted = (item if isinstance(item, BatchItem) else BatchItem(item) for item in items)
         results = run_batch(Pipeline(read, task, open_scheduler, stop, self._loaded.staged), wanted)

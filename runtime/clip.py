@@ -15,7 +15,7 @@ from .inference import FloatArray
 from .media import Media, as_frames, as_waveform, open_media
 from .media.doors import media_errors
 from .media.source import check_total
-from .preprocess.audio import audio_policy, clip_bounds, join_clips, resample, video_policy
+from .preprocess.audio import POLICIES, join_clips, resample
 from .preprocess.duplicates import distinct_frames
 from .preprocess.frames import Places, sample_places, span_frames
 from .prompt import Timing
@@ -151,13 +151,13 @@ def array_clip(
             raise OptionError("waveform= was given, but this captioner has no audio branch")
         if sample_rate is None:
             raise OptionError("waveform= needs sample_rate= (in Hz)")
-        sound = as_waveform(waveform, sample_rate)
+        sound, policy = as_waveform(waveform, sample_rate), POLICIES[sound_plan.policy]
         if frames is None:
             _note_crop(clip, sound.samples.shape[-1] / sample_rate, sound_plan)
-            clip.sound = audio_policy(sound.samples, sample_rate, sound_plan.num_samples)
+            clip.sound = policy.alone(sound.samples, sample_rate, sound_plan.num_samples)
         else:
             heard = resample(sound.samples, sample_rate, sound_plan.sample_rate)
-            clip.sound = video_policy(heard, num_samples=sound_plan.num_samples)
+            clip.sound = policy.of_video(heard, sound_plan.num_samples)
     if duplicates is not None:
         _drop_duplicates(clip, duplicates, pipeline.framewise)
     return clip
@@ -246,17 +246,18 @@ def _drop_duplicates(clip: Clip, threshold: float, framewise: bool) -> None:
 
 
 def _take_sound(clip: Clip, media: Media, plan: SoundPlan, span: _Span) -> None:
+    policy = POLICIES[plan.policy]
     if media.kind == "audio":
         _note_crop(clip, clip.seconds or 0.0, plan)
         seconds = plan.seconds if span.length is None else min(plan.seconds, span.length)
         sound = media.read_audio(seconds=seconds, start=span.offset, timed=not span.whole)
         try:
-            clip.sound = audio_policy(sound.samples, sound.sample_rate, plan.num_samples)
+            clip.sound = policy.alone(sound.samples, sound.sample_rate, plan.num_samples)
         except MediaError as error:
             raise MediaError(f"{media.path}: {error}") from None
         return
     try:
-        clips = media.read_audio_parts(plan.sample_rate, clip_bounds, span.length, span.offset, timed=not span.whole)
+        clips = media.read_audio_parts(plan.sample_rate, policy.bounds, span.length, span.offset, timed=not span.whole)
         clip.sound = join_clips(clips, plan.num_samples)
     except MediaError as error:
         # The reference hears 30 s of silence here; the pictures alone say as much, at half the tokens.

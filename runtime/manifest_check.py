@@ -62,6 +62,8 @@ def pipeline_problem(manifest: Manifest) -> str | None:
     pipeline = manifest.pipeline
     if len(pipeline.stages) > _MOST_STAGES:
         return f"pipeline: {len(pipeline.stages)} stages are more than {_MOST_STAGES}"
+    if pipeline.sampling.count > _MOST_FRAMES:
+        return f"pipeline: {pipeline.sampling.count} frames are more than {_MOST_FRAMES}"
     known = {PIXELS} | ({SOUND} if pipeline.sound is not None else set())
     for stage in pipeline.stages:
         problem = _stage_problem(stage, known)
@@ -74,7 +76,7 @@ def pipeline_problem(manifest: Manifest) -> str | None:
         return "pipeline: frames of a second belong to the rule 'rate' and to no other"
     if pipeline.sampling.count < pipeline.least_places():
         return f"pipeline: {pipeline.sampling.count} places fill no window"
-    return _prompts_problem(manifest)
+    return _units_problem(pipeline) or _prompts_problem(manifest)
 
 
 def _stage_problem(stage: Stage, known: set[str]) -> str | None:
@@ -99,6 +101,19 @@ def _stage_problem(stage: Stage, known: set[str]) -> str | None:
         return "its variants do not belong to it"
     if len({variant.keep for variant in stage.variants}) != len(stage.variants):
         return "a variant is there twice"
+    return None
+
+
+def _units_problem(pipeline: Pipeline) -> str | None:
+    """The first stage whose inputs have different numbers of units in some clip: one run takes as many of each."""
+    several = [stage for stage in pipeline.stages if len({value.source for value in stage.inputs}) > 1]
+    for places in range(pipeline.least_places(), pipeline.sampling.count + 1) if several else ():
+        counts = pipeline.unit_counts(places)
+        for stage in several:
+            units = {value.source: counts[value.source] for value in stage.inputs}
+            if len(set(units.values())) > 1:
+                listed = ", ".join(f"'{source}' {count}" for source, count in units.items())
+                return f"pipeline: stage '{stage.name}': units of its inputs in a clip of {places} places: {listed}"
     return None
 
 
@@ -164,8 +179,6 @@ def size_problem(manifest: Manifest) -> str | None:
             return f"decoder: {name} {getattr(manifest.decoder, name)} is above {most}"
     pipeline, generation = manifest.pipeline, manifest.generation
     image, places = pipeline.image, pipeline.sampling.count
-    if places > _MOST_FRAMES:
-        return f"pipeline: {places} frames are more than {_MOST_FRAMES}"
     if image.size < 1 or image.crop < 1 or (image.resize == "shortest_edge" and image.crop > image.size):
         return f"image: size {image.size}, crop {image.crop}"
     if max(image.size, image.crop) > _MOST_SIDE or places * image.output_size**2 > _MOST_PIXELS:

@@ -21,6 +21,9 @@ from .rows import open_rows
 #: 512 keeps that at 170 MB for 28 heads over 3000 tokens, where one run over all of them would take 940 MB.
 PREFILL_CHUNK = 512
 
+#: Rows are made a multiple of so many tokens long, so that the next clip, a little longer, finds them long enough, and
+#: that there are few sizes: on a GPU cuDNN plans its attention for each.
+_LENGTH_STEP = 256
 
 Provider = str | tuple[str, dict[str, str]]
 """An execution provider by name, or with options."""
@@ -95,15 +98,19 @@ class OrtDecoder:
         with huge_pages():
             self.session = open_session(graph, threads)
 
-    @property
-    def longest(self) -> int:
-        """Tokens that a row may hold: what the decoder was trained for."""
-        return self.spec.context_length
+    def row_length(self, wanted: int) -> int:
+        """``wanted`` tokens rounded up."""
+        return rounded_length(wanted, self.spec)
 
     def open(self, rows: int, max_length: int) -> OrtInference:
         """A fresh cache. ``OptionError`` when ``max_length`` exceeds what the decoder was trained for."""
         check_context(max_length, self.spec)
         return OrtInference(self.session, self.spec, self.embed, rows, max_length, self._cache_dtype)
+
+
+def rounded_length(wanted: int, spec: DecoderShape) -> int:
+    """``wanted`` tokens of a row rounded up, at most to the decoder's context."""
+    return min(-(-wanted // _LENGTH_STEP) * _LENGTH_STEP, max(spec.context_length, wanted))
 
 
 def check_context(max_length: int, spec: DecoderShape) -> None:

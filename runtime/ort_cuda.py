@@ -25,7 +25,7 @@ from ..errors import IntertitleError, TargetError
 from .cuda import Device
 from .device_decoder import STEP, Context, DeviceInference, Shape
 from .inference import FloatArray
-from .ort import Provider, check_context, load_onnxruntime, open_session
+from .ort import Provider, check_context, load_onnxruntime, open_session, rounded_length
 
 CUDA = "CUDAExecutionProvider"
 #: The most prompt tokens of one run; most prompts need one run. The number bounds the activations (0.6 GB at 7 B, by
@@ -210,10 +210,9 @@ class OrtCudaDecoder:
         self._program, self._selection, self.spec, self._embed = program, selection, spec, embed
         self._cache_dtype, self._shortlist = cache_dtype, shortlist
 
-    @property
-    def longest(self) -> int:
-        """The most tokens of a row: the context that the decoder was trained for."""
-        return self.spec.context_length
+    def row_length(self, wanted: int) -> int:
+        """``wanted`` tokens rounded up."""
+        return rounded_length(wanted, self.spec)
 
     def open(self, rows: int, max_length: int) -> DeviceInference:
         """A new cache.

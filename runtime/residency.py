@@ -16,10 +16,6 @@ from .timing import Stages
 
 _log = logging.getLogger(__name__)
 
-#: Rows are made a multiple of so many tokens long, so that the next clip, a little longer, finds them long enough, and
-#: that there are few sizes: on a GPU cuDNN plans its attention for each.
-_LENGTH_STEP = 256
-
 
 class Residency:
     """The decoder of a captioner and the scheduler with its cache, made when they are first needed.
@@ -58,10 +54,10 @@ class Residency:
     def idle_scheduler(self, rows: int, max_length: int, stages: Stages, exact: bool = False) -> Scheduler:
         """The captioner's scheduler, if it has the rows and nobody uses it, else a new one in its place.
 
-        What its rows hold is reused by prompts that begin alike. ``exact``: no more and no longer rows than asked for,
-        which bounds the memory and what is generated together.
+        What its rows hold is reused by prompts that begin alike. ``exact``: no more rows than asked for, and no longer
+        ones than the decoder makes for it, which bounds the memory and what is generated together.
         """
-        length = _rounded(max_length, self.load_decoder(stages).longest)
+        length = self.load_decoder(stages).row_length(max_length)
         kept = self.scheduler
         if kept is not None and kept.idle:
             size = kept.inference.rows, kept.inference.max_length
@@ -71,11 +67,11 @@ class Residency:
         self.scheduler = Scheduler(self.open(length, rows, stages))
         return self.scheduler
 
-    def captions_in(self, memory: int | None, max_length: int, rows: int) -> int:
+    def captions_in(self, memory: int | None, max_length: int, rows: int, stages: Stages) -> int:
         """How many captions of ``rows`` rows each have their cache in ``memory`` bytes. ``OptionError`` for none."""
         if memory is None:
             return sys.maxsize
-        length = _rounded(max_length, self._manifest.decoder.context_length)
+        length = self.load_decoder(stages).row_length(max_length)
         needed = self._manifest.cache_bytes * length * rows
         if memory < needed:
             raise OptionError(
@@ -92,7 +88,3 @@ class Residency:
         """Free all of it. What is needed afterwards cannot be loaded."""
         self._encoder.close()
         self.scheduler = self.decoder = self.backend = None
-
-
-def _rounded(max_length: int, longest: int) -> int:
-    return min(-(-max_length // _LENGTH_STEP) * _LENGTH_STEP, max(longest, max_length))

@@ -157,10 +157,9 @@ class EngineDecoder:
         self._engine, self._selection, self.spec, self.limits, self._embed = engine, selection, spec, limits, embed
         self._cache_dtype, self._shortlist = cache_dtype, shortlist
 
-    @property
-    def longest(self) -> int:
-        """The tokens of a row, as the engine was built."""
-        return self.limits.max_length
+    def row_length(self, wanted: int) -> int:
+        """The tokens of every row, as the engine was built; ``wanted`` if they are too few."""
+        return max(self.limits.max_length, wanted)
 
     def open(self, rows: int, max_length: int) -> DeviceInference:
         """A new cache with the length of the engine. ``OptionError`` for more than the engine was built for."""

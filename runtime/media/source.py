@@ -139,10 +139,6 @@ class Media:
         """Pixels of a frame as read, rotation included; 0 for a sound."""
         return self._frames.size[1] if self._frames else 0
 
-    def iter_frames(self, indices: npt.ArrayLike) -> Iterator[tuple[int, FrameArray]]:
-        """Each distinct index with its frame, as decoded, in any order: for frames too large to hold all at once."""
-        yield from self._reader().read(self._checked(indices)[1].tolist())
-
     def read_frames(self, indices: npt.ArrayLike) -> FrameArray:
         """RGB frames uint8 ``[T, H, W, 3]`` at ``indices [T]`` in presentation order; indices may repeat.
 

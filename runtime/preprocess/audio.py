@@ -1,8 +1,9 @@
-"""What of a sound reaches the audio tower: the reference's two policies, made deterministic, and resampling."""
+"""What of a sound reaches the audio tower: the policies of sound plans, made deterministic, and resampling."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -71,6 +72,27 @@ def audio_policy(samples: FloatArray, sample_rate: int, num_samples: int = NUM_S
     if sample_rate == SAMPLE_RATE:
         return padded.astype(np.float32)
     return _fourier_resample(padded, num_samples).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class SoundPolicy:
+    """What of a sound is heard (``SoundPlan.policy``), as float32 ``[num_samples]`` at the plan's rate.
+
+    ``alone(samples, sample_rate, num_samples)``: of a sound on its own. ``of_video(samples, num_samples)``: of the
+    sound of a video, mono at the plan's rate. ``bounds(count)``: the first and last of those of its ``count`` samples
+    that are heard, clip by clip; joined by ``join_clips`` they are what ``of_video`` gives.
+    """
+
+    alone: Callable[[FloatArray, int, int], FloatArray]
+    of_video: Callable[[FloatArray, int], FloatArray]
+    bounds: Callable[[int], list[tuple[int, int]]]
+
+
+POLICIES = {
+    "eight_clips": SoundPolicy(
+        audio_policy, lambda samples, num_samples: video_policy(samples, num_samples=num_samples), clip_bounds
+    ),
+}
 
 
 def resample(samples: FloatArray, from_rate: int, to_rate: int) -> FloatArray:

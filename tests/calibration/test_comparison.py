@@ -19,10 +19,13 @@ from intertitle.calibration.comparison import (
     compared_parts,
     conclude,
     measure_drift,
+    tolerance,
 )
 from intertitle.calibration.reference import GreedyCaption
 from intertitle.contract.formats import FORMATS
+from intertitle.contract.manifest import Manifest
 from intertitle.contract.pipeline import EachUnit, ImagePlan, OneSound, Pipeline, Sampling, Stage, StageInput
+from msgspec import convert
 
 THEIRS = np.array([[2.0, -4.0, 1.0]], np.float32)
 
@@ -37,6 +40,30 @@ def test_error_is_relative_to_the_largest_magnitude_of_the_reference():
     assert result.relative_error == result.error == pytest.approx(0.05)
     assert (result.verdict, result.problem) == ("FAIL", None)
     assert compare_stage("vision", THEIRS, THEIRS) == StageResult("vision", 0.0, 1e-4, "PASS")
+
+
+@pytest.mark.parametrize(
+    ("target", "weights", "allowed"),
+    [
+        ("cpu", "fp32", 1e-4),
+        # Compared with float32 matmuls.
+        ("cpu", "int4", 1e-4),
+        ("cpu", "int8", 1e-1),
+        ("cuda", "fp16", 2e-2),
+        # Kernels for float16 matmuls round no activations to int8.
+        ("cuda", "int4", 2e-2),
+        ("cuda", "int8", 2e-2),
+        ("tensorrt", "int8", 2e-2),
+        ("tensorrt", "fp32", 1e-4),
+    ],
+)
+def test_tolerance_of_a_component(target, weights, allowed, manifest_json):
+    manifest_json["target"] = target
+    for name in ("vision", "decoder"):
+        manifest_json["components"][name]["weights"] = weights
+    manifest = convert(manifest_json, Manifest)
+    assert tolerance("vision, ratio 0.5", manifest) == tolerance("decode logits", manifest) == allowed
+    assert tolerance("pixels", manifest) == 1e-6
 
 
 @pytest.mark.parametrize(

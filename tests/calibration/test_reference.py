@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
+from intertitle.calibration import reference
 from intertitle.calibration.recipe import Rounding
 from intertitle.calibration.reference import Reference, reference_fbank, reference_pixels, repetition_penalty
 from intertitle.contract.formats import Rule
-from intertitle.contract.pipeline import ImagePlan
+from intertitle.contract.pipeline import ImagePlan, SoundPlan
 from intertitle.errors import OptionError
 from intertitle.models import open_checkpoint
+from intertitle.runtime.preprocess import fbank
 from intertitle.runtime.preprocess.audio import audio_policy, video_policy
 
 PREPROCESSORS = {"av-qwen2": "tiny-siglip", "clip-mistral": "tiny-clip", "auroracap": ""}
@@ -84,12 +87,18 @@ def test_fbank_is_that_of_the_fixtures(policy, opened, expected):
     numbers = expected("av-qwen2")
     samples = numbers["audio_int16"].astype(np.float32) / 32768
     sound = video_policy(samples) if policy == "video" else audio_policy(samples, 16_000)
-    fbank, theirs = opened("av-qwen2").fbank(sound), numbers[f"fbank_{policy}_policy"]
-    assert fbank.shape == theirs.shape == (2998, 128)
-    different = fbank != theirs
+    mine, theirs = opened("av-qwen2").fbank(sound), numbers[f"fbank_{policy}_policy"]
+    assert mine.shape == theirs.shape == (2998, 128)
+    different = mine != theirs
     step = 2.0 ** (np.floor(np.log2(np.abs(theirs[different]))) - 7)
-    assert (np.abs(fbank[different] - theirs[different]) <= step).all()
+    assert (np.abs(mine[different] - theirs[different]) <= step).all()
     assert different.mean() < 1e-4
+
+
+def test_every_feature_of_sound_is_computed_twice():
+    """By the runtime and by the reference."""
+    known = set(get_args(get_type_hints(SoundPlan)["feature"]))
+    assert known == set(reference._FEATURES) == set(fbank._FEATURES)
 
 
 def test_fbank_of_silence_is_the_floor():

@@ -21,9 +21,9 @@ from intertitle.contract.pipeline import (
     WholeClip,
     Window,
 )
+from intertitle.contract.targets import get_target
 from intertitle.export.components import component_graph, stage_signature
 from intertitle.export.graph_writer import WeightReader, serialize, write_weights
-from intertitle.export.targets import get_target
 from intertitle.models.stages import run_stage
 from intertitle.runtime.encoder import Encoder, Units
 from intertitle.runtime.ort import OrtComponent

@@ -9,10 +9,10 @@ import onnxruntime
 import pytest
 import torch
 from intertitle.calibration.recipe import Rounding, component_rules
+from intertitle.contract.targets import get_target
 from intertitle.export.components import component_graph
 from intertitle.export.dialects.fused import read_fused
 from intertitle.export.graph_writer import WeightReader, serialize, write_weights
-from intertitle.export.targets import get_target
 from intertitle.export.trace import Signature
 from intertitle.models.config import DecoderConfig
 from intertitle.models.decoder import SparseMLP, choose_experts

@@ -11,10 +11,10 @@ import torch
 from intertitle.calibration.recipe import roundings
 from intertitle.calibration.reference import Reference
 from intertitle.contract.pipeline import Sampling
+from intertitle.contract.targets import get_target
 from intertitle.export.compile import compile_bundle
 from intertitle.export.components import component_graph, stage_signature
 from intertitle.export.graph_writer import WeightReader, serialize, write_weights
-from intertitle.export.targets import get_target
 from intertitle.models import open_checkpoint
 from intertitle.models.config import ConnectorConfig
 from intertitle.models.connectors import connector_parts

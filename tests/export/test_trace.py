@@ -10,10 +10,10 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from intertitle.contract.targets import TARGETS, get_target
 from intertitle.export.components import component_graph, lower
 from intertitle.export.dialects import ort
 from intertitle.export.graph_writer import WeightReader, serialize, write_weights
-from intertitle.export.targets import TARGETS, get_target
 from intertitle.export.trace import Signature, TracedGraph, trace
 from intertitle.models import attention
 from torch import Tensor, nn

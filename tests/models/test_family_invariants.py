@@ -13,9 +13,10 @@ import pytest
 import torch
 from intertitle.calibration.recipe import component_rules
 from intertitle.contract.pipeline import PIXELS, SOUND, TIMED, VARIABLES, EachOf, Ids, Piece, Pipeline, stages_of
+from intertitle.contract.targets import TARGETS
 from intertitle.export.components import captioner_parts, lower
 from intertitle.export.dialects.forms import DIALECTS, form_of
-from intertitle.export.targets import TARGETS, matmul_dtype
+from intertitle.export.targets import matmul_dtype
 from intertitle.export.tokenizer import collect_tokenizer
 from intertitle.models import FAMILIES, attention, open_checkpoint
 from intertitle.models.captioner import CaptionerCheckpoint

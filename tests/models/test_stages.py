@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from intertitle.contract.pipeline import EachUnit, OneSound, WholeClip, Window
+from intertitle.contract.pipeline import (
+    EachUnit,
+    ImagePlan,
+    OneSound,
+    Pipeline,
+    Sampling,
+    Stage,
+    StageInput,
+    WholeClip,
+    Window,
+)
 from intertitle.models.stages import measured, run_stages
 
 
@@ -38,19 +48,51 @@ def test_variants_are_those_of_the_merging_stage(opened, expected):
 
 
 @pytest.mark.parametrize(
-    ("unit", "counts", "least"),
+    ("unit", "counts"),
     [
-        (EachUnit(), [0, 1, 2, 5], 1),
-        (WholeClip(), [1, 1, 1, 1], 1),
-        (OneSound(), [1, 1, 1, 1], 1),
-        (Window(2, 2), [0, 0, 1, 2], 2),
-        (Window(2, 2, 1), [1, 1, 2, 3], 1),
-        (Window(3, 1), [0, 0, 0, 3], 3),
+        (EachUnit(), [0, 1, 2, 5]),
+        (WholeClip(), [1, 1, 1, 1]),
+        (OneSound(), [1, 1, 1, 1]),
+        (Window(2, 2), [0, 0, 1, 2]),
+        (Window(2, 2, 1), [1, 1, 2, 3]),
+        (Window(3, 1), [0, 0, 0, 3]),
     ],
 )
-def test_units_of_a_stage(unit, counts, least):
+def test_units_of_a_stage(unit, counts):
     """Of 0, 1, 2 and 5 units of its input, counted by hand."""
-    assert ([unit.count(units) for units in (0, 1, 2, 5)], unit.least) == (counts, least)
+    assert [unit.count(units) for units in (0, 1, 2, 5)] == counts
+
+
+@pytest.mark.parametrize(
+    ("units", "least"),
+    [
+        ([EachUnit()], 1),
+        ([WholeClip()], 1),
+        ([Window(2, 2)], 2),
+        ([Window(2, 2, 1)], 1),
+        ([Window(2, 2), Window(2, 2)], 4),
+        # Three pairs; of one pair, if there is an empty one on both sides.
+        ([Window(2, 2), Window(3, 1)], 6),
+        ([Window(2, 2), Window(3, 1, 1)], 2),
+        ([Window(2, 2), WholeClip()], 2),
+        ([Window(9, 9)], 9),
+    ],
+)
+def test_least_places_of_a_chain(units, least):
+    """Counted by hand; one more than the clip's eight where even they are too few."""
+    stages = [
+        Stage(name=f"s{i}", unit=unit, inputs=(StageInput("x", f"s{i - 1}" if i else "pixels"),), output="y")
+        for i, unit in enumerate(units)
+    ]
+    pipeline = Pipeline(
+        sampling=Sampling(rule="centered", count=8),
+        image=ImagePlan("exact", 4, 4, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        stages=tuple(stages),
+        prompts={},
+    )
+    assert pipeline.least_places() == least
+    assert all(pipeline.unit_counts(least).values())
+    assert not all(count for name, count in pipeline.unit_counts(least - 1).items() if name != "sound")
 
 
 def test_only_what_a_stage_needs_runs(opened):

@@ -88,11 +88,6 @@ def test_embed(bundle: Path):
     assert rows.dtype == np.float32
     np.testing.assert_array_equal(rows, [[-1, 0, 1, 2], [-9, -8, -7, -6], [-1, 0, 1, 2]])
     assert opened.embed([]).shape == (0, 4)
-    table = opened.embedding_table()
-    assert isinstance(table, np.memmap)
-    assert table.dtype == np.uint16
-    with pytest.raises(ValueError, match="read-only"):
-        table[0, 0] = 1
 
 
 @pytest.mark.parametrize("token", [7, -1, 2**40])
@@ -332,6 +327,17 @@ VISION: dict[str, Any] = {
     "output": "features",
     "tokens": 5,
 }
+
+
+def stage(name: str, unit: dict[str, Any], *sources: str) -> dict[str, Any]:
+    inputs = [{"name": f"from_{source}", "source": source} for source in sources]
+    return {"name": name, "unit": unit, "inputs": inputs, "output": "y", "tokens": 5}
+
+
+def window(kernel: int, padding: int = 0, stride: int | None = None) -> dict[str, Any]:
+    return {"type": "window", "kernel": kernel, "stride": stride or kernel, "padding": padding}
+
+
 SHARE: dict[str, Any] = {"keep": 1, "graph": "vision.onnx", "tokens": 5}
 HALF: dict[str, Any] = {"keep": 0.5, "graph": "vision.keep0.5.onnx", "tokens": 3}
 VIDEO = ("pipeline", "prompts", "video", "pieces")
@@ -428,6 +434,32 @@ CONTRADICTIONS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
         (*STAGES, 1, "unit"),
         {"type": "window", "kernel": 9, "stride": 9},
         "8 places fill no window",
+    ),
+    "windows of windows without frames": (
+        STAGES,
+        [VISION, stage("fours", window(4), "vision"), stage("both", window(4), "fours")],
+        "8 places fill no window",
+    ),
+    "windows of what is there once": (
+        STAGES,
+        [VISION, stage("mean", {"type": "clip"}, "vision"), stage("both", window(2), "mean")],
+        "8 places fill no window",
+    ),
+    "frames beside pairs": (
+        STAGES,
+        [VISION, stage("pairs", window(2), "vision"), stage("sum", {"type": "frame"}, "vision", "pairs")],
+        "stage 'sum': units of its inputs in a clip of 2 places: 'vision' 2, 'pairs' 1",
+    ),
+    # Of a whole clip both have four.
+    "pairs beside others": (
+        STAGES,
+        [
+            VISION,
+            stage("pairs", window(2), "vision"),
+            stage("centred", window(3, 1, 2), "vision"),
+            stage("sum", {"type": "clip"}, "pairs", "centred"),
+        ],
+        "stage 'sum': units of its inputs in a clip of 3 places: 'pairs' 1, 'centred' 2",
     ),
     "long windows": (
         (*STAGES, 1, "unit"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from intertitle.contract.pipeline import (
 from intertitle.errors import MediaError, OptionError
 from intertitle.runtime.clip import Clip, array_clip, read_clip
 from intertitle.runtime.media import open_media
-from intertitle.runtime.preprocess.audio import audio_policy, video_policy
+from intertitle.runtime.preprocess.audio import POLICIES, SoundPolicy, audio_policy, join_clips, video_policy
 from intertitle.runtime.preprocess.frames import sample_indices, span_frames
 from intertitle.runtime.timing import Stages
 from intertitle.runtime.viewing import Viewing
@@ -109,6 +109,31 @@ def test_a_span_of_a_sound_file(clips: Any) -> None:
     clip = read(path, start=10.0)
     assert clip.notes == ["the sound lasts 40 s: its first 30 s were heard"]
     np.testing.assert_array_equal(clip.sound, audio_policy(stored[:, 10 * 22_050 :], 22_050))
+
+
+def test_the_policy_of_the_plan_says_what_is_heard(clips: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that hears two samples of a video and makes ones of a sound alone, in files and arrays."""
+    assert set(POLICIES) == set(get_args(get_type_hints(SoundPlan)["policy"]))
+    policy = SoundPolicy(
+        alone=lambda samples, rate, count: np.ones(count, np.float32),
+        of_video=lambda samples, count: join_clips([samples[8000:8002]], count),
+        bounds=lambda count: [(8000, 8002)],
+    )
+    monkeypatch.setitem(POLICIES, SOUND.policy, policy)
+    path = clips.encode("clip.mp4", 50, tone=2.0)
+    with open_media(path) as media:
+        heard = media.read_audio(16_000).samples
+    of_file = read(path).sound
+    assert of_file is not None
+    assert of_file.nonzero()[0].tolist() == [0, 1]
+    np.testing.assert_allclose(of_file[:2], heard[8000:8002], atol=1e-3)
+    samples = np.arange(9000, dtype=np.float32) / 2**14
+    of_arrays = array_clip(levels(1, 2, 3), samples, 16_000, SPEC).sound
+    assert of_arrays is not None
+    np.testing.assert_array_equal(of_arrays[:3], [8000 / 2**14, 8001 / 2**14, 0])
+    wave = clips.wave("sound.wav", np.zeros((100, 1), np.int16), 16_000)
+    for alone in (read(wave).sound, array_clip(None, samples, 16_000, SPEC).sound):
+        np.testing.assert_array_equal(alone, np.ones(480_000))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from intertitle.runtime.engines.builder import origin, parts
 from intertitle.runtime.engines.cache import EngineCache
 from intertitle.runtime.engines.shapes import default_limits, profiles
 from intertitle.runtime.inference import Choice
+from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("private_engines")
 
@@ -135,9 +136,31 @@ def test_half_precision_caches(weights, build, host):
     assert cache <= host.allocated - before < cache + (1 << 20)
 
 
+def test_a_batch_counts_and_keeps_the_rows_of_the_engine(build, tmp_path):
+    """Every row is as long as the engine was built for, however short a caption is."""
+    bundle, backend = build("clip-mistral", max_length=512, rows=2)
+    captioner, image = Captioner(bundle, backend), tmp_path / "image.png"
+    Image.new("RGB", (32, 32), "red").save(image)
+    row = bundle.manifest.cache_bytes * 512
+
+    def batch(memory):
+        how = Decoding(max_new_tokens=2)
+        (result,) = captioner.caption_batch([image], decoding=how, memory=memory, isolate=False)
+        assert result.caption is not None
+        return captioner._loaded.scheduler.inference
+
+    first = batch(2 * row - 1)
+    assert (first.rows, first.max_length) == (1, 512)
+    assert batch(row) is first
+    assert batch(2 * row).rows == 2
+    with pytest.raises(OptionError, match="of cache, the limit is"):
+        batch(row - 1)
+
+
 def test_more_than_the_engine_was_built_for(build):
     _, backend = build("clip-mistral", max_length=64, rows=2)
     decoder = backend.decoder()
+    assert [decoder.row_length(wanted) for wanted in (1, 64, 65)] == [64, 64, 65]
     with pytest.raises(OptionError, match=r"65 tokens, the engine was built for 64: .* build --max-length 65"):
         decoder.open(1, 65)
     with pytest.raises(OptionError, match=r"3 rows are asked for, the engine was built for 2: .* --rows 3"):
