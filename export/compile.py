@@ -86,16 +86,14 @@ def compile_bundle(
     graphs: list[ComponentGraph] = []
     further: dict[str, list[tuple[str, ComponentGraph]]] = {}
     for part in captioner_parts(source, pipeline, matmul_dtype(record, weights)):
-        first = not any(graph.name == part.name for graph in graphs)
-        report(f"tracing {part.name}" if first else f"tracing {part.name}, {Share(part.keep)}", 0, 0)
+        beside = part.beside
+        report(f"tracing {part.name}" if beside is None else f"tracing {part.name}, {Share(beside.keep)}", 0, 0)
         form = weights if part.name == "decoder" else encoders
         graph = component_graph(part.name, part.module, part.signature, record, form, recipe)
-        if first:
+        if beside is None:
             graphs.append(graph)
         else:
-            variants = pipeline.stage(part.name).variants
-            file = next(variant.graph for variant in variants if variant.keep == part.keep)
-            further.setdefault(part.name, []).append((file, graph))
+            further.setdefault(part.name, []).append((beside.graph, graph))
     if record.selection:
         graphs.append(_selection(source.config.decoder.vocab_size, record))
     embedding = source.embedding()

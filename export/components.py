@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..calibration.recipe import component_rules
 from ..contract.formats import Rule
-from ..contract.pipeline import EachUnit, OneSound, Pipeline, Stage, WholeClip, Window
+from ..contract.pipeline import EachUnit, OneSound, Pipeline, Stage, Variant, WholeClip, Window
 from ..contract.targets import Target
 from ..models import CaptionerCheckpoint
 from ..models.config import DecoderConfig
@@ -42,13 +42,13 @@ class ComponentGraph:
 class Part:
     """A graph to be traced: a module of the component ``name`` on the meta device, and how it is called.
 
-    ``keep``: the share of tokens that it keeps, for a form of a stage that merges tokens.
+    ``beside``: the variant of the stage that it is, if it is not the component's own graph but stands beside it.
     """
 
     name: str
     module: nn.Module
     signature: Signature
-    keep: float | None = None
+    beside: Variant | None = None
 
 
 class _DecoderGraph(nn.Module):
@@ -178,9 +178,9 @@ def captioner_parts(
         signature = stage_signature(stage, pipeline, values)
         if not stage.variants:
             yield Part(stage.name, source.module(stage.name), signature)
-        for variant in stage.variants:
+        for place, variant in enumerate(stage.variants):
             form = config.keeping(variant.keep).part(stage.name)
-            yield Part(stage.name, build_on_meta(form), signature, variant.keep)
+            yield Part(stage.name, build_on_meta(form), signature, variant if place else None)
     yield Part("decoder", source.module("decoder"), decoder_signature(config.decoder, cache_dtype))
 
 
