@@ -33,7 +33,10 @@ Options = Mapping[str, Mapping[str, str]]
 
 
 class Decoder(Protocol):
-    """A loaded decoder, from which caches are opened."""
+    """A loaded decoder, from which caches are opened. ``most_rows``: rows of a step, ``None`` for any number."""
+
+    @property
+    def most_rows(self) -> int | None: ...
 
     def row_length(self, wanted: int) -> int:
         """The tokens of a row that is opened for ``wanted`` ones: no fewer, even if ``open`` refuses as many."""

@@ -290,7 +290,7 @@ class Captioner:
         A caption is the same as alone, token by token, whatever else is under way. Items are taken as they are needed;
         one that cannot be captioned gives a result with an ``error`` and does not stop the others. ``viewing`` holds
         for all of them; the span of an item, where it has one, takes the place of its span. ``rows``: captions
-        generated together (8, or as many as fit into ``memory``: bytes of cache). ``OptionError`` when not even one
+        generated together (8, or as many as fit into ``memory``: bytes of cache; an engine may be built for fewer). ``OptionError`` when not even one
         fits. ``progress`` hears ``("captions", done, 0)``. Beside the cache, what is held at once are the tokens of the
         clips of the rows and ``batching.READ_AHEAD`` clips with their frames. ``isolate``: files are read in processes
         of their own, so that one that crashes a decoder, or takes more than ``item_timeout`` seconds to read, costs
@@ -315,7 +315,8 @@ class Captioner:
 
         def open_scheduler(max_length: int) -> Scheduler:
             stages = Stages()
-            count = min(rows or DEFAULT_ROWS, self._loaded.captions_in(memory, max_length, per_caption, stages))
+            together = rows or self._loaded.captions_at_once(DEFAULT_ROWS, per_caption, stages)
+            count = min(together, self._loaded.captions_in(memory, max_length, per_caption, stages))
             return self._loaded.idle_scheduler(count * per_caption, max_length, stages, exact=True)
 
         wanted = (item if isinstance(item, BatchItem) else BatchItem(item) for item in items)

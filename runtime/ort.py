@@ -98,6 +98,11 @@ class OrtDecoder:
         with huge_pages():
             self.session = open_session(graph, threads)
 
+    @property
+    def most_rows(self) -> int | None:
+        """Any number."""
+        return None
+
     def row_length(self, wanted: int) -> int:
         """``wanted`` tokens rounded up."""
         return rounded_length(wanted, self.spec)

@@ -210,6 +210,11 @@ class OrtCudaDecoder:
         self._program, self._selection, self.spec, self._embed = program, selection, spec, embed
         self._cache_dtype, self._shortlist = cache_dtype, shortlist
 
+    @property
+    def most_rows(self) -> int | None:
+        """Any number."""
+        return None
+
     def row_length(self, wanted: int) -> int:
         """``wanted`` tokens rounded up."""
         return rounded_length(wanted, self.spec)

@@ -67,6 +67,11 @@ class Residency:
         self.scheduler = Scheduler(self.open(length, rows, stages))
         return self.scheduler
 
+    def captions_at_once(self, wanted: int, rows: int, stages: Stages) -> int:
+        """How many captions of ``rows`` rows each the decoder takes at once, at most ``wanted`` and at least one."""
+        most = self.load_decoder(stages).most_rows
+        return wanted if most is None else max(1, min(wanted, most // rows))
+
     def captions_in(self, memory: int | None, max_length: int, rows: int, stages: Stages) -> int:
         """How many captions of ``rows`` rows each have their cache in ``memory`` bytes. ``OptionError`` for none."""
         if memory is None:

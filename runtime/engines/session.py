@@ -157,6 +157,11 @@ class EngineDecoder:
         self._engine, self._selection, self.spec, self.limits, self._embed = engine, selection, spec, limits, embed
         self._cache_dtype, self._shortlist = cache_dtype, shortlist
 
+    @property
+    def most_rows(self) -> int:
+        """The rows of a step, as the engine was built."""
+        return self.limits.rows
+
     def row_length(self, wanted: int) -> int:
         """The tokens of every row, as the engine was built; ``wanted`` if they are too few."""
         return max(self.limits.max_length, wanted)

@@ -157,6 +157,15 @@ def test_a_batch_counts_and_keeps_the_rows_of_the_engine(build, tmp_path):
         batch(row - 1)
 
 
+def test_a_batch_asks_for_no_more_rows_than_the_engine_has(build, expected):
+    captioner, _ = build("clip-mistral", max_length=512, rows=2)
+    items = [intertitle.BatchItem(CLIP)] * 3
+    for how, rows in ((intertitle.Decoding(max_new_tokens=2), 2), (intertitle.Decoding(strategy="beam", num_beams=2, max_new_tokens=2), 2)):
+        results = list(captioner.caption_batch(items, decoding=how, isolate=False))
+        assert all(result.error is None for result in results)
+        assert captioner._loaded.scheduler.inference.rows == rows
+
+
 def test_more_than_the_engine_was_built_for(build):
     _, backend = build("clip-mistral", max_length=64, rows=2)
     decoder = backend.decoder()
