@@ -17,7 +17,7 @@ from .media.doors import media_errors
 from .media.source import check_total
 from .preprocess.audio import POLICIES, join_clips, resample
 from .preprocess.duplicates import distinct_frames
-from .preprocess.frames import Places, sample_places, span_frames
+from .preprocess.frames import Places, is_constant, sample_places, span_frames
 from .prompt import Timing
 from .timing import Stages
 from .viewing import Viewing
@@ -220,7 +220,11 @@ def _take_frames(clip: Clip, media: Media, pipeline: Pipeline, span: _Span) -> N
         raise MediaError(f"{media.path}: {error}") from None
     unique, clip.order = np.unique(places.index, return_inverse=True)
     clip.frames = media.read_frames(first + unique)
-    if places.times is not None and places.seconds is not None:
+    if media.times is not None and not is_constant(media.times, media.fps):
+        # No rate says when these are shown. One that began before the span is there from its beginning on.
+        times = np.maximum(media.times[first + places.index] - span.offset, 0.0)
+        clip.timing = Timing(float(times[-1]) if clip.seconds is None else clip.seconds, times)
+    elif places.times is not None and places.seconds is not None:
         clip.timing = Timing(places.seconds, places.times)
     if total < len(places.index) and media.num_frames > 1:
         clip.notes.append(f"only {total} frames for {len(places.index)} places: frames were repeated")
