@@ -240,6 +240,33 @@ def test_nothing_is_known_of_the_times_of_images(tmp_path: Path) -> None:
     assert array_clip(levels(1, 2, 3), None, None, TIMED).timing is None
 
 
+#: Two frames a run: a clip of one place would give its connector nothing to do.
+JOINED = pipeline("rate", None, Window(2, 2), fps=1.0)
+
+
+def test_frames_are_repeated_until_every_stage_has_some(clips: Any) -> None:
+    assert JOINED.least_places() == 2
+    path = clips.encode("clip.mp4", 20)
+    clip = read(path, JOINED)
+    assert clip.order is not None
+    assert clip.timing is not None
+    assert (clip.order.tolist(), clip.timing.times.tolist()) == ([0, 0], [0.0, 0.0])
+    assert clip.notes == ["only 1 frames for 2 places: frames were repeated"]
+    # By hand: of 3 frames that a stage wants 5 of, 0 and 1 stand at two places.
+    wide = pipeline("rate", None, Window(5, 1), fps=1.0)
+    clip = array_clip(levels(1, 2, 3), None, None, wide)
+    assert clip.order is not None
+    assert clip.order.tolist() == [0, 0, 1, 1, 2]
+    clip = array_clip(levels(1, 2, 3), None, None, wide, frame_times=[0, 1, 2], seconds=3)
+    assert clip.timing is not None
+    assert clip.timing.times.tolist() == [0, 0, 1, 1, 2]
+    # An image stands at every place, from a file and from an array.
+    image = read(clips.image("a.png", clips.picture(0, 40, 30)), JOINED)
+    for one in (image, array_clip(levels(1), None, None, JOINED)):
+        assert one.order is not None
+        assert one.order.tolist() == [0] * 8
+
+
 def test_places_that_show_nothing_new_take_their_times_along() -> None:
     frames = levels(10, 10, 60, 60)
     clip = array_clip(frames, None, None, TIMED, frame_times=[0, 1, 2.5, 3], seconds=4, duplicates=2.0)
@@ -250,10 +277,13 @@ def test_places_that_show_nothing_new_take_their_times_along() -> None:
 def test_frames_with_times_are_already_sampled() -> None:
     frames = levels(*range(11))
     assert len(array_clip(frames, None, None, TIMED).order) == 8
-    clip = array_clip(frames, None, None, TIMED, frame_times=np.arange(11))
-    assert clip.order.tolist() == list(range(11))
+    clip = array_clip(frames[:5], None, None, TIMED, frame_times=np.arange(5))
+    assert clip.order.tolist() == list(range(5))
     assert clip.timing is not None
-    assert clip.timing.seconds == 10.0
+    assert clip.timing.seconds == 4.0
+    # More than it was made for: they would not fit into memory.
+    with pytest.raises(OptionError, match="11 frames, this captioner looks at 8"):
+        array_clip(frames, None, None, TIMED, frame_times=np.arange(11))
     # Where stages join frames, their number is the pipeline's.
     with pytest.raises(OptionError, match="11 frames, this captioner looks at 8"):
         array_clip(frames, None, None, SPEC, frame_times=np.arange(11))
