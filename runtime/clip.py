@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, field
 
@@ -18,9 +17,9 @@ from .media.source import check_total
 from .preprocess.audio import POLICIES, join_clips, resample
 from .preprocess.duplicates import distinct_frames
 from .preprocess.frames import Places, is_constant, sample_places, span_frames
-from .prompt import Timing
+from .prompt import Timing, speaks_of_time
 from .timing import Stages
-from .viewing import Viewing
+from .viewing import Viewing, as_float
 
 
 @dataclass
@@ -163,21 +162,31 @@ def array_clip(
         else:
             heard = resample(sound.samples, sample_rate, sound_plan.sample_rate)
             clip.sound = policy.of_video(heard, sound_plan.num_samples)
+    layout = pipeline.prompts.get(clip.mode)
+    if clip.seconds is not None and clip.timing is None and layout is not None and speaks_of_time(layout.pieces):
+        clip.notes.append("the prompt does not speak of time: frame_times= is missing, seconds= alone does not do")
     if duplicates is not None:
         _drop_duplicates(clip, duplicates, pipeline.framewise)
     return clip
 
 
 def _given_seconds(seconds: float | None) -> float | None:
-    if seconds is not None and not (isinstance(seconds, (int, float)) and math.isfinite(seconds) and seconds >= 0):
-        raise OptionError(f"seconds must be a number from 0 on, not {seconds!r}")
-    return None if seconds is None else float(seconds)
+    if seconds is None:
+        return None
+    given = as_float("seconds", seconds)
+    if not 0 <= given < float("inf"):
+        raise OptionError(f"seconds must be a number from 0 on, not {given!r}")
+    return given
 
 
 def _given_times(given: npt.ArrayLike, count: int, seconds: float | None) -> npt.NDArray[np.float64]:
     try:
-        times = np.asarray(given, np.float64)
-    except (TypeError, ValueError):
+        times = np.asarray(given)
+        # Objects are numbers of Python's that NumPy has no type for. What is no real number is not converted.
+        if times.dtype.kind not in "iufO":
+            raise TypeError
+        times = times.astype(np.float64)
+    except (TypeError, ValueError, OverflowError):
         raise OptionError("frame_times must be the seconds of each frame") from None
     if times.shape != (count,):
         raise OptionError(f"frame_times must be one number for each of the {count} frames, not {list(times.shape)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -11,10 +12,13 @@ from intertitle.contract.pipeline import (
     EachUnit,
     ImagePlan,
     Pipeline,
+    PromptLayout,
     Sampling,
     SoundPlan,
     Stage,
     StageInput,
+    Text,
+    Tokens,
     Unit,
     Window,
 )
@@ -26,6 +30,7 @@ from intertitle.runtime.preprocess.frames import sample_indices, span_frames
 from intertitle.runtime.timing import Stages
 from intertitle.runtime.viewing import Viewing
 from msgspec import convert
+from msgspec.structs import replace
 
 IMAGE = ImagePlan("exact", 28, 28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 SOUND = SoundPlan(sample_rate=16_000, num_samples=480_000, num_mel_bins=128, num_frames=2998)
@@ -300,11 +305,40 @@ def test_frames_with_times_are_already_sampled() -> None:
         ([0, 1, 5], 4, "the clip lasts 4 s"),
         ([0, 1, 2], -1, "seconds must be"),
         ([0, 1, 2], float("inf"), "seconds must be"),
+        ([0, 1, 2], float("nan"), "seconds must be"),
+        ([0, 1, 2], True, "seconds is a number, not True"),
+        ([0, 1, 2], "4", "seconds is a number, not '4'"),
+        ([0, 1, 2], 10**400, "seconds is a number below"),
+        ([0, 1, 10**400], None, "seconds of each frame"),
+        ([0, 1, 2j], None, "seconds of each frame"),
+        (np.array(["1970", "1971", "1972"], "M8[s]"), None, "seconds of each frame"),
+        (np.array([1, 2, 3], "m8[s]"), None, "seconds of each frame"),
+        (["0", "1", "2"], None, "seconds of each frame"),
+        ([False, False, True], None, "seconds of each frame"),
+        ([[0], [1, 2]], None, "seconds of each frame"),
     ],
 )
-def test_times_that_cannot_be(times: list[Any], seconds: Any, message: str) -> None:
+def test_times_that_cannot_be(times: Any, seconds: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         array_clip(levels(1, 2, 3), None, None, TIMED, frame_times=times, seconds=seconds)
+
+
+@pytest.mark.parametrize("seconds", [4, 4.0, np.int64(4), np.float32(4), Fraction(4)])
+def test_numbers_of_any_library_are_seconds(seconds: Any) -> None:
+    clip = array_clip(levels(1, 2), None, None, TIMED, frame_times=[Fraction(1, 2), np.float16(1.5)], seconds=seconds)
+    assert clip.timing is not None
+    assert (clip.seconds, type(clip.seconds), clip.timing.times.tolist()) == (4.0, float, [0.5, 1.5])
+
+
+def test_seconds_alone_say_nothing_to_a_prompt() -> None:
+    timed = PromptLayout((Text("{seconds} s: "), Tokens("connector")), untimed=(Tokens("connector"),))
+    speaking = replace(TIMED, prompts={"video": timed})
+    silent = replace(TIMED, prompts={"video": PromptLayout((Tokens("connector"),))})
+    note = "the prompt does not speak of time: frame_times= is missing, seconds= alone does not do"
+    assert array_clip(levels(1, 2), None, None, speaking, seconds=4).notes == [note]
+    assert array_clip(levels(1, 2), None, None, speaking, seconds=4, frame_times=[1, 2]).notes == []
+    assert array_clip(levels(1, 2), None, None, speaking).notes == []
+    assert array_clip(levels(1, 2), None, None, silent, seconds=4).notes == []
 
 
 def test_times_without_frames() -> None:
