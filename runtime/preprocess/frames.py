@@ -136,8 +136,8 @@ def span_frames(
         # A start that was written with 3 decimals is still that of its frame.
         first = 0 if start is None else math.ceil(start * fps - 0.05)
         last = total - 1 if end is None else min(math.ceil(end * fps - 0.05) - 1, total - 1)
-    if rule != "centered" and start is not None and start * fps < total:
-        # It starts inside the last frame.
+    if rule != "centered" and start is not None and start < max(total / fps, duration or 0.0):
+        # It starts inside the last frame, which may be shown longer than others.
         first = min(first, total - 1)
     if first >= total:
         raise MediaError(f"the video ends before {start:g} s")

@@ -145,6 +145,15 @@ def test_nothing_is_shown_behind_the_last_frame(rule: str) -> None:
             span_frames(100, 25.0, 4.0, end, rule)
 
 
+def test_a_last_frame_may_be_shown_longer_than_others() -> None:
+    """Ten frames at 25 a second, the last one for 3 s more: it is there from 0.36 s on."""
+    times = np.arange(10) / 25
+    for rule in ("linspace", "segments"):
+        assert span_frames(10, 25.0, 2.0, None, rule, times, 3.4) == (9, 9)
+        with pytest.raises(MediaError, match="ends before 3.5 s"):
+            span_frames(10, 25.0, 3.5, None, rule, times, 3.4)
+
+
 @given(st.floats(0.2, 60), st.integers(1, 200), st.data())
 def test_a_span_shows_a_frame_that_is_on_screen(fps: float, total: int, data: st.DataObject) -> None:
     start, end = sorted(data.draw(st.floats(0, total / fps * 0.9999)) for _ in range(2))
