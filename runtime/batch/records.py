@@ -209,7 +209,7 @@ class RecordFile:
 
         Records of ``bases`` (inputs) that are not in ``order`` are of segments that there no longer are: they go.
         """
-        wanted = [name for name in order if name in self.known]
+        wanted = [name for name in dict.fromkeys(order) if name in self.known]
         first, gone = set(wanted), set(bases)
         wanted += [name for name, known in self.known.items() if name not in first and known.base not in gone]
         places = [self.known[name] for name in wanted]
