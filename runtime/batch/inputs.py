@@ -7,7 +7,6 @@ import glob
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import stat
@@ -19,6 +18,7 @@ from typing import Any
 import msgspec
 
 from ...errors import OptionError
+from ..viewing import LATEST
 from .content import Identity, identify
 
 #: What a folder or a glob is searched for. What a file is, its content says once it is opened.
@@ -35,7 +35,7 @@ MOST_BYTES, MOST_LINE_BYTES, MOST_LINES = 1 << 30, 1 << 20, 5_000_000
 #: Objects and lists within each other, in a column that is not ours.
 MOST_DEPTH = 100
 #: What a job puts behind the id of an input for each of its segments, and behind a manifest for a bad line of it.
-_OF_SEGMENT, _OF_LINE = re.compile(r"(.*)/(?:[0-9]{4}|[1-9][0-9]{4,})", re.DOTALL), re.compile(r"(.*):[0-9]+", re.DOTALL)
+_OF_SEGMENT, _OF_LINE = re.compile(r"(?s)(.*)/(?:[0-9]{4}|[1-9][0-9]{4,})"), re.compile(r"(?s)(.*):[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -290,8 +290,8 @@ def _entry(manifest: Path, line: int, values: dict[str, Any]) -> Entry | BadLine
     if _is_deeper(meta, MOST_DEPTH):
         return BadLine(str(manifest), line, f"is nested more than {MOST_DEPTH} deep")
     for name, time in (("start", row.start), ("end", row.end)):
-        if time is not None and not (math.isfinite(time) and time >= 0):
-            return BadLine(str(manifest), line, f"{name} is seconds from 0 on, not {time}")
+        if time is not None and not 0 <= time <= LATEST:
+            return BadLine(str(manifest), line, f"{name} is seconds from 0 to {LATEST:g}, not {time}")
     if row.end is not None and row.end <= (row.start or 0):
         return BadLine(str(manifest), line, f"end {row.end:g} is not after start {row.start or 0:g}")
     if not row.file or "\0" in row.file:

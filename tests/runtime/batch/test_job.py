@@ -175,6 +175,28 @@ def test_a_manifest_with_holes(run: Run):
     assert [record["text"] for record in records] == ["A|Who?|None|None", "B|None|None|None", "found|None|None|None"]
 
 
+@pytest.mark.parametrize("name", ["list.jsonl", "list.csv"])
+def test_times_that_no_clip_has(name: str, run: Run):
+    """The longest time that is captioned is one that the next run reads."""
+    write(a="A")
+    rows = ["1e12,1e300", "0,1.1e12", "1.1e12,", "9e11,1e12"]
+    if name == "list.csv":
+        Path(name).write_text("file,start,end\n" + "".join(f"a.mp4,{row}\n" for row in rows))
+    else:
+        spans = [row.replace(",", ', "end": ') + "null" * row.endswith(",") for row in rows]
+        Path(name).write_text("".join(f'{{"file": "a.mp4", "start": {span}}}\n' for span in spans))
+    tally, records, asked = run(name)
+    assert (asked, tally.captioned) == (["a.mp4"], 1)
+    reasons = [record["error"]["reason"].partition(": ")[2] for record in records[:3]]
+    assert reasons == [
+        "end is seconds from 0 to 1e+12, not 1e+300",
+        "end is seconds from 0 to 1e+12, not 1100000000000.0",
+        "start is seconds from 0 to 1e+12, not 1100000000000.0",
+    ]
+    tally, again, asked = run(name)
+    assert (again, asked, tally.already) == (records, [], 1)
+
+
 def test_a_bug_is_no_record(run: Run):
     write(a="A", b="bug", c="C", d="D")
     with pytest.raises(ZeroDivisionError):
@@ -245,7 +267,8 @@ def test_segments_and_their_subtitles(run: Run, cut: list[str], tmp_path: Path):
 def test_ids_that_are_names_of_other_records(run: Run, cut: list[str]):
     write(a="A", b="B", c="C")
     Path("list.jsonl").write_text(
-        '{"file": "a.mp4", "id": "x"}\n{"file": "b.mp4", "id": "x/0000"}\n{"file": "c.mp4", "id": "list.jsonl:4"}\nbad\n'
+        '{"file": "a.mp4", "id": "x"}\n{"file": "b.mp4", "id": "x/0000"}\n'
+        '{"file": "c.mp4", "id": "list.jsonl:4"}\nbad\n'
     )
     # The same lines come twice.
     tally, records, asked = run("list.jsonl", "./list.jsonl", segments=1.0)
