@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, field
 
@@ -17,10 +16,10 @@ from .media.doors import media_errors
 from .media.source import check_total
 from .preprocess.audio import POLICIES, join_clips, resample
 from .preprocess.duplicates import distinct_frames
-from .preprocess.frames import Places, sample_places, span_frames
-from .prompt import Timing
+from .preprocess.frames import Places, is_constant, sample_places, span_frames
+from .prompt import Timing, speaks_of_time
 from .timing import Stages
-from .viewing import Viewing
+from .viewing import Viewing, as_float
 
 
 @dataclass
@@ -127,19 +126,24 @@ def array_clip(
 ) -> Clip:
     """The same from arrays: frames ``[T, H, W, 3]`` uint8, waveform float or int16 mono or with channels.
 
-    With ``frame_times`` (seconds of each frame, ascending) the frames are taken as already sampled, and so are exactly
-    as many as the pipeline has places; otherwise the sampling rule picks from them. ``seconds``: how long the clip
-    lasts, by default until its last frame. ``OptionError`` for arrays and numbers that do not fit each other.
+    With ``frame_times`` (seconds of each frame, ascending) the frames are taken as already sampled: no more than the
+    pipeline has places, and exactly as many where its stages join frames. Otherwise the sampling rule picks from them.
+    ``seconds``: how long the clip lasts, by default until its last frame. ``OptionError`` for arrays and numbers that
+    do not fit each other.
     """
     clip = Clip(seconds=_given_seconds(seconds))
     if frames is not None:
         array, plan = as_frames(frames), pipeline.sampling
         times = None if frame_times is None else _given_times(frame_times, len(array), clip.seconds)
         places = _array_places(len(array), pipeline) if times is None else np.arange(len(array))
+        enough = _enough(len(places), pipeline)
+        places = places[enough]
         if times is not None:
-            clip.timing = Timing(float(times[-1]) if clip.seconds is None else clip.seconds, times)
-            if not pipeline.framewise and len(array) != plan.count:
+            # The count of the rule "rate" is the most that it takes.
+            fewest = 1 if pipeline.framewise or plan.rule == "rate" else plan.count
+            if not fewest <= len(array) <= plan.count:
                 raise OptionError(f"frame_times= is for {len(array)} frames, this captioner looks at {plan.count}")
+            clip.timing = Timing(float(times[-1]) if clip.seconds is None else clip.seconds, times[enough])
         unique, clip.order = np.unique(places, return_inverse=True)
         check_total("frames", array.shape[2], array.shape[1], len(unique))
         clip.frames = array[unique]
@@ -158,21 +162,31 @@ def array_clip(
         else:
             heard = resample(sound.samples, sample_rate, sound_plan.sample_rate)
             clip.sound = policy.of_video(heard, sound_plan.num_samples)
+    layout = pipeline.prompts.get(clip.mode)
+    if clip.seconds is not None and clip.timing is None and layout is not None and speaks_of_time(layout.pieces):
+        clip.notes.append("the prompt does not speak of time: frame_times= is missing, seconds= alone does not do")
     if duplicates is not None:
         _drop_duplicates(clip, duplicates, pipeline.framewise)
     return clip
 
 
 def _given_seconds(seconds: float | None) -> float | None:
-    if seconds is not None and not (isinstance(seconds, (int, float)) and math.isfinite(seconds) and seconds >= 0):
-        raise OptionError(f"seconds must be a number from 0 on, not {seconds!r}")
-    return None if seconds is None else float(seconds)
+    if seconds is None:
+        return None
+    given = as_float("seconds", seconds)
+    if not 0 <= given < float("inf"):
+        raise OptionError(f"seconds must be a number from 0 on, not {given!r}")
+    return given
 
 
 def _given_times(given: npt.ArrayLike, count: int, seconds: float | None) -> npt.NDArray[np.float64]:
     try:
-        times = np.asarray(given, np.float64)
-    except (TypeError, ValueError):
+        times = np.asarray(given)
+        # Objects are numbers of Python's that NumPy has no type for. What is no real number is not converted.
+        if times.dtype.kind not in "iufO":
+            raise TypeError
+        times = times.astype(np.float64)
+    except (TypeError, ValueError, OverflowError):
         raise OptionError("frame_times must be the seconds of each frame") from None
     if times.shape != (count,):
         raise OptionError(f"frame_times must be one number for each of the {count} frames, not {list(times.shape)}")
@@ -185,10 +199,22 @@ def _given_times(given: npt.ArrayLike, count: int, seconds: float | None) -> npt
 
 def _array_places(count: int, pipeline: Pipeline) -> npt.NDArray[np.int64]:
     """The places of frames whose times are not known."""
-    if count == pipeline.sampling.count or (count == 1 and pipeline.framewise):
+    if count == pipeline.sampling.count:
         return np.arange(count)
-    # Of a pipeline that is not framewise, an image stands at every place.
+    if count == 1:
+        return _image_places(pipeline)
     return sample_places(count, 0.0, pipeline.sampling).index
+
+
+def _image_places(pipeline: Pipeline) -> npt.NDArray[np.int64]:
+    """The places of an image. Of a pipeline that is not framewise, it stands at all of them."""
+    return np.zeros(1 if pipeline.framewise else pipeline.sampling.count, np.int64)
+
+
+def _enough(count: int, pipeline: Pipeline) -> npt.NDArray[np.int64]:
+    """Which of ``count`` sampled frames stands at each place: each at one, or at some where the stages need more."""
+    places = max(count, pipeline.least_places())
+    return np.arange(places) * count // places
 
 
 def _span_seconds(media: Media, span: _Span) -> float | None:
@@ -211,19 +237,22 @@ def _take_frames(clip: Clip, media: Media, pipeline: Pipeline, span: _Span) -> N
             media.num_frames, media.fps, span.start, span.end, plan.rule, media.times, media.duration
         )
         total = last - first + 1
-        if media.kind == "image":
-            count = 1 if pipeline.framewise else plan.count
-            places = Places(np.zeros(count, np.int64))
-        else:
-            places = sample_places(total, media.fps, plan)
+        places = Places(_image_places(pipeline)) if media.kind == "image" else sample_places(total, media.fps, plan)
     except MediaError as error:
         raise MediaError(f"{media.path}: {error}") from None
-    unique, clip.order = np.unique(places.index, return_inverse=True)
+    sampled = len(places.index)
+    enough = _enough(sampled, pipeline)
+    index = places.index[enough]
+    unique, clip.order = np.unique(index, return_inverse=True)
     clip.frames = media.read_frames(first + unique)
-    if places.times is not None and places.seconds is not None:
-        clip.timing = Timing(places.seconds, places.times)
-    if total < len(places.index) and media.num_frames > 1:
-        clip.notes.append(f"only {total} frames for {len(places.index)} places: frames were repeated")
+    if media.times is not None and not is_constant(media.times, media.fps):
+        # No rate says when these are shown. One that began before the span is there from its beginning on.
+        times = np.maximum(media.times[first + index] - span.offset, 0.0)
+        clip.timing = Timing(float(times[-1]) if clip.seconds is None else clip.seconds, times)
+    elif places.times is not None and places.seconds is not None:
+        clip.timing = Timing(places.seconds, places.times[enough])
+    if (fewer := min(total, sampled)) < len(index) and media.num_frames > 1:
+        clip.notes.append(f"only {fewer} frames for {len(index)} places: frames were repeated")
 
 
 def _drop_duplicates(clip: Clip, threshold: float, framewise: bool) -> None:

@@ -121,6 +121,7 @@ class Encoder:
             given[SOUND] = self._sound(clip.sound, stages)
         found = self._run(stages_of(pieces), given, stages, variant)
         tokens = self._blocks(pieces, found, visual_tokens, stages)
+        notes += self._over_budget(visual_tokens, tokens, found)
         kept = {}
         if keep_features and (name := self._framewise_stage()) in found:
             kept[name] = found[name]
@@ -275,6 +276,19 @@ class Encoder:
         if setting is None or self._pipeline.merging is not None:
             return available
         return max(1, setting.of(blocks * available) // blocks)
+
+    def _over_budget(
+        self, setting: TokenBudget | None, tokens: Mapping[str, Sequence[FloatArray]], found: Mapping[str, Units]
+    ) -> list[str]:
+        """What to say where a budget is below one token of each block, which ``_merged_length`` keeps."""
+        if setting is None or self._pipeline.merging is not None:
+            return []
+        notes = []
+        for name in self._visual.intersection(tokens):
+            units, kept = found[name], len(tokens[name])
+            if setting.of(len(units.order) * units.values.shape[1]) < kept:
+                notes.append(f"visual tokens {setting}: {kept} were kept, one of each of the {kept} blocks at least")
+        return notes
 
     def _merging(self, setting: TokenBudget | None, places: int) -> tuple[Variant | None, list[str]]:
         """The compiled share of tokens that a setting comes to, and what to say about it; None without merging."""

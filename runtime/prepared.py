@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 import numpy.typing as npt
 
+from ..errors import OptionError
 from .clip import Clip
 from .encoder import EncodedClip
 from .viewing import TokenBudget, Viewing
@@ -48,9 +49,13 @@ class MediaOptions(ViewingOptions, Arrays, total=False):
 
 
 def viewing_of(options: Mapping[str, Any]) -> Viewing:
-    """The ``Viewing`` that ``ViewingOptions`` stand for. ``TypeError`` for a name that is none of theirs."""
+    """The ``Viewing`` that ``ViewingOptions`` stand for. ``TypeError`` for a name that is none of theirs,
+    ``OptionError`` for values that cannot be."""
     fields = {name: value for name, value in options.items() if name != "viewing"}
-    return replace(options.get("viewing") or Viewing(), **fields)
+    viewing = options.get("viewing")
+    if not isinstance(viewing, Viewing | None):
+        raise OptionError(f"viewing is a Viewing, such as Viewing(start=1.0), not {viewing!r}")
+    return replace(viewing or Viewing(), **fields)
 
 
 def viewing_and_arrays(media: MediaOptions) -> tuple[Viewing, Arrays]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from decimal import Decimal
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import msgspec
@@ -16,7 +16,23 @@ from .preprocess.duplicates import check_threshold
 #: The latest time in a clip that may be asked for, in seconds: 30,000 years.
 LATEST = 1e12
 #: What ``parse_budget`` reads.
-_SHARE, _COUNT = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,30})?)%"), re.compile(r"[0-9]{1,18}")
+_SHARE, _COUNT = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,350})?)%"), re.compile(r"[0-9]{1,18}")
+
+
+def as_float(name: str, value: object) -> float:
+    """A number of any library as Python's. ``OptionError``, which calls it ``name``, for what is none, a truth value
+    or a number above all floats."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise OptionError(f"{name} is a number, not {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise OptionError(f"{name} is a number below 1.8e308, not one of more digits") from None
+
+
+def percent(ratio: float) -> str:
+    """A ratio as text without an exponent, of as many digits as tell it from all others: ``33.3%``."""
+    return f"{(Decimal(repr(ratio)) * 100).normalize():f}%"
 
 
 class Share(msgspec.Struct, frozen=True, tag=True):
@@ -25,11 +41,13 @@ class Share(msgspec.Struct, frozen=True, tag=True):
     ratio: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio <= 1:
-            raise OptionError(f"a share of visual tokens is above 0 (0%) and at most 1 (100%), not {self.ratio!r}")
+        ratio = as_float("a share of visual tokens", self.ratio)
+        if not 0 < ratio <= 1:
+            raise OptionError(f"a share of visual tokens is above 0 (0%) and at most 1 (100%), not {ratio!r}")
+        msgspec.structs.force_setattr(self, "ratio", ratio)
 
     def __str__(self) -> str:
-        return f"{self.ratio * 100:.12g}%"
+        return percent(self.ratio)
 
     def of(self, available: int) -> int:
         """How many of the ``available`` tokens are kept, at least one; rounded."""
@@ -53,8 +71,9 @@ class Count(msgspec.Struct, frozen=True, tag=True):
     number: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.number, bool) or not isinstance(self.number, int) or self.number < 1:
+        if isinstance(self.number, bool) or not isinstance(self.number, Integral) or self.number < 1:
             raise OptionError(f"a number of visual tokens is a whole number from 1 on, not {self.number!r}")
+        msgspec.structs.force_setattr(self, "number", int(self.number))
 
     def __str__(self) -> str:
         return str(self.number)
@@ -116,10 +135,7 @@ class Viewing:
         for name in ("start", "end", "duplicates"):
             value = getattr(self, name)
             if value is not None:
-                if isinstance(value, bool) or not isinstance(value, Real):
-                    raise OptionError(f"{name} is a number, not {value!r}")
-                # NumPy's numbers too become floats.
-                object.__setattr__(self, name, float(value))
+                object.__setattr__(self, name, as_float(name, value))
         for name, time in (("start", self.start), ("end", self.end)):
             if time is not None and not 0 <= time <= LATEST:
                 raise OptionError(f"{name} of a span is seconds from 0 to {LATEST:g}, not {time}")

@@ -26,6 +26,7 @@ from ...errors import IntertitleError, OptionError, TransientMediaError
 from ...plain_text import safe_json
 from ...whole_files import discard, whole
 from ..media.segments import MOST_SEGMENTS
+from ..viewing import percent
 from .content import Identity
 
 try:
@@ -391,7 +392,7 @@ def _named_as_now(settings: Mapping[str, Any]) -> dict[str, Any]:
     found = {_OLD_NAMES.get(name, name): value for name, value in settings.items()}
     budget = found.get("visual_tokens")
     if isinstance(budget, float):
-        found["visual_tokens"] = f"{budget * 100:.12g}%"
+        found["visual_tokens"] = percent(budget)
     elif isinstance(budget, int):
         found["visual_tokens"] = str(budget)
     return found

@@ -29,7 +29,8 @@ def sample_places(total: int, fps: float, plan: Sampling) -> Places:
     """The places of a clip of ``total`` frames at ``fps`` frames a second (0: not known); short clips repeat frames.
 
     Where the frame rate is not known, the rule ``rate`` takes all frames, or ``linspace``'s of too many. Raises
-    ``MediaError`` without frames, and for the rule ``rate`` with too few frames in a second.
+    ``MediaError`` without frames, and for the rule ``rate``, unless ``forced``, with too few frames
+    in a second.
     """
     if total < 1:
         raise MediaError("the clip has no frames to choose from")
@@ -64,12 +65,12 @@ def _rate_places(total: int, fps: float, plan: Sampling) -> Places:
     """
     assert plan.fps is not None
     step = round(fps / plan.fps)
-    if step < 1:
+    if step < 1 and not plan.forced:
         raise MediaError(f"{fps:g} frames a second are too few: this captioner looks at {plan.fps:g} of each second")
-    index = np.arange(0, total, step)
-    if len(index) > plan.count or plan.forced:
+    if plan.forced or len(range(0, total, step)) > plan.count:
         index = np.linspace(0, total - 1, plan.count, dtype=np.int64)
         return Places(index, index / fps, total / fps)
+    index = np.arange(0, total, step)
     return Places(index, index / step, total / fps)
 
 
@@ -112,14 +113,15 @@ def span_frames(
     ``min(int(end fps) - 1, total - 1)``, so that a span begins with the frame before its start. For ``"segments"``
     InternVL2's (eval/mvbench ``get_index``): from ``round(start fps)`` to ``min(round(end fps), total - 1)``. Other
     families have none, and the first place of most is the first frame, so there the span holds the frames that are
-    shown first at ``start`` or later and before ``end``. All suppose a constant rate. Where ``times`` ``[total]``
-    (seconds from the first frame on) are not those of the rate, the frames shown at these times take the place of
-    ``int(time fps)``; a span up to ``duration`` (seconds) then has the last frame. Never less than one frame.
+    shown first at ``start`` or later and before ``end``; if none is, the one that is still shown. All suppose a
+    constant rate. Where ``times`` ``[total]`` (seconds from the first frame on) are not those of the rate, the frames
+    shown at these times take the place of ``int(time fps)``; a span up to ``duration`` (seconds) then has the last
+    frame. Never less than one frame.
     ``MediaError`` for a clip without times and without a frame rate, or when it ends before ``start``.
     """
     if start is None and end is None:
         return 0, total - 1
-    if times is not None and not _is_constant(times, fps):
+    if times is not None and not is_constant(times, fps):
         whole = end is not None and duration is not None and end >= duration - 0.0005
         return _timed_span(times, start, None if whole else end, rule)
     if not fps > 0:
@@ -134,12 +136,17 @@ def span_frames(
         # A start that was written with 3 decimals is still that of its frame.
         first = 0 if start is None else math.ceil(start * fps - 0.05)
         last = total - 1 if end is None else min(math.ceil(end * fps - 0.05) - 1, total - 1)
+    if rule != "centered" and start is not None and start * fps < total:
+        # It starts inside the last frame.
+        first = min(first, total - 1)
     if first >= total:
         raise MediaError(f"the video ends before {start:g} s")
-    return first, max(first, last)
+    # Where nothing begins in the span, what is shown in it has begun before.
+    last = max(last, 0)
+    return min(first, last), last
 
 
-def _is_constant(times: npt.NDArray[np.float64], fps: float) -> bool:
+def is_constant(times: npt.NDArray[np.float64], fps: float) -> bool:
     """Whether each frame is shown within half a frame of where the rate puts it."""
     return fps > 0 and bool(np.abs(times * fps - np.arange(len(times))).max() < 0.5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -11,10 +12,13 @@ from intertitle.contract.pipeline import (
     EachUnit,
     ImagePlan,
     Pipeline,
+    PromptLayout,
     Sampling,
     SoundPlan,
     Stage,
     StageInput,
+    Text,
+    Tokens,
     Unit,
     Window,
 )
@@ -26,6 +30,7 @@ from intertitle.runtime.preprocess.frames import sample_indices, span_frames
 from intertitle.runtime.timing import Stages
 from intertitle.runtime.viewing import Viewing
 from msgspec import convert
+from msgspec.structs import replace
 
 IMAGE = ImagePlan("exact", 28, 28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 SOUND = SoundPlan(sample_rate=16_000, num_samples=480_000, num_mel_bins=128, num_frames=2998)
@@ -240,6 +245,33 @@ def test_nothing_is_known_of_the_times_of_images(tmp_path: Path) -> None:
     assert array_clip(levels(1, 2, 3), None, None, TIMED).timing is None
 
 
+#: Two frames a run: a clip of one place would give its connector nothing to do.
+JOINED = pipeline("rate", None, Window(2, 2), fps=1.0)
+
+
+def test_frames_are_repeated_until_every_stage_has_some(clips: Any) -> None:
+    assert JOINED.least_places() == 2
+    path = clips.encode("clip.mp4", 20)
+    clip = read(path, JOINED)
+    assert clip.order is not None
+    assert clip.timing is not None
+    assert (clip.order.tolist(), clip.timing.times.tolist()) == ([0, 0], [0.0, 0.0])
+    assert clip.notes == ["only 1 frames for 2 places: frames were repeated"]
+    # By hand: of 3 frames that a stage wants 5 of, 0 and 1 stand at two places.
+    wide = pipeline("rate", None, Window(5, 1), fps=1.0)
+    clip = array_clip(levels(1, 2, 3), None, None, wide)
+    assert clip.order is not None
+    assert clip.order.tolist() == [0, 0, 1, 1, 2]
+    clip = array_clip(levels(1, 2, 3), None, None, wide, frame_times=[0, 1, 2], seconds=3)
+    assert clip.timing is not None
+    assert clip.timing.times.tolist() == [0, 0, 1, 1, 2]
+    # An image stands at every place, from a file and from an array.
+    image = read(clips.image("a.png", clips.picture(0, 40, 30)), JOINED)
+    for one in (image, array_clip(levels(1), None, None, JOINED)):
+        assert one.order is not None
+        assert one.order.tolist() == [0] * 8
+
+
 def test_places_that_show_nothing_new_take_their_times_along() -> None:
     frames = levels(10, 10, 60, 60)
     clip = array_clip(frames, None, None, TIMED, frame_times=[0, 1, 2.5, 3], seconds=4, duplicates=2.0)
@@ -250,10 +282,13 @@ def test_places_that_show_nothing_new_take_their_times_along() -> None:
 def test_frames_with_times_are_already_sampled() -> None:
     frames = levels(*range(11))
     assert len(array_clip(frames, None, None, TIMED).order) == 8
-    clip = array_clip(frames, None, None, TIMED, frame_times=np.arange(11))
-    assert clip.order.tolist() == list(range(11))
+    clip = array_clip(frames[:5], None, None, TIMED, frame_times=np.arange(5))
+    assert clip.order.tolist() == list(range(5))
     assert clip.timing is not None
-    assert clip.timing.seconds == 10.0
+    assert clip.timing.seconds == 4.0
+    # More than it was made for: they would not fit into memory.
+    with pytest.raises(OptionError, match="11 frames, this captioner looks at 8"):
+        array_clip(frames, None, None, TIMED, frame_times=np.arange(11))
     # Where stages join frames, their number is the pipeline's.
     with pytest.raises(OptionError, match="11 frames, this captioner looks at 8"):
         array_clip(frames, None, None, SPEC, frame_times=np.arange(11))
@@ -270,11 +305,40 @@ def test_frames_with_times_are_already_sampled() -> None:
         ([0, 1, 5], 4, "the clip lasts 4 s"),
         ([0, 1, 2], -1, "seconds must be"),
         ([0, 1, 2], float("inf"), "seconds must be"),
+        ([0, 1, 2], float("nan"), "seconds must be"),
+        ([0, 1, 2], True, "seconds is a number, not True"),
+        ([0, 1, 2], "4", "seconds is a number, not '4'"),
+        ([0, 1, 2], 10**400, "seconds is a number below"),
+        ([0, 1, 10**400], None, "seconds of each frame"),
+        ([0, 1, 2j], None, "seconds of each frame"),
+        (np.array(["1970", "1971", "1972"], "M8[s]"), None, "seconds of each frame"),
+        (np.array([1, 2, 3], "m8[s]"), None, "seconds of each frame"),
+        (["0", "1", "2"], None, "seconds of each frame"),
+        ([False, False, True], None, "seconds of each frame"),
+        ([[0], [1, 2]], None, "seconds of each frame"),
     ],
 )
-def test_times_that_cannot_be(times: list[Any], seconds: Any, message: str) -> None:
+def test_times_that_cannot_be(times: Any, seconds: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         array_clip(levels(1, 2, 3), None, None, TIMED, frame_times=times, seconds=seconds)
+
+
+@pytest.mark.parametrize("seconds", [4, 4.0, np.int64(4), np.float32(4), Fraction(4)])
+def test_numbers_of_any_library_are_seconds(seconds: Any) -> None:
+    clip = array_clip(levels(1, 2), None, None, TIMED, frame_times=[Fraction(1, 2), np.float16(1.5)], seconds=seconds)
+    assert clip.timing is not None
+    assert (clip.seconds, type(clip.seconds), clip.timing.times.tolist()) == (4.0, float, [0.5, 1.5])
+
+
+def test_seconds_alone_say_nothing_to_a_prompt() -> None:
+    timed = PromptLayout((Text("{seconds} s: "), Tokens("connector")), untimed=(Tokens("connector"),))
+    speaking = replace(TIMED, prompts={"video": timed})
+    silent = replace(TIMED, prompts={"video": PromptLayout((Tokens("connector"),))})
+    note = "the prompt does not speak of time: frame_times= is missing, seconds= alone does not do"
+    assert array_clip(levels(1, 2), None, None, speaking, seconds=4).notes == [note]
+    assert array_clip(levels(1, 2), None, None, speaking, seconds=4, frame_times=[1, 2]).notes == []
+    assert array_clip(levels(1, 2), None, None, speaking).notes == []
+    assert array_clip(levels(1, 2), None, None, silent, seconds=4).notes == []
 
 
 def test_times_without_frames() -> None:

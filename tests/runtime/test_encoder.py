@@ -212,6 +212,18 @@ def test_tokens_of_a_clip_are_merged_to_the_setting(setting, count, encoders, cl
     assert np.array_equal(encoded.blocks[1], whole.blocks[1])
 
 
+@pytest.mark.parametrize(
+    ("setting", "kept", "noted"),
+    [(Count(1), 8, True), (Count(7), 8, True), (Share(0.01), 8, True), (Count(8), 8, False), (Count(16), 16, False)],
+)
+def test_each_numbered_frame_keeps_a_token(setting, kept, noted, encoders, clip_of):
+    encoder, clip = encoders["internvl2"], clip_of("internvl2")
+    encoded = encoder.encode(clip, Stages(), visual_tokens=setting)
+    assert (len(encoded.blocks), sum(map(len, encoded.blocks))) == (8, kept)
+    note = f"visual tokens {setting}: 8 were kept, one of each of the 8 blocks at least"
+    assert encoded.notes == [note] * noted
+
+
 def test_a_contrast_has_the_same_share_of_visual_tokens(encoders, clip_of):
     encoder, clip = encoders["clip-mistral"], clip_of("clip-mistral")
 

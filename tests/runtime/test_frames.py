@@ -82,6 +82,15 @@ def test_rate_rounds_half_to_even_and_refuses_less_than_half_a_frame() -> None:
             sample_places(8, fps, plan)
 
 
+def test_a_forced_rate_takes_any_rate() -> None:
+    """By hand: its frames are in equal steps from first to last, so no rate is too low."""
+    places = sample_places(8, 0.4, Sampling(rule="rate", count=4, fps=1.0, forced=True))
+    assert places.times is not None
+    assert places.index.tolist() == [0, 2, 4, 7]
+    np.testing.assert_allclose(places.times, [0, 5, 10, 17.5])
+    assert places.seconds == pytest.approx(20.0)
+
+
 def test_refusals() -> None:
     with pytest.raises(MediaError, match="no frames"):
         sample_indices(0, 8, "centered")
@@ -106,3 +115,41 @@ def test_spans_of_segments_are_internvl2_s(
 ) -> None:
     """By hand, ``get_index``: from round(start fps) to min(round(end fps), last frame), halves to even."""
     assert span_frames(total, fps, start, end, "segments") == span
+
+
+@pytest.mark.parametrize(
+    ("total", "fps", "start", "end", "rule", "span"),
+    [
+        # Frame 2 is shown from 6.67 s to 10 s.
+        (10, 0.3, 7.0, 8.0, "linspace", (2, 2)),
+        (10, 0.3, 7.0, 8.0, "rate", (2, 2)),
+        (10, 0.3, 7.0, 8.0, "segments", (2, 2)),
+        (250, 25.0, None, 0.001, "strided", (0, 0)),
+        (250, 25.0, 2.01, 2.02, "linspace", (50, 50)),
+        # The last frame is shown from 3.96 s to 4 s.
+        (100, 25.0, 3.98, None, "linspace", (99, 99)),
+        (100, 25.0, 3.98, 9.0, "rate", (99, 99)),
+        (100, 25.0, 3.99, None, "segments", (99, 99)),
+    ],
+)
+def test_what_began_before_a_span_is_shown_in_it(
+    total: int, fps: float, start: float | None, end: float | None, rule: str, span: tuple[int, int]
+) -> None:
+    assert span_frames(total, fps, start, end, rule) == span
+
+
+@pytest.mark.parametrize("rule", ["linspace", "strided", "segments", "rate"])
+def test_nothing_is_shown_behind_the_last_frame(rule: str) -> None:
+    for end in (None, 5.0):
+        with pytest.raises(MediaError, match="ends before 4 s"):
+            span_frames(100, 25.0, 4.0, end, rule)
+
+
+@given(st.floats(0.2, 60), st.integers(1, 200), st.data())
+def test_a_span_shows_a_frame_that_is_on_screen(fps: float, total: int, data: st.DataObject) -> None:
+    start, end = sorted(data.draw(st.floats(0, total / fps * 0.9999)) for _ in range(2))
+    first, last = span_frames(total, fps, start, end, "linspace")
+    assert 0 <= first <= last < total
+    # A time within a twentieth of a frame counts as that frame's own.
+    assert (first + 1) / fps >= start - 0.05 / fps
+    assert last / fps <= end + 0.05 / fps

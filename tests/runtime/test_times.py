@@ -18,7 +18,7 @@ from intertitle.runtime.media.segments import media_spans, scene_spans
 from intertitle.runtime.preprocess.frames import sample_indices, span_frames
 
 from .field_pictures import write_field_pictures
-from .test_clip import LINEAR, SPEC, read
+from .test_clip import LINEAR, SPEC, pipeline, read
 
 RATES = [Fraction(30_000, 1001), Fraction(24_000, 1001), *map(Fraction, (1, 5, 15, 24, 25, 30, 50, 60, 120))]
 #: In ms: a frame a second for 30 s, then 60 a second for 2 s.
@@ -61,6 +61,27 @@ def test_variable_rate(name: str, clips: Any) -> None:
     with open_media(path) as media:
         assert media.duration == pytest.approx(32.0, abs=1.01)
         np.testing.assert_allclose(media.times, np.array(SLIDES) / 1000, atol=1e-3)
+
+
+def test_a_prompt_speaks_of_the_times_that_a_variable_rate_has(clips: Any) -> None:
+    path = clips.encode("clip.mp4", len(SLIDES), (32, 32), options={"preset": "ultrafast"}, times=SLIDES)
+    plan = pipeline("rate", fps=1.0, forced=True)
+    timing = read(path, plan).timing
+    # By hand: of 150 frames linspace takes 0, 21, 42, 63, 85, 106, 127 and 149.
+    wanted = [0, 21] + [30 + number / 60 for number in (12, 33, 55, 76, 97, 119)]
+    assert timing is not None
+    np.testing.assert_allclose(timing.times, wanted, atol=1.5e-3)
+    with open_media(path) as media:
+        assert timing.seconds == media.duration == pytest.approx(32.0, abs=1.01)
+    # Frames 10 to 19 are shown first in this span, which is a clip of its own.
+    timing = read(path, plan, start=9.5, end=20.0).timing
+    assert timing is not None
+    np.testing.assert_allclose(timing.times, np.array([0, 1, 2, 3, 5, 6, 7, 9]) + 0.5, atol=1e-3)
+    assert timing.seconds == 10.5
+    # Nothing begins in this one: frame 12 is there from its beginning on.
+    timing = read(path, plan, start=12.25, end=12.75).timing
+    assert timing is not None
+    assert (timing.seconds, timing.times.tolist()) == (0.5, [0.0] * 8)
 
 
 def test_a_phone_in_the_dark(clips: Any) -> None:

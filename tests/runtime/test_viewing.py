@@ -49,7 +49,21 @@ def test_budgets_that_cannot_be(text: str):
         parse_budget(text)
 
 
-@pytest.mark.parametrize(("kind", "value"), [(Share, True), (Share, "1"), (Share, 1.5), (Count, 1.0), (Count, True)])
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (Share, True),
+        (Share, "1"),
+        (Share, 1.5),
+        (Share, float("nan")),
+        (Share, 10**400),
+        (Share, Fraction(1, 10**400)),
+        (Count, 1.0),
+        (Count, True),
+        (Count, np.int64(0)),
+        (Count, np.float32(5)),
+    ],
+)
 def test_values_that_cannot_be(kind: Any, value: object):
     with pytest.raises(OptionError):
         kind(value)
@@ -62,6 +76,24 @@ def test_a_share_is_read_back_and_rounds_as_fractions_do(thousandths: int, avail
     assert share.ratio == thousandths / 1000
     assert parse_budget(str(share)) == share
     assert abs(share.of(available) - max(Fraction(thousandths, 1000) * available, 1)) <= Fraction(1, 2)
+
+
+@given(st.floats(0, 1, exclude_min=True))
+def test_the_text_of_any_share_is_read_back(ratio: float):
+    share = Share(ratio)
+    assert "e" not in str(share)
+    assert parse_budget(str(share)) == share
+
+
+def test_the_text_of_a_small_share_has_no_exponent():
+    assert [str(Share(ratio)) for ratio in (1e-8, 0.333, 0.07, 1.0)] == ["0.000001%", "33.3%", "7%", "100%"]
+
+
+def test_numbers_of_numpy_are_budgets():
+    for budget, plain in ((Count(np.int64(5)), Count(5)), (Share(np.float32(0.5)), Share(0.5)), (Share(1), Share(1.0))):  # type: ignore[arg-type]
+        assert budget == plain
+        assert str(budget) == str(plain)
+        assert msgspec.json.encode(budget) == msgspec.json.encode(plain)
 
 
 def test_how_many_tokens_a_budget_keeps():
@@ -85,6 +117,9 @@ def test_how_many_tokens_a_budget_keeps():
         ({"duplicates": float("nan")}, "0 to 255"),
         ({"start": "1"}, "start is a number, not '1'"),
         ({"duplicates": True}, "duplicates is a number, not True"),
+        ({"start": 10**400}, "start is a number below 1.8e308"),
+        ({"end": 10**400}, "end is a number below 1.8e308"),
+        ({"duplicates": 10**400}, "duplicates is a number below 1.8e308"),
         ({"audio": "no"}, "audio is True or False, not 'no'"),
         ({"visual_tokens": 0.5}, r"is Share\(0.5\) for half of them or Count\(256\) for 256, not 0.5"),
         ({"visual_tokens": 1}, "not 1$"),
@@ -115,6 +150,9 @@ def test_keywords_take_the_place_of_its_fields():
     assert viewing_and_arrays(media) == (Viewing(audio=False), {"frames": [], "seconds": 3.0})
     with pytest.raises(TypeError, match="sound"):
         viewing_of({"sound": False})
+    for other in ("x", "", {}, 0):
+        with pytest.raises(OptionError, match="viewing is a Viewing, such as"):
+            viewing_of({"viewing": other})
 
 
 def test_one_viewing_for_captions_and_batches(compiled, expected, tmp_path):

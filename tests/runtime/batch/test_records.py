@@ -109,6 +109,7 @@ def test_one_run_at_a_time_whatever_was_renamed(path: Path):
     ("older", "now"),
     [
         ({"drop_duplicates": 2.0, "visual_tokens": 0.35}, {"duplicates": 2.0, "visual_tokens": "35%"}),
+        ({"visual_tokens": 1e-8}, {"visual_tokens": "0.000001%"}),
         ({"visual_tokens": 256}, {"visual_tokens": "256"}),
         ({"refine": False, "contrasts": [0.5, 1.0]}, {"retrospective": False, "contrast_alpha": [0.5, 1.0]}),
     ],
