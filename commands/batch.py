@@ -115,7 +115,7 @@ def batch(
         raise OptionError("cutting at scenes needs PySceneDetect: pip install 'intertitle[scenes]'")
     if target is not None:
         check_records(target, inputs, bundle, "; use -o - and send stdout there")
-    entries = read_inputs(inputs)
+    entries = read_inputs(inputs, segmented=segments is not None)
     files = [entry for entry in entries if isinstance(entry, Entry)]
     if target is not None:
         check_output(target, (entry.file for entry in files))

@@ -290,11 +290,11 @@ class Captioner:
         A caption is the same as alone, token by token, whatever else is under way. Items are taken as they are needed;
         one that cannot be captioned gives a result with an ``error`` and does not stop the others. ``viewing`` holds
         for all of them; the span of an item, where it has one, takes the place of its span. ``rows``: captions
-        generated together (8, or as many as fit into ``memory``: bytes of cache; an engine may be built for fewer). ``OptionError`` when not even one
-        fits. ``progress`` hears ``("captions", done, 0)``. Beside the cache, what is held at once are the tokens of the
-        clips of the rows and ``batching.READ_AHEAD`` clips with their frames. ``isolate``: files are read in processes
-        of their own, so that one that crashes a decoder, or takes more than ``item_timeout`` seconds to read, costs
-        only its own caption.
+        generated together (8, or as many as fit into ``memory``: bytes of cache; an engine may be built for fewer).
+        ``OptionError`` when not even one fits. ``progress`` hears ``("captions", done, 0)``. Beside the cache, what is
+        held at once are the tokens of the clips of the rows and ``batching.READ_AHEAD`` clips with their frames.
+        ``isolate``: files are read in processes of their own, so that one that crashes a decoder, or takes more than
+        ``item_timeout`` seconds to read, costs only its own caption.
         """
         how, view = decoding or Decoding(), viewing_of(viewing)
         if rows is not None and rows < 1:

@@ -153,7 +153,7 @@ class Encoder:
                 timing = Timing(timing.seconds, timing.times[left])
             places = len(left)
             given = {name: Units(units.values, units.order[left]) for name, units in encoded.kept.items()}
-            if not given:
+            if self._looks_again(encoded, set(given)):
                 assert clip.frames is not None
                 distinct, order = np.unique(clip.order[left], return_inverse=True)
                 given = {PIXELS: Units(self._pixels(clip.frames[distinct], stages), order)}
@@ -162,6 +162,13 @@ class Encoder:
         heard = {name: blocks for name, blocks in encoded.tokens.items() if name not in self._visual}
         tokens = self._blocks([piece for piece in encoded.pieces if _stage_of(piece) in seen], found, setting, stages)
         return EncodedClip(encoded.mode, tokens | heard, encoded.pieces, places, timing, notes, encoded.visual_tokens)
+
+    def _looks_again(self, encoded: EncodedClip, kept: set[str]) -> bool:
+        """Whether a visual stage of the prompt needs more than what was kept of the places."""
+        seen = [name for name in stages_of(encoded.pieces) if name in self._visual]
+        run = self._pipeline.needed(*seen, given=kept)
+        there = kept | {stage.name for stage in run}
+        return any(value.source not in there for stage in run for value in stage.inputs) or not set(seen) <= there
 
     def run_stage(self, stage: Stage, inputs: Sequence[Units], stages: Stages, variant: Variant | None = None) -> Units:
         """What a stage gives its units, from what its inputs have in the order in which the stage names them.

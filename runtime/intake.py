@@ -66,6 +66,8 @@ class Intake:
         if isinstance(source, PreparedClip):
             if media:
                 raise OptionError(f"the clip is prepared already: {', '.join(media)} cannot change it")
+            if source.bundle != self._model.bundle.sha256:
+                raise OptionError("the clip was prepared by a captioner of another bundle: prepare it with this one")
             return source
         viewing, arrays = viewing_and_arrays(media)
         clip = self.read(source, viewing, arrays, stages)
@@ -105,7 +107,7 @@ class Intake:
         self._loaded.make_room()
         encoder, budget = self._model.encoder, viewing.visual_tokens
         encoded = encoder.encode(clip, stages, visual_tokens=budget, keep_features=keep_features)
-        return PreparedClip(clip, encoded)
+        return PreparedClip(clip, encoded, self._model.bundle.sha256)
 
     def _tasks_of(
         self,

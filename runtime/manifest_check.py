@@ -147,6 +147,8 @@ def _pieces_problem(mode: str, pieces: Sequence[Piece], manifest: Manifest) -> s
         return f"its stages take {' and '.join(sorted(taken))}"
     if any(isinstance(piece, EachOf) and isinstance(pipeline.stage(piece.stage).unit, OneSound) for piece in pieces):
         return "it has the units of a sound apart"
+    if mode == "audio" and speaks_of_time(pieces):
+        return "it speaks of times of frames"
     rows = manifest.embedding.shape[0]
     if any(token >= rows for piece in pieces if isinstance(piece, Ids) for token in piece.ids):
         return f"an id is outside the embedding table of {rows} rows"
@@ -186,8 +188,8 @@ def size_problem(manifest: Manifest) -> str | None:
     if not all(abs(value) <= 1e3 for value in (*image.mean, *image.std)) or min(image.std) < 1e-3:
         return f"image: mean {list(image.mean)}, std {list(image.std)}"
     rate = pipeline.sampling.fps
-    if rate is not None and rate > 1000:
-        return f"pipeline: {rate:g} frames of each second are too many"
+    if rate is not None and not 1e-6 <= rate <= 1000:
+        return f"pipeline: {rate:g} frames of each second are too many or too few"
     if (problem := _token_problem(pipeline)) is not None:
         return problem
     sound = pipeline.sound
@@ -252,7 +254,7 @@ def _stage_shapes(manifest: Manifest) -> dict[str, tuple[dict[str, Shape], dict[
             if value.source == PIXELS:
                 inputs[value.name] = (None, *kernel, 3, side, side)
                 continue
-            made = components[value.source].outputs[0].shape[-1]
+            made = next(iter(components[value.source].outputs[0].shape[-1:]), None)
             inputs[value.name] = (
                 None,
                 *kernel,

@@ -66,10 +66,14 @@ def viewing_and_arrays(media: MediaOptions) -> tuple[Viewing, Arrays]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PreparedClip:
-    """A clip that was read and encoded, for any number of captions with different instructions."""
+    """A clip that was read and encoded, for any number of captions with different instructions.
+
+    ``bundle``: sha256 of the bundle that encoded it. Only captioners of this bundle take it.
+    """
 
     clip: Clip
     encoded: EncodedClip
+    bundle: str
 
     def __repr__(self) -> str:
         frames = 0 if self.clip.frames is None else len(self.clip.frames)

@@ -20,7 +20,7 @@ from ..errors import IntertitleError, ItemError, MediaError, OptionError, Transi
 from .clip import Clip
 from .prompt import Timing
 from .reading_worker import Answer, DurationRequest, ReadRequest, Request, SpansRequest, decode_text, receive, send
-from .timing import Stages
+from .timing import Stages, checked_limit
 from .viewing import Viewing
 
 #: Seconds that one file may take to be read, unless told otherwise.
@@ -40,11 +40,12 @@ class Readers:
     """``count`` worker processes. ``read`` and ``spans`` may be called from any thread; ``count`` of them work at once.
 
     A worker that dies or takes longer than ``time_limit`` seconds fails its file, and another takes its place. Workers
-    start in the background when the object is made, and again when a file needs one that is gone.
+    start in the background when the object is made, and again when a file needs one that is gone. ``OptionError`` for a
+    limit that no timer can wait for.
     """
 
     def __init__(self, count: int = 1, time_limit: float = TIME_LIMIT, memory_limit: int = MEMORY_LIMIT) -> None:
-        self._time_limit, self._memory_limit = time_limit, memory_limit
+        self._time_limit, self._memory_limit = checked_limit("item_timeout", time_limit), memory_limit
         self._closed = False
         self._lock = threading.Lock()
         self._at_work: set[subprocess.Popen[bytes]] = set()
@@ -179,7 +180,10 @@ class Readers:
 
 def start_readers(count: int = 1, time_limit: float = TIME_LIMIT) -> Readers | None:
     """``Readers``, or ``None`` where this program cannot start Python: one frozen into a file would start itself."""
-    return Readers(count, time_limit) if sys.executable and not getattr(sys, "frozen", False) else None
+    if not sys.executable or getattr(sys, "frozen", False):
+        checked_limit("item_timeout", time_limit)
+        return None
+    return Readers(count, time_limit)
 
 
 def _exchange(worker: subprocess.Popen[bytes], request: Request) -> tuple[Answer, dict[str, np.ndarray]]:

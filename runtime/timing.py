@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 
 from ..errors import DeadlineError, OptionError
 
@@ -23,6 +25,14 @@ def deadline_at(seconds: float | None) -> float | None:
     if not (isinstance(seconds, (int, float)) and math.isfinite(seconds) and seconds > 0):
         raise OptionError(f"deadline must be a number of seconds above 0, not {seconds!r}")
     return time.perf_counter() + seconds
+
+
+def checked_limit(name: str, seconds: float, most: float = threading.TIMEOUT_MAX) -> float:
+    """Seconds that something may take; ``most``: as long as a timer can wait. ``OptionError`` for any other value."""
+    number = isinstance(seconds, Real) and not isinstance(seconds, bool)
+    if not (number and 0 < seconds <= most):
+        raise OptionError(f"{name} is seconds above 0 and at most {most:.0f}, not {seconds!r}")
+    return float(seconds)
 
 
 class Stages:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from decimal import Decimal
@@ -14,6 +13,8 @@ import msgspec
 from ..errors import OptionError
 from .preprocess.duplicates import check_threshold
 
+#: The latest time in a clip that may be asked for, in seconds: 30,000 years.
+LATEST = 1e12
 #: What ``parse_budget`` reads.
 _SHARE, _COUNT = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,350})?)%"), re.compile(r"[0-9]{1,18}")
 
@@ -136,8 +137,8 @@ class Viewing:
             if value is not None:
                 object.__setattr__(self, name, as_float(name, value))
         for name, time in (("start", self.start), ("end", self.end)):
-            if time is not None and not (math.isfinite(time) and time >= 0):
-                raise OptionError(f"{name} of a span is seconds from 0 on, not {time}")
+            if time is not None and not 0 <= time <= LATEST:
+                raise OptionError(f"{name} of a span is seconds from 0 to {LATEST:g}, not {time}")
         begin = self.start or 0.0
         if self.end is not None and self.end <= begin:
             raise OptionError(f"a span ends after it starts, not at {self.end:g} s when it starts at {begin:g} s")

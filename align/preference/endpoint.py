@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from ...errors import OptionError
+from ...runtime.timing import checked_limit
 from .judge import JudgeError
 
 #: Worth asking again: too busy, or broken for now. Any other failure would come again.
@@ -25,6 +26,8 @@ _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _REFUSED = {401: "refuses the API key", 403: "forbids the request", 404: "knows no such address or model"}
 _LARGEST = 4 << 20
 _LONGEST_REASON = 120
+#: Seconds that a socket can wait: it counts milliseconds in 32 bits.
+_LONGEST = 2_147_483
 _NO_LONGER = "the judge is no longer asked"
 
 
@@ -178,7 +181,7 @@ class Endpoint:
     A question without a whole answer in ``timeout`` seconds, one that is refused for now (429, 5xx) and a connection
     that breaks are tried again up to ``retries`` times, after ``backoff`` seconds, doubled each time up to
     ``longest_wait`` and shortened at random by up to a half, or after the seconds that the server names. Safe for
-    several threads. ``OptionError`` for what is no address.
+    several threads. ``OptionError`` for what is no address and for a ``timeout`` that no socket can wait for.
     """
 
     def __init__(
@@ -206,7 +209,7 @@ class Endpoint:
         if not path.endswith("/chat/completions"):
             path += "/chat/completions"
         self.url, self.model = parts._replace(path=path).geturl(), model
-        self._key, self._timeout, self._retries = key, timeout, retries
+        self._key, self._timeout, self._retries = key, checked_limit("the judge's timeout", timeout, _LONGEST), retries
         self._backoff, self._longest_wait = backoff, longest_wait
         self._closed = threading.Event()
         self._opener = urllib.request.build_opener(_NoRedirect, _Http, *([_Https] if parts.scheme == "https" else []))

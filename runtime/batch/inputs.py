@@ -7,10 +7,10 @@ import glob
 import hashlib
 import io
 import json
-import math
 import os
+import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from ...errors import OptionError
+from ..viewing import LATEST
 from .content import Identity, identify
 
 #: What a folder or a glob is searched for. What a file is, its content says once it is opened.
@@ -33,6 +34,8 @@ COLUMNS = ("prompt", "start", "end", "id")
 MOST_BYTES, MOST_LINE_BYTES, MOST_LINES = 1 << 30, 1 << 20, 5_000_000
 #: Objects and lists within each other, in a column that is not ours.
 MOST_DEPTH = 100
+#: What a job puts behind the id of an input for each of its segments, and behind a manifest for a bad line of it.
+_OF_SEGMENT, _OF_LINE = re.compile(r"(?s)(.*)/(?:[0-9]{4}|[1-9][0-9]{4,})"), re.compile(r"(?s)(.*):[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -102,18 +105,19 @@ class _Row(msgspec.Struct):
     id: str | int | None = None
 
 
-def read_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[Entry | BadLine]:
+def read_inputs(inputs: Sequence[str | os.PathLike[str]], *, segmented: bool = False) -> list[Entry | BadLine]:
     """Everything that ``inputs`` stand for, in their order, each once.
 
     A folder stands for the media files below it (by extension; hidden ones are passed over) in sorted order, a pattern
     with ``*``, ``?`` or ``[`` for what it matches, a ``.jsonl`` or ``.csv`` file for its lines, whose paths are
-    relative to it and whose other columns go into the records. A line that cannot be used becomes a ``BadLine``.
+    relative to it and whose other columns go into the records. A line that cannot be used becomes a ``BadLine``, and so
+    does one whose own id is the name of another record; ``segmented``: files are cut into segments, with records of
+    their own.
     ``OptionError`` for an input that does not exist, a folder or pattern without media files and a manifest without a
     usable line.
     """
     found: list[Entry | BadLine] = []
     seen: dict[tuple[object, ...], Entry] = {}
-    ids: dict[str, Entry] = {}
     for given in inputs:
         for entry in _expand(os.fspath(given)):
             if isinstance(entry, Entry):
@@ -125,16 +129,31 @@ def read_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[Entry | BadLin
                         reason = f"asks the same of {entry.file} as {where}, with other columns: add an id"
                         found.append(BadLine(entry.manifest, entry.line, reason))
                     continue
-                ids.setdefault(entry.id, entry)
             found.append(entry)
-    return [_unless_taken(entry, ids) for entry in found]
+    ids: dict[str, Entry] = {}
+    # Ids that follow from the input come before those that somebody chose.
+    for entry in sorted(seen.values(), key=lambda entry: entry.own_id is not None):
+        ids.setdefault(entry.id, entry)
+    manifests = {entry.manifest for entry in found if entry.manifest}
+    return [_unless_taken(entry, ids, manifests, segmented) for entry in found]
 
 
-def _unless_taken(entry: Entry | BadLine, ids: dict[str, Entry]) -> Entry | BadLine:
+def _unless_taken(
+    entry: Entry | BadLine, ids: Mapping[str, Entry], manifests: Collection[str], segmented: bool
+) -> Entry | BadLine:
     """Two records under one name could not be told apart."""
-    if isinstance(entry, BadLine) or ids[entry.id] is entry:
+    if isinstance(entry, BadLine):
         return entry
-    return BadLine(entry.manifest, entry.line, f"the id '{entry.id}' is already that of {ids[entry.id].file}")
+    reason, own = None, entry.own_id or ""
+    part, line = _OF_SEGMENT.fullmatch(own), _OF_LINE.fullmatch(own)
+    whole = ids.get(part[1]) if part is not None and segmented else None
+    if ids[entry.id] is not entry:
+        reason = f"is already that of {ids[entry.id].file}"
+    elif whole is not None and whole.start is None and whole.end is None:
+        reason = f"is that of a segment of {whole.file}"
+    elif line is not None and line[1] in manifests:
+        reason = f"is that of a line of {line[1]}"
+    return entry if reason is None else BadLine(entry.manifest, entry.line, f"the id '{entry.id}' {reason}")
 
 
 def _expand(given: str) -> Iterator[Entry | BadLine]:
@@ -271,8 +290,8 @@ def _entry(manifest: Path, line: int, values: dict[str, Any]) -> Entry | BadLine
     if _is_deeper(meta, MOST_DEPTH):
         return BadLine(str(manifest), line, f"is nested more than {MOST_DEPTH} deep")
     for name, time in (("start", row.start), ("end", row.end)):
-        if time is not None and not (math.isfinite(time) and time >= 0):
-            return BadLine(str(manifest), line, f"{name} is seconds from 0 on, not {time}")
+        if time is not None and not 0 <= time <= LATEST:
+            return BadLine(str(manifest), line, f"{name} is seconds from 0 to {LATEST:g}, not {time}")
     if row.end is not None and row.end <= (row.start or 0):
         return BadLine(str(manifest), line, f"end {row.end:g} is not after start {row.start or 0:g}")
     if not row.file or "\0" in row.file:

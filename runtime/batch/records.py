@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -99,8 +100,8 @@ class _Error(msgspec.Struct):
     transient: bool = False
 
 
-#: Not NaN, which ``json`` reads.
-_Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+#: Neither NaN nor infinity, which ``json`` reads. A file may say of itself that it lasts longer than ``LATEST``.
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=sys.float_info.max)]
 
 
 class _Found(msgspec.Struct):
@@ -210,7 +211,7 @@ class RecordFile:
 
         Records of ``bases`` (inputs) that are not in ``order`` are of segments that there no longer are: they go.
         """
-        wanted = [name for name in order if name in self.known]
+        wanted = [name for name in dict.fromkeys(order) if name in self.known]
         first, gone = set(wanted), set(bases)
         wanted += [name for name, known in self.known.items() if name not in first and known.base not in gone]
         places = [self.known[name] for name in wanted]

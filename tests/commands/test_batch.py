@@ -136,6 +136,9 @@ def test_segments_and_subtitles(bundle: Path, run: Run, tmp_path: Path):
         (["CLIPS", "-o", "out.jsonl", "--memory", "much"], "'much' is not a number of bytes"),
         (["CLIPS", "-o", "out.jsonl", "--memory", "1KiB"], "of cache, the limit is 0 MiB"),
         (["CLIPS", "-o", "out.jsonl", "--rows", "0"], "0 is not in the range"),
+        (["CLIPS", "-o", "out.jsonl", "--item-timeout", "inf"], "item_timeout is seconds above 0 and at most"),
+        (["CLIPS", "-o", "out.jsonl", "--item-timeout", "nan"], "item_timeout is seconds above 0 and at most"),
+        (["CLIPS", "-o", "out.jsonl", "--item-timeout", "1e300"], "item_timeout is seconds above 0 and at most"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

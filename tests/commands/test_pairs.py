@@ -130,6 +130,7 @@ def test_a_judge(bundle: Path, run: Run, tmp_path: Path, monkeypatch: pytest.Mon
         (["CLIPS", "-o", "out.jsonl", "--retry-failed", "--overwrite"], "exclude each other"),
         (["CLIPS", "-o", "out.jsonl", "--gap", "14"], "the gap of a pair is from 0 to 13.5"),
         (["CLIPS", "-o", "out.jsonl", "--candidates", "0"], "0 is not in the range"),
+        (["CLIPS", "-o", "out.jsonl", "--item-timeout", "inf"], "item_timeout is seconds above 0 and at most"),
         (["CLIPS", "-o", "out.jsonl", "--temperature", "0"], "temperature must be a positive number"),
         (["CLIPS", "-o", "out.jsonl", "--contrast-alpha", "-1"], "contrast_alpha must be 0 or more"),
     ],

@@ -408,6 +408,17 @@ CONTRADICTIONS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
         "the units of a sound apart",
     ),
     "the same variable again and again": ((*VIDEO, 1, "text"), "{times}" * 17, "name 18 variables"),
+    "times of frames of a sound": (
+        ("pipeline", "prompts", "audio", "pieces", 1, "text"),
+        "{seconds}",
+        "speaks of times of frames",
+    ),
+    "hardly a frame": (
+        ("pipeline", "sampling"),
+        {"rule": "rate", "count": 8, "fps": 5e-324},
+        "frames of each second are too many or too few",
+    ),
+    "an output without axes": (("components", "vision", "outputs", 0, "shape"), [], "'features' is []"),
     "the question at each frame": (
         VIDEO,
         [{"type": "each", "stage": "connector", "before": "{instruction}"}],

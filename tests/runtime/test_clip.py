@@ -144,9 +144,9 @@ def test_the_policy_of_the_plan_says_what_is_heard(clips: Any, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("span", "reason"),
     [
-        ({"start": -1.0}, "from 0 on"),
-        ({"start": float("nan")}, "from 0 on"),
-        ({"end": float("inf")}, "from 0 on"),
+        ({"start": -1.0}, "from 0 to"),
+        ({"start": float("nan")}, "from 0 to"),
+        ({"end": float("inf")}, "from 0 to"),
         ({"end": 0.0}, "ends after it starts"),
         ({"start": 3.0, "end": 3.0}, "ends after it starts"),
         ({"start": 3.0, "end": 2.0}, "ends after it starts"),

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import cv2
 import intertitle
@@ -20,7 +21,7 @@ from intertitle.contract.pipeline import Pipeline
 from intertitle.errors import IntertitleError, ItemError, MediaError, OptionError, TransientMediaError
 from intertitle.runtime.clip import read_clip
 from intertitle.runtime.media.segments import media_spans
-from intertitle.runtime.reading import Readers
+from intertitle.runtime.reading import Readers, start_readers
 from intertitle.runtime.timing import Stages
 from intertitle.runtime.viewing import Viewing
 
@@ -211,6 +212,22 @@ def test_no_process_can_be_started(named: Callable[[str], Path], pipeline: Pipel
                 readers.read(named("good.mp4"), pipeline, Viewing(), Stages())
         monkeypatch.setattr(subprocess, "Popen", start)
         assert readers.read(named("good.mp4"), pipeline, Viewing(), Stages()).frames is not None
+
+
+@pytest.mark.parametrize("limit", [0, -1, float("nan"), float("inf"), 1e300, 10**400, "x", None, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_time_limit_that_no_timer_can_wait_for(limit: Any, frozen: bool, monkeypatch: pytest.MonkeyPatch):
+    before = workers()
+    monkeypatch.setattr(sys, "frozen", frozen, raising=False)
+    with pytest.raises(OptionError, match=r"item_timeout is seconds above 0 and at most [0-9]+, not "):
+        start_readers(1, limit)
+    assert workers() <= before
+
+
+def test_the_longest_time_limit(clip: Path, pipeline: Pipeline):
+    for limit in (threading.TIMEOUT_MAX, np.float32(60), 60):
+        with Readers(time_limit=limit) as readers:
+            assert readers.read(clip, pipeline, Viewing(), Stages()).frames is not None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory of a process is bounded on Linux")

@@ -206,6 +206,12 @@ def test_a_number_of_threads_that_makes_no_sense(compiled, threads):
         intertitle.Captioner.load(compiled("av-qwen2"), threads=threads)
 
 
+def test_a_clip_that_another_bundle_prepared(listener, per_frame, eight):
+    prepared = per_frame.prepare(frames=eight)
+    with pytest.raises(OptionError, match="prepared by a captioner of another bundle"):
+        listener.caption(prepared)
+
+
 # Memory
 
 

@@ -106,9 +106,11 @@ def test_how_many_tokens_a_budget_keeps():
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ({"start": -1.0}, "start of a span is seconds from 0 on, not -1.0"),
-        ({"start": float("nan")}, "from 0 on"),
-        ({"end": float("inf")}, "from 0 on"),
+        ({"start": -1.0}, r"start of a span is seconds from 0 to 1e\+12, not -1.0"),
+        ({"start": float("nan")}, "from 0 to"),
+        ({"end": float("inf")}, "from 0 to"),
+        ({"start": 1e300}, "start of a span is seconds from 0 to"),
+        ({"end": 1.1e12}, "end of a span is seconds from 0 to"),
         ({"end": 0.0}, "ends after it starts"),
         ({"start": 3.0, "end": 3.0}, "ends after it starts"),
         ({"duplicates": -1.0}, "0 to 255"),

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from intertitle.align.preference import Candidate, Endpoint, Judge, JudgeError, Material, Scores
@@ -176,6 +177,14 @@ def test_an_answer_that_never_ends(kind: str):
         Endpoint(url, "stub", timeout=0.5, retries=0).ask("", "?")
     close()
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 3_000_000, "5", None, True])
+def test_a_timeout_that_no_socket_can_wait_for(timeout: Any):
+    with pytest.raises(OptionError, match="the judge's timeout is seconds above 0 and at most 2147483, not "):
+        Endpoint("http://127.0.0.1:9/v1", "stub", timeout=timeout)
+    with socket.socket() as each:
+        each.settimeout(2_147_483)
 
 
 @pytest.mark.parametrize(

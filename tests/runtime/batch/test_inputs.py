@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -190,6 +191,26 @@ def test_the_same_with_other_columns_is_told(tree: Tree):
     assert [(bad.line, bad.reason) for bad in found if isinstance(bad, BadLine)] == [
         (3, "asks the same of a.mp4 as line 2, with other columns: add an id")
     ]
+
+
+def test_ids_that_are_names_of_other_records(tree: Tree):
+    """Whichever comes first, the id that somebody chose gives way; ids that only look like such names stay."""
+    tree("p.mp4")
+    (plain,) = read_inputs(["p.mp4"])
+    ids = ["x/0000", "x", "s", "s/0000", "x/00000", "x/12345", "x/1", "y/0000", "m.jsonl:1", "other.jsonl:1", ":1"]
+    ids += [f"{plain.id}/0001", plain.id]
+    spans = {"s": {"start": 1, "end": 2}}
+    rows = [{"file": f"{place}.mp4", "id": name, **spans.get(name, {})} for place, name in enumerate(ids)]
+    Path("m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    taken = {"m.jsonl:1": "a line of m.jsonl"}
+    segments = {name: "a segment of 1.mp4" for name in ("x/0000", "x/12345")}
+    segments[f"{plain.id}/0001"] = "a segment of p.mp4"
+    for segmented, refused in ((False, taken), (True, taken | segments)):
+        found = read_inputs(["m.jsonl", "p.mp4"], segmented=segmented)
+        reasons = {ids[entry.line - 1]: entry.reason for entry in found if isinstance(entry, BadLine)}
+        assert reasons.pop(plain.id) == f"the id '{plain.id}' is already that of p.mp4"
+        assert reasons == {name: f"the id '{name}' is that of {whose}" for name, whose in refused.items()}
+        assert len(found) == len({entry.id for entry in found}) == len(ids) + 1
 
 
 def test_manifests_are_bounded(tree: Tree, monkeypatch: pytest.MonkeyPatch):

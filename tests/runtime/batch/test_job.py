@@ -67,7 +67,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     def call(*inputs: str, retry_failed: bool = False, **options: Any) -> Any:
         captioner = Fake()
         with RecordFile(Path("out.jsonl"), Settings({"bundle": "b"}), retry_failed=retry_failed) as records:
-            tally = Job(read_inputs(inputs), records, **options).run(captioner)
+            entries = read_inputs(inputs, segmented="segments" in options)
+            tally = Job(entries, records, **options).run(captioner)
         found = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
         return tally, found, [os.fspath(item.source) for item in captioner.asked]
 
@@ -174,6 +175,28 @@ def test_a_manifest_with_holes(run: Run):
     assert [record["text"] for record in records] == ["A|Who?|None|None", "B|None|None|None", "found|None|None|None"]
 
 
+@pytest.mark.parametrize("name", ["list.jsonl", "list.csv"])
+def test_times_that_no_clip_has(name: str, run: Run):
+    """The longest time that is captioned is one that the next run reads."""
+    write(a="A")
+    rows = ["1e12,1e300", "0,1.1e12", "1.1e12,", "9e11,1e12"]
+    if name == "list.csv":
+        Path(name).write_text("file,start,end\n" + "".join(f"a.mp4,{row}\n" for row in rows))
+    else:
+        spans = [row.replace(",", ', "end": ') + "null" * row.endswith(",") for row in rows]
+        Path(name).write_text("".join(f'{{"file": "a.mp4", "start": {span}}}\n' for span in spans))
+    tally, records, asked = run(name)
+    assert (asked, tally.captioned) == (["a.mp4"], 1)
+    reasons = [record["error"]["reason"].partition(": ")[2] for record in records[:3]]
+    assert reasons == [
+        "end is seconds from 0 to 1e+12, not 1e+300",
+        "end is seconds from 0 to 1e+12, not 1100000000000.0",
+        "start is seconds from 0 to 1e+12, not 1100000000000.0",
+    ]
+    tally, again, asked = run(name)
+    assert (again, asked, tally.already) == (records, [], 1)
+
+
 def test_a_bug_is_no_record(run: Run):
     write(a="A", b="bug", c="C", d="D")
     with pytest.raises(ZeroDivisionError):
@@ -239,6 +262,22 @@ def test_segments_and_their_subtitles(run: Run, cut: list[str], tmp_path: Path):
     run("a.mp4", "b.mp4", "no.mp4", segments=1.0, subtitles=subtitles())
     assert Path("a.srt").read_text() == "mine"
     assert "a.srt says something else already" in said[0]
+
+
+def test_ids_that_are_names_of_other_records(run: Run, cut: list[str]):
+    write(a="A", b="B", c="C")
+    Path("list.jsonl").write_text(
+        '{"file": "a.mp4", "id": "x"}\n{"file": "b.mp4", "id": "x/0000"}\n'
+        '{"file": "c.mp4", "id": "list.jsonl:4"}\nbad\n'
+    )
+    # The same lines come twice.
+    tally, records, asked = run("list.jsonl", "./list.jsonl", segments=1.0)
+    names = ["x/0000", "x/0001", "x/0002", "list.jsonl:2", "list.jsonl:3", "list.jsonl:4"]
+    assert [record["id"] for record in records] == names
+    assert [record["text"][0] for record in records[:3]] == ["A", "A", "A"]
+    assert all("error" in record for record in records[3:])
+    tally, again, asked = run("list.jsonl", segments=1.0)
+    assert (again, asked, tally.already, tally.already_failed) == (records, [], 3, 3)
 
 
 def test_subtitles_of_files_that_share_a_name(tmp_path: Path):

@@ -268,6 +268,13 @@ def test_fields_of_a_wrong_type_are_told(field: str, value: Any, path: Path):
         assert path.read_bytes() == first + changed
 
 
+def test_a_file_that_says_that_it_lasts_for_ever(path: Path):
+    with RecordFile(path, SETTINGS) as records:
+        records.append(record("a", seconds=2.0**80))
+    with RecordFile(path, SETTINGS) as records:
+        assert records.read("a")["seconds"] == 2.0**80
+
+
 def test_nesting_is_told(path: Path):
     with RecordFile(path, SETTINGS) as records:
         records.append(record("a"))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from intertitle.contract.records import Generation
 from intertitle.errors import OptionError
-from intertitle.runtime.bundle import GenerationSpec
 from intertitle.runtime.decoding import Decoding, Settings, TokenSearch, generate, log_likelihoods, resolve
 from intertitle.runtime.decoding.scores import Combination, cut, penalty_applied, repeated_ngram_tokens
 from transformers.generation.logits_process import (
@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-DEFAULTS = GenerationSpec(
+DEFAULTS = Generation(
     eos_token_ids=[2], repetition_penalty=1.05, temperature=0.7, top_p=0.8, top_k=20, max_new_tokens=2048
 )
 

@@ -157,13 +157,15 @@ def test_a_batch_counts_and_keeps_the_rows_of_the_engine(build, tmp_path):
         batch(row - 1)
 
 
-def test_a_batch_asks_for_no_more_rows_than_the_engine_has(build, expected):
-    captioner, _ = build("clip-mistral", max_length=512, rows=2)
-    items = [intertitle.BatchItem(CLIP)] * 3
-    for how, rows in ((intertitle.Decoding(max_new_tokens=2), 2), (intertitle.Decoding(strategy="beam", num_beams=2, max_new_tokens=2), 2)):
-        results = list(captioner.caption_batch(items, decoding=how, isolate=False))
-        assert all(result.error is None for result in results)
-        assert captioner._loaded.scheduler.inference.rows == rows
+@pytest.mark.parametrize("strategy", ["greedy", "beam"])
+def test_a_batch_asks_for_no_more_rows_than_the_engine_has(strategy, build, tmp_path):
+    bundle, backend = build("clip-mistral", max_length=512, rows=2)
+    captioner, image = Captioner(bundle, backend), tmp_path / "image.png"
+    Image.new("RGB", (32, 32), "red").save(image)
+    how = Decoding(strategy=strategy, num_beams=2 if strategy == "beam" else None, max_new_tokens=2)
+    results = list(captioner.caption_batch([image] * 3, decoding=how, isolate=False))
+    assert [result.error for result in results] == [None] * 3
+    assert captioner._loaded.scheduler.inference.rows == 2
 
 
 def test_more_than_the_engine_was_built_for(build):
