@@ -42,19 +42,20 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+#: Their operators are those of the others: they build in `make test-slow`.
+_ALIKE = ("clip-mistral", "clip-mistral-lora", "auroracap", "llava-next-video")
+
+
 @pytest.mark.parametrize(
     "variant",
     [
         "av-qwen2",
-        "clip-mistral",
-        "clip-mistral-lora",
         "clip-mistral-explicit",
         "clip-mixtral",
-        "auroracap",
         "auroracap-keep",
         "llava-video",
-        "llava-next-video",
         "internvl2",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in _ALIKE),
     ],
 )
 def test_every_component_builds(variant, compiled, library):
