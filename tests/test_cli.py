@@ -623,7 +623,7 @@ def test_a_terminal_gets_a_bar_and_stdout_stays_clean(compiled: Compiled, run: C
 
 def test_a_reader_that_goes_away_is_no_error(compiled: Compiled):
     # So many that captions are still to come when the reader goes.
-    process = start("caption", compiled("av-qwen2"), *[DEMO_CLIP] * 40, "-q", "--max-new-tokens", 2, "--no-audio")
+    process = start("caption", compiled("av-qwen2"), *[DEMO_CLIP] * 400, "-q", "--max-new-tokens", 2, "--no-audio")
     assert process.stdout is not None
     assert process.stderr is not None
     assert process.stdout.readline()

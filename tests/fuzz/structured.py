@@ -110,9 +110,7 @@ class StructuredTarget:
         captioner = Captioner.load(bundle, "cpu", 1)
         if file.endswith((".onnx", ".data", ".bin")) or rng.random() < 0.3:
             frames = np.random.default_rng(0).integers(0, 255, (2, 24, 32, 3), np.uint8)
-            sound = (
-                {} if captioner.manifest.preprocessing.audio is None else {"waveform": np.ones(8000, np.float32) / 9}
-            )
+            sound = {} if captioner.manifest.pipeline.sound is None else {"waveform": np.ones(8000, np.float32) / 9}
             captioner.caption(frames=frames, **sound, sample_rate=16_000, decoding=Decoding(max_new_tokens=2))  # type: ignore[arg-type]
 
     def _make_csv(self, rng: random.Random) -> tuple[str, bytes]:
