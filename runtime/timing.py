@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,11 +19,7 @@ _DECODER_STAGES = ("prefill", "decode")
 
 def deadline_at(seconds: float | None) -> float | None:
     """A deadline so many seconds from now, as ``time.perf_counter`` counts. ``OptionError`` for no time to come."""
-    if seconds is None:
-        return None
-    if not (isinstance(seconds, (int, float)) and math.isfinite(seconds) and seconds > 0):
-        raise OptionError(f"deadline must be a number of seconds above 0, not {seconds!r}")
-    return time.perf_counter() + seconds
+    return None if seconds is None else time.perf_counter() + checked_limit("deadline", seconds)
 
 
 def checked_limit(name: str, seconds: float, most: float = threading.TIMEOUT_MAX) -> float:
