@@ -122,9 +122,7 @@ class Encoder:
         found = self._run(stages_of(pieces), given, stages, variant)
         tokens = self._blocks(pieces, found, visual_tokens, stages)
         notes += self._over_budget(visual_tokens, tokens, found)
-        kept = {}
-        if keep_features and (name := self._framewise_stage()) in found:
-            kept[name] = found[name]
+        kept = {name: found[name] for name in self._taken_framewise(pieces)} if keep_features else {}
         return EncodedClip(clip.mode, tokens, pieces, places, clip.timing, notes, visual_tokens, kept)
 
     def contrast(self, clip: Clip, encoded: EncodedClip, contrast: Contrast, stages: Stages) -> EncodedClip:
@@ -153,7 +151,7 @@ class Encoder:
                 timing = Timing(timing.seconds, timing.times[left])
             places = len(left)
             given = {name: Units(units.values, units.order[left]) for name, units in encoded.kept.items()}
-            if self._looks_again(encoded, set(given)):
+            if not given:
                 assert clip.frames is not None
                 distinct, order = np.unique(clip.order[left], return_inverse=True)
                 given = {PIXELS: Units(self._pixels(clip.frames[distinct], stages), order)}
@@ -162,13 +160,6 @@ class Encoder:
         heard = {name: blocks for name, blocks in encoded.tokens.items() if name not in self._visual}
         tokens = self._blocks([piece for piece in encoded.pieces if _stage_of(piece) in seen], found, setting, stages)
         return EncodedClip(encoded.mode, tokens | heard, encoded.pieces, places, timing, notes, encoded.visual_tokens)
-
-    def _looks_again(self, encoded: EncodedClip, kept: set[str]) -> bool:
-        """Whether a visual stage of the prompt needs more than what was kept of the places."""
-        seen = [name for name in stages_of(encoded.pieces) if name in self._visual]
-        run = self._pipeline.needed(*seen, given=kept)
-        there = kept | {stage.name for stage in run}
-        return any(value.source not in there for stage in run for value in stage.inputs) or not set(seen) <= there
 
     def run_stage(self, stage: Stage, inputs: Sequence[Units], stages: Stages, variant: Variant | None = None) -> Units:
         """What a stage gives its units, from what its inputs have in the order in which the stage names them.
@@ -239,13 +230,18 @@ class Encoder:
             tokens[name] = list(blocks)
         return tokens
 
-    def _framewise_stage(self) -> str:
-        """The last visual stage that still looks at single places."""
-        name = PIXELS
-        for stage in self._pipeline.visual():
-            if isinstance(stage.unit, EachUnit) and stage.inputs[0].source == name:
-                name = stage.name
-        return name
+    def _taken_framewise(self, pieces: Sequence[Piece]) -> set[str]:
+        """What each place has alone (its pixels, what stages make of it frame by frame) and the prompt, or a stage that
+        looks at several places, takes: all that a view of fewer places needs."""
+        seen = [name for name in stages_of(pieces) if name in self._visual]
+        framewise, taken = {PIXELS}, set(seen)
+        for stage in self._pipeline.needed(*seen):
+            sources = {value.source for value in stage.inputs}
+            if isinstance(stage.unit, EachUnit) and sources <= framewise:
+                framewise.add(stage.name)
+            else:
+                taken |= sources
+        return framewise & taken
 
     def _run_size(self, stage: Stage, kernel: int, variant: Variant | None) -> int:
         """How many units of a stage one run takes in."""

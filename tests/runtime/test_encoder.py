@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from intertitle.contract.pipeline import Window
+from intertitle.contract.pipeline import EachOf, PromptLayout, Tokens, Window
 from intertitle.errors import OptionError
 from intertitle.runtime.bundle import Bundle
 from intertitle.runtime.clip import Clip, array_clip
@@ -17,6 +17,7 @@ from intertitle.runtime.encoder import Encoder, time_windows
 from intertitle.runtime.ort import OrtDecoder
 from intertitle.runtime.timing import Stages
 from intertitle.runtime.viewing import Count, Share, TokenBudget, parse_budget
+from msgspec.structs import replace
 from tokenizers import Tokenizer
 
 TEMPORAL, NOISE = Contrast("temporal"), Contrast("noise")
@@ -155,6 +156,29 @@ def test_temporal_contrast_is_the_clip_of_fewer_frames(variant, counted, clip_of
     for blocks in (again.blocks, alone.blocks):
         assert len(blocks) == len(kept.blocks)
         assert all(relative_error(mine, theirs) < 1e-5 for mine, theirs in zip(kept.blocks, blocks, strict=True))
+
+
+def test_a_contrast_of_two_ways_from_the_tower(compiled, clip_of):
+    """The prompt has what the connector makes of each frame, and the same once more by another stage."""
+    bundle = Bundle.open(compiled("auroracap-keep"))
+    manifest = bundle.manifest
+    vision, connector = manifest.pipeline.stages
+    pieces = (EachOf("connector"), Tokens("twin"))
+    pipeline = replace(
+        manifest.pipeline,
+        stages=(vision, connector, replace(connector, name="twin")),
+        prompts={"video": PromptLayout(pieces)},
+    )
+    components = manifest.components | {"twin": manifest.components["connector"]}
+    bundle.manifest = replace(manifest, pipeline=pipeline, components=components)
+    encoder = Encoder(bundle, Tokenizer.from_file(str(bundle.file("tokenizer.json"))))
+    clip = clip_of("auroracap-keep")
+    encoded = encoder.encode(clip, Stages(), keep_features=True)
+    assert set(encoded.kept) == {"connector", "twin"}
+    view = encoder.contrast(clip, encoded, TEMPORAL, Stages())
+    wanted = [encoded.tokens["connector"][place] for place in (0, 3, 7)]
+    assert all(np.array_equal(mine, block) for mine, block in zip(view.tokens["connector"], wanted, strict=True))
+    assert np.array_equal(view.tokens["twin"][0], np.concatenate(wanted))
 
 
 def test_noise_contrast(encoders, clip_of):
