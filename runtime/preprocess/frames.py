@@ -29,8 +29,7 @@ def sample_places(total: int, fps: float, plan: Sampling) -> Places:
     """The places of a clip of ``total`` frames at ``fps`` frames a second (0: not known); short clips repeat frames.
 
     Where the frame rate is not known, the rule ``rate`` takes all frames, or ``linspace``'s of too many. Raises
-    ``MediaError`` without frames, and for the rule ``rate``, unless ``forced``, with too few frames
-    in a second.
+    ``MediaError`` without frames, and for the rule ``rate``, unless ``forced``, with too few frames in a second.
     """
     if total < 1:
         raise MediaError("the clip has no frames to choose from")
@@ -68,7 +67,7 @@ def _rate_places(total: int, fps: float, plan: Sampling) -> Places:
     if step < 1 and not plan.forced:
         raise MediaError(f"{fps:g} frames a second are too few: this captioner looks at {plan.fps:g} of each second")
     if plan.forced or len(range(0, total, step)) > plan.count:
-        index = np.linspace(0, total - 1, plan.count, dtype=np.int64)
+        index = sample_indices(total, plan.count, "linspace")
         return Places(index, index / fps, total / fps)
     index = np.arange(0, total, step)
     return Places(index, index / step, total / fps)
