@@ -115,6 +115,20 @@ def qwen2_files(
     }, ids
 
 
+def qwen2_generation(bos: int, eos: int) -> dict[str, Any]:
+    """What ``generation_config.json`` of the released Qwen2 fine-tunes says; ``bos`` is ``<|endoftext|>``."""
+    return {
+        "bos_token_id": bos,
+        "do_sample": True,
+        "eos_token_id": [eos, bos],
+        "pad_token_id": bos,
+        "repetition_penalty": 1.05,
+        "temperature": 0.7,
+        "top_k": 20,
+        "top_p": 0.8,
+    }
+
+
 def llama_files(vocab_size: int, text: Sequence[str] | None, template: str | None = None) -> dict[str, str]:
     """The files of a tokenizer with the special tokens of Llama, Vicuna and Mistral, whose ids are 0, 1 and 2."""
     tokenizer, ids = byte_level_bpe(LLAMA_SPECIALS, 0, vocab_size, text)

@@ -123,6 +123,11 @@ def decoder_head(d: DecoderConfig, std: float, name: str = "lm_head") -> Iterato
         yield tensor(f"{name}.weight", d.vocab_size, d.hidden_size, std=std)
 
 
+def siglip(hidden: int, intermediate: int, layers: int, heads: int, image: int, patch: int) -> VisionConfig:
+    """A SigLIP tower with the released activation and epsilon."""
+    return VisionConfig("siglip", hidden, intermediate, layers, heads, image, patch, 1e-6, "gelu_pytorch_tanh")
+
+
 def vision_tower(v: VisionConfig, root: str) -> Iterator[RandomTensor]:
     """All of a CLIP or SigLIP tower under transformers' names, the parts that no captioner reads included: the last
     layer, the norm behind it, SigLIP's pooling head."""

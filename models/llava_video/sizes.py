@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..config import DecoderConfig, VisionConfig
-from ..random_files import ENDOFTEXT, IM_END, as_json, qwen2_files, tower_files
-from ..random_layout import Layout, Size, decoder_body, decoder_head, mlp, tensor, vision_tower
+from ..random_files import ENDOFTEXT, IM_END, as_json, qwen2_files, qwen2_generation, tower_files
+from ..random_layout import Layout, Size, decoder_body, decoder_head, mlp, siglip, tensor, vision_tower
 from .weights import NEWLINE, PROJECTOR, VISION
 
 
@@ -89,42 +89,29 @@ class LlavaVideoSize(Size):
             "use_sliding_window": False,
             "vocab_size": d.vocab_size,
         }
-        generation = {
-            "bos_token_id": bos,
-            "do_sample": True,
-            "eos_token_id": [eos, bos],
-            "pad_token_id": bos,
-            "repetition_penalty": 1.05,
-            "temperature": 0.7,
-            "top_k": 20,
-            "top_p": 0.8,
-        }
-        files |= {"config.json": as_json(config), "generation_config.json": as_json(generation)}
+        generation = as_json(qwen2_generation(bos, eos))
+        files |= {"config.json": as_json(config), "generation_config.json": generation}
         return files | ({} if "/" in self.vision_tower else tower_files(self.vision_tower, self.vision))
-
-
-def _siglip(hidden: int, intermediate: int, layers: int, heads: int, image: int, patch: int) -> VisionConfig:
-    return VisionConfig("siglip", hidden, intermediate, layers, heads, image, patch, 1e-6, "gelu_pytorch_tanh")
 
 
 SIZES = {
     # LLaVA-Video-7B-Qwen2.
     "llava-video-7b": LlavaVideoSize(
         decoder=DecoderConfig(3584, 18944, 28, 28, 4, 128, 152064, 1e-6, 1e6, 32768, qkv_bias=True),
-        vision=_siglip(1152, 4304, 27, 16, 384, 14),
+        vision=siglip(1152, 4304, 27, 16, 384, 14),
         vision_tower="google/siglip-so400m-patch14-384",
     ),
     # The decoder of Qwen2-0.5B behind a tower of 6 layers of 384 at 224 pixels.
     "llava-video-0.5b": LlavaVideoSize(
         decoder=DecoderConfig(896, 4864, 24, 14, 2, 64, 151936, 1e-6, 1e6, 32768, qkv_bias=True, tie_embeddings=True),
-        vision=_siglip(384, 1536, 7, 6, 224, 16),
+        vision=siglip(384, 1536, 7, 6, 224, 16),
         vision_tower="small-siglip",
         shard_bytes=500_000_000,
     ),
     # A few MB. The vocabulary has 16 rows more than its tokenizer tokens.
     "llava-video-tiny": LlavaVideoSize(
         decoder=DecoderConfig(128, 256, 3, 4, 2, 32, 336, 1e-6, 1e6, 4096, qkv_bias=True),
-        vision=_siglip(64, 128, 4, 4, 70, 14),
+        vision=siglip(64, 128, 4, 4, 70, 14),
         vision_tower="tiny-siglip",
         std=0.1,
         first_special_id=None,

@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..config import AudioConfig, DecoderConfig, VisionConfig
-from ..random_files import ENDOFTEXT, IM_END, MISTRAL_TEMPLATE, as_json, llama_files, qwen2_files, tower_files
+from ..random_files import (
+    ENDOFTEXT,
+    IM_END,
+    MISTRAL_TEMPLATE,
+    as_json,
+    llama_files,
+    qwen2_files,
+    qwen2_generation,
+    tower_files,
+)
 from ..random_layout import (
     Layout,
     RandomTensor,
@@ -24,6 +33,7 @@ from ..random_layout import (
     layer,
     mlp,
     norm,
+    siglip,
     tensor,
     vision_tower,
 )
@@ -81,17 +91,7 @@ class Videollama2Size(Size):
         if self.model_type == "videollama2_qwen2":
             files, ids = qwen2_files(self.first_special_id, self.decoder.vocab_size, text)
             bos, eos = ids[ENDOFTEXT], ids[IM_END]
-            generation = {
-                "bos_token_id": bos,
-                "do_sample": True,
-                "eos_token_id": [eos, bos],
-                "pad_token_id": bos,
-                "repetition_penalty": 1.05,
-                "temperature": 0.7,
-                "top_k": 20,
-                "top_p": 0.8,
-                "transformers_version": "4.42.3",
-            }
+            generation = qwen2_generation(bos, eos) | {"transformers_version": "4.42.3"}
         else:
             files, bos, eos = llama_files(self.decoder.vocab_size, text, MISTRAL_TEMPLATE), 1, 2
             generation = {"bos_token_id": bos, "eos_token_id": eos, "transformers_version": "4.42.3"}
@@ -219,10 +219,6 @@ def _audio_projector(a: AudioConfig) -> Iterator[RandomTensor]:
     return mlp("model.mm_projector_a", a.hidden_size, a.out_size, a.out_size)
 
 
-def _siglip(hidden: int, intermediate: int, layers: int, heads: int, image: int, patch: int) -> VisionConfig:
-    return VisionConfig("siglip", hidden, intermediate, layers, heads, image, patch, 1e-6, "gelu_pytorch_tanh")
-
-
 def _qwen2(
     hidden: int, intermediate: int, layers: int, heads: int, kv: int, vocab: int, context: int, tie: bool = False
 ) -> DecoderConfig:
@@ -259,7 +255,7 @@ SIZES = {
     # VideoLLaMA2.1-7B-AV, every dimension.
     "7b": Videollama2Size(
         decoder=_qwen2(3584, 18944, 28, 28, 4, 152064, 32768),
-        vision=_siglip(1152, 4304, 27, 16, 384, 14),
+        vision=siglip(1152, 4304, 27, 16, 384, 14),
         audio=AudioConfig(),
         vision_tower="google/siglip-so400m-patch14-384",
         num_frames=16,
@@ -268,7 +264,7 @@ SIZES = {
     # patch 16, 4 layers of 384 for sound, 8 frames.
     "0.5b": Videollama2Size(
         decoder=_qwen2(896, 4864, 24, 14, 2, 151936, 32768, tie=True),
-        vision=_siglip(384, 1536, 6, 6, 224, 16),
+        vision=siglip(384, 1536, 6, 6, 224, 16),
         audio=AudioConfig(256, 384, 1536, 4, 6, out_size=896),
         vision_tower="small-siglip",
         num_frames=8,
@@ -277,7 +273,7 @@ SIZES = {
     # A few MB: the dimensions of the tests' fixture. The vocabulary is set to what its tokenizer has.
     "tiny": Videollama2Size(
         decoder=_qwen2(128, 256, 3, 4, 2, 320, 4096),
-        vision=_siglip(64, 128, 3, 4, 70, 14),
+        vision=siglip(64, 128, 3, 4, 70, 14),
         audio=AudioConfig(64, 96, 192, 2, 4, conv_pos=16, conv_pos_groups=4, out_size=128),
         vision_tower="tiny-siglip",
         num_frames=8,
